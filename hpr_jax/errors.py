@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: `main` prints them as one sentence and exits with code 2."""
+
+
+class UserError(ValueError):
+    """Names the thing that is wrong, and the mend."""

@@ -1,0 +1,1 @@
+"""Matching and losses. Reads `hpr_jax.types`, never a model."""

@@ -1,0 +1,27 @@
+"""Elementwise losses. None of them reduces or weights."""
+
+import jax
+import jax.numpy as jnp
+
+
+def sigmoid_focal_loss(logits: jax.Array, target: jax.Array, *, alpha: float = 0.25, gamma: float = 2.0) -> jax.Array:
+    """Focal loss (Lin et al. 2017, equation 5) of logits against targets in {0, 1} of the same shape."""
+    probability = jax.nn.sigmoid(logits)
+    cross_entropy = -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
+    missing = target * (1 - probability) + (1 - target) * probability
+    weight = target * alpha + (1 - target) * (1 - alpha)
+    return weight * missing**gamma * cross_entropy
+
+
+def quality_focal_loss(logits: jax.Array, quality: jax.Array, positive: jax.Array, *, beta: float = 2.0) -> jax.Array:
+    """Quality focal loss (Li et al. 2020, equation 3): cross entropy against a soft target.
+
+    Args:
+      logits: any shape.
+      quality: targets in [0, 1] where `positive`, same shape; elsewhere the target is zero.
+      positive: bool, same shape.
+    """
+    probability = jax.nn.sigmoid(logits)
+    target = jnp.where(positive, quality, 0.0)
+    cross_entropy = -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
+    return jnp.abs(target - probability) ** beta * cross_entropy

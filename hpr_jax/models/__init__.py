@@ -1,0 +1,1 @@
+"""Flax NNX modules of the detectors. Only `build.py` reads configs; everything else takes explicit arguments."""

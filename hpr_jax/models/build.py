@@ -1,0 +1,138 @@
+"""From a config to a detector: the one file of the models that reads configs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hpr_jax.models.denoising import Denoiser
+from hpr_jax.models.detector import Detector
+from hpr_jax.models.encoder import Encoder
+from hpr_jax.models.heads import DecoderHeads, PredictionHead
+from hpr_jax.models.neck import ChannelMapper
+from hpr_jax.models.queries import DistinctQueries
+from hpr_jax.models.refiner import DeformableRefiner, HybridRefiner, InteractionFactory, RefinerLayer
+from hpr_jax.models.region import DynamicConv, RegionalAttention
+from hpr_jax.models.resnet import ResNet
+
+Config = Mapping[str, Any]
+
+
+def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detector:
+    """Detector of the `model` section of a config.
+
+    Raises:
+      ValueError: a setting that names nothing known, or settings that do not fit one another.
+    """
+    channels = config["channels"]
+    backbone = _backbone(config["backbone"], rngs)
+    neck = ChannelMapper(
+        backbone.out_channels,
+        channels,
+        config["levels"],
+        groups=config["neck"]["groups"],
+        bias=config["neck"]["bias"],
+        rngs=rngs,
+    )
+    encoder = Encoder(
+        layers=config["encoder"]["layers"],
+        channels=channels,
+        heads=config["heads"],
+        levels=config["levels"],
+        points=config["points"],
+        hidden=config["hidden"],
+        position_temperature=config["encoder"]["position_temperature"],
+        position_offset=config["encoder"]["position_offset"],
+        remat=config["remat"],
+        rngs=rngs,
+    )
+    queries = config["queries"]
+    # The official heads of all layers start as copies of one, those of the branches of DDQ too.
+    head = PredictionHead(channels, num_classes, rngs=rngs)
+    if queries["kind"] != "distinct":
+        raise ValueError(f"model.queries.kind is {queries['kind']!r}; known is 'distinct'.")
+    query_init = DistinctQueries(
+        _copy(head),
+        _copy(head),
+        channels,
+        queries=queries["count"],
+        dense_ratio=queries["dense_ratio"],
+        nms_threshold=queries["nms_threshold"],
+        rngs=rngs,
+    )
+    refiner = _refiner(config, rngs)
+    layers = config["refiner"]["layers"]
+    return Detector(
+        backbone=backbone,
+        neck=neck,
+        encoder=encoder,
+        query_init=query_init,
+        denoiser=Denoiser(num_classes, channels, rngs=rngs, **config["denoising"]) if config["denoising"] else None,
+        refiner=refiner,
+        heads=DecoderHeads(head, layers, with_dense=True),
+        branch_heads=[DecoderHeads(head, layers, with_dense=True) for _ in refiner.branches],
+        pixel_mean=config["pixel_mean"],
+        pixel_std=config["pixel_std"],
+    )
+
+
+def interactions(config: Config) -> dict[str, InteractionFactory]:
+    """The refiners that settings can name, by name."""
+    channels, refiner = config["channels"], config["refiner"]
+    size = refiner["region"]["output_size"]
+    return {
+        "deformable": lambda rngs: DeformableRefiner(
+            channels, config["heads"], config["levels"], config["points"], rngs=rngs
+        ),
+        "dynamic_conv": lambda rngs: DynamicConv(channels, refiner["dynamic_conv"]["hidden"], size, rngs=rngs),
+        "regional_attention": lambda rngs: RegionalAttention(
+            channels, region_size=size, rngs=rngs, **refiner["regional_attention"]
+        ),
+    }
+
+
+def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
+    refiner, channels = config["refiner"], config["channels"]
+    known = interactions(config)
+    names = (refiner["primary"], *refiner["auxiliaries"])
+    for name in names:
+        if name not in known:
+            raise ValueError(f"model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"model.refiner names a refiner twice: {', '.join(names)}.")
+    initial = refiner["merge_initial"]
+
+    def make_layer(rngs):
+        return RefinerLayer(
+            known[names[0]],
+            [known[name] for name in names[1:]],
+            channels,
+            config["heads"],
+            config["hidden"],
+            merge=refiner["merge"],
+            merge_initial=initial if isinstance(initial, str) else tuple(initial),
+            rngs=rngs,
+        )
+
+    return HybridRefiner(
+        make_layer,
+        layers=refiner["layers"],
+        channels=channels,
+        branches=names[1:],
+        nms_threshold=config["queries"]["nms_threshold"],
+        region=dict(refiner["region"], strides=tuple(refiner["region"]["strides"])),
+        remat=config["remat"],
+        rngs=rngs,
+    )
+
+
+def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet:
+    settings = {key: value for key, value in config.items() if key != "kind"}
+    if config["kind"] != "resnet":
+        raise ValueError(f"model.backbone.kind is {config['kind']!r}; known is 'resnet'.")
+    return ResNet(rngs=rngs, **settings)
+
+
+def _copy(module):
+    return jax.tree.map(lambda leaf: leaf.copy(), module)

@@ -1,0 +1,104 @@
+"""Small building blocks: linear layers with the official initialisation, FFN, MLP, norms, stacks of equal layers."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hpr_jax.ops.padding import valid_mask
+
+T = TypeVar("T", bound=nnx.Module)
+
+
+class Frozen(nnx.Variable):
+    """A tensor that no optimizer sees: running statistics, and weights of frozen stages."""
+
+
+def freeze(module: nnx.Module) -> None:
+    """Turns every parameter below `module` into a `Frozen` one, in place."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Param):
+                    setattr(node, name, Frozen(value.get_value()))
+
+
+def uniform(bound: float) -> nnx.Initializer:
+    """Uniform in [-bound, bound]."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> nnx.Linear:
+    """Linear layer initialised as PyTorch does by default, or with another kernel (bias as by default)."""
+    default = uniform(inputs**-0.5)
+    return nnx.Linear(inputs, outputs, rngs=rngs, kernel_init=kernel_init or default, bias_init=default)
+
+
+def xavier_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """Linear layer with a Xavier-uniform kernel, as in the official encoder and decoder."""
+    return linear(inputs, outputs, rngs=rngs, kernel_init=nnx.initializers.xavier_uniform())
+
+
+def layer_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+
+
+class FeedForward(nnx.Module):
+    """x + W2 relu(W1 x)."""
+
+    def __init__(self, channels: int, hidden: int, *, rngs: nnx.Rngs):
+        self.expand = xavier_linear(channels, hidden, rngs=rngs)
+        self.contract = xavier_linear(hidden, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.contract(jax.nn.relu(self.expand(x)))
+
+
+class MLP(nnx.Module):
+    """Linear layers with ReLU between them, `sizes` from input to output."""
+
+    def __init__(self, *sizes: int, rngs: nnx.Rngs, make: Callable[..., nnx.Linear] = linear):
+        self.layers = nnx.List([make(a, b, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:])])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation whose statistics are taken over the valid pixels alone (padding invariance)."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        if channels % groups:
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups.")
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.groups = groups
+
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` with valid sizes `[B, 2]` -> the same shape; padding holds arbitrary finite values."""
+        batch, height, width, channels = x.shape
+        valid = valid_mask(sizes, height, width)[..., None]
+        count = (sizes[:, 0] * sizes[:, 1] * (channels // self.groups)).astype(jnp.float32)[:, None, None, None, None]
+        grouped = x.reshape(batch, height, width, self.groups, -1).astype(jnp.float32)
+        mean = jnp.sum(jnp.where(valid, grouped, 0), axis=(1, 2, 4), keepdims=True) / count
+        centered = jnp.where(valid, grouped - mean, 0)
+        variance = jnp.sum(jnp.square(centered), axis=(1, 2, 4), keepdims=True) / count
+        normed = (centered * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
+        return (normed * self.scale + self.bias).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
+    """`count` independently initialised copies of one module, every variable with a leading layer axis.
+
+    The result is a pytree: `jax.lax.scan` and `jax.vmap` run over it, `layer(stacked, i)` is one of the copies.
+    """
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def layer(stacked: T, index: int) -> T:
+    """Copy `index` of a stack."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)

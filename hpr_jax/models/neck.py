@@ -1,0 +1,55 @@
+"""Channel mapper: projects backbone maps to one width and adds coarser levels (Zhu et al. 2021, section A.2)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hpr_jax.models.layers import GroupNorm, uniform
+from hpr_jax.models.resnet import Conv
+from hpr_jax.ops.padding import halve
+
+
+class Projection(nnx.Module):
+    """Convolution and group normalisation."""
+
+    def __init__(self, inputs, outputs, kernel_size, stride, groups, bias, *, rngs: nnx.Rngs):
+        self.conv = Conv(inputs, outputs, kernel_size, stride, rngs=rngs)
+        xavier = uniform((6 / ((inputs + outputs) * kernel_size**2)) ** 0.5)
+        self.conv.kernel = nnx.Param(xavier(rngs.params(), self.conv.kernel.shape))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else nnx.data(None)
+        self.norm = GroupNorm(outputs, groups, rngs=rngs)
+        self.stride = stride
+
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = self.conv(x, sizes)
+        if self.bias is not None:
+            x = x + self.bias
+        if self.stride == 2:
+            sizes = halve(sizes)
+        return self.norm(x, sizes), sizes
+
+
+class ChannelMapper(nnx.Module):
+    """One 1x1 projection per backbone map, then stride-2 3x3 projections of the last map up to `levels` maps."""
+
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, levels: int, *, groups: int, bias: bool, rngs: nnx.Rngs
+    ):
+        self.projections = nnx.List([Projection(n, channels, 1, 1, groups, bias, rngs=rngs) for n in in_channels])
+        extra = levels - len(in_channels)
+        inputs = [in_channels[-1]] + [channels] * max(extra - 1, 0)
+        self.extra = nnx.List([Projection(n, channels, 3, 2, groups, bias, rngs=rngs) for n in inputs[:extra]])
+
+    def __call__(
+        self, features: Sequence[jax.Array], sizes: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Maps `[B, h, w, C_i]` and valid sizes -> maps `[B, h, w, C]` of all levels and their valid sizes."""
+        out = [project(x, size) for project, x, size in zip(self.projections, features, sizes)]
+        x, size = features[-1], sizes[-1]
+        for project in self.extra:
+            x, size = project(x, size)
+            out.append((x, size))
+        maps, out_sizes = zip(*out)
+        return list(maps), list(out_sizes)

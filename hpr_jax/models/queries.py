@@ -1,0 +1,120 @@
+"""From the encoder's memory to the decoder's first queries: proposals, and DDQ's distinct and dense selection."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hpr_jax.models.encoder import Pyramid, pixel_centers
+from hpr_jax.models.heads import PredictionHead
+from hpr_jax.models.layers import layer_norm, linear, xavier_linear
+from hpr_jax.ops.boxes import cxcywh_to_xyxy
+from hpr_jax.ops.nms import nms_first
+from hpr_jax.types import Predictions
+
+
+@flax.struct.dataclass
+class InitialQueries:
+    """Queries in front of the first decoder layer.
+
+    Attributes:
+      content: `[B, Q, C]`.
+      proposals: logits, boxes (differentiable), and whether a query stands for a token (`valid`).
+    """
+
+    content: jax.Array
+    proposals: Predictions
+
+
+class ProposalGenerator(nnx.Module):
+    """Anchors of each token's level, refined by a head on the memory (two-stage Deformable DETR, section A.4)."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.project = xavier_linear(channels, channels, rngs=rngs)
+        self.norm = layer_norm(channels, rngs=rngs)
+
+    def __call__(self, memory: Pyramid, heads: Sequence[PredictionHead]) -> list[tuple[jax.Array, jax.Array]]:
+        """Logits `[B, S, K]` and boxes `[B, S, 4]` of every token, from each head.
+
+        Tokens whose anchor comes near the border have zero memory and the box (1, 1, 1, 1); they stay candidates, all
+        equal.
+        """
+        centers = pixel_centers(memory)
+        sides = jnp.concatenate(
+            [jnp.full(h * w, 0.05 * 2.0**level) for level, (h, w) in enumerate(memory.spatial_shapes)]
+        )
+        sides = jnp.broadcast_to(sides[None, :, None], centers.shape)
+        anchors = jnp.concatenate([centers, sides], axis=-1)
+        inside = jnp.all((anchors > 0.01) & (anchors < 0.99), axis=-1, keepdims=True) & memory.valid[..., None]
+        safe = jnp.where(inside, anchors, 0.5)
+        anchors = jnp.where(inside, jnp.log(safe / (1.0 - safe)), jnp.inf)
+        features = self.norm(self.project(memory.tokens))
+        # Once for all border tokens: row by row, equal inputs may differ in the last bit, and ties would break at random.
+        border = self.norm(self.project(jnp.zeros_like(memory.tokens[:1, :1])))
+        return [
+            (
+                jnp.where(inside, head.classes(features), head.classes(border)),
+                jax.nn.sigmoid(head.boxes(features) + anchors),
+            )
+            for head in heads
+        ]
+
+
+class DistinctQueries(nnx.Module):
+    """DDQ's initial queries (Zhang et al. 2023, section 3): the best proposals that survive class-agnostic NMS, and in
+    training as many and a half more, ranked by score alone, on heads of their own. Content comes from the memory.
+
+    With fewer survivors than queries the rest is filled with zero content, zero logits and the box (.5, .5, .5, .5).
+    """
+
+    def __init__(
+        self,
+        head: PredictionHead,
+        dense_head: PredictionHead,
+        channels: int,
+        *,
+        queries: int,
+        dense_ratio: float,
+        nms_threshold: float,
+        rngs: nnx.Rngs,
+    ):
+        self.generator = ProposalGenerator(channels, rngs=rngs)
+        self.head = head
+        self.dense_head = dense_head
+        self.content = linear(channels, channels, rngs=rngs)
+        self.queries, self.dense_ratio, self.nms_threshold = queries, dense_ratio, nms_threshold
+
+    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]:
+        """-> matching queries, and dense ones if asked for."""
+        heads = [self.head, self.dense_head] if with_dense else [self.head]
+        (logits, boxes), *dense = self.generator(memory, heads)
+        content = self.content(jax.lax.stop_gradient(memory.tokens))
+        index, found = jax.vmap(
+            lambda boxes, scores, valid: nms_first(boxes, scores, valid, self.queries, self.nms_threshold)
+        )(cxcywh_to_xyxy(jax.lax.stop_gradient(boxes)), _scores(logits), memory.valid)
+        matching = _take(index, found, content, logits, boxes)
+        if not with_dense:
+            return matching, None
+
+        ((logits, boxes),) = dense
+        count = min(int(self.queries * self.dense_ratio), logits.shape[1])
+        _, index = jax.lax.top_k(jnp.where(memory.valid, _scores(logits), -jnp.inf), count)
+        found = jnp.take_along_axis(memory.valid, index, axis=1)
+        return matching, _take(index, found, content, logits, boxes)
+
+
+def _scores(logits: jax.Array) -> jax.Array:
+    """Probability of the best class: `[..., K]` -> `[...]`, without gradient."""
+    return jax.lax.stop_gradient(jax.nn.sigmoid(jnp.max(logits, axis=-1)))
+
+
+def _take(index, found, content, logits, boxes) -> InitialQueries:
+    def pick(array, fill):
+        return jnp.where(found[..., None], jnp.take_along_axis(array, index[..., None], axis=1), fill)
+
+    return InitialQueries(
+        content=pick(content, 0.0),
+        proposals=Predictions(logits=pick(logits, 0.0), boxes=pick(boxes, 0.5), valid=found),
+    )

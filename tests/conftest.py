@@ -1,0 +1,12 @@
+"""Settings for all tests: CPU, strict shapes, compiled programs kept between runs."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/hpr_jax_test_cache")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
