@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Names the thing that is wrong, and the mend."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, for reasons in the run itself: `main` prints it as one sentence and exits with code 1."""

@@ -6,7 +6,9 @@ nothing here needs PyTorch.
 
 import dataclasses
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from flax import nnx
@@ -195,15 +197,19 @@ def _depth(stacked: nnx.Module) -> int:
     return variable.shape[0]
 
 
-def load_official(detector: Detector, tensors: Mapping[str, np.ndarray]) -> None:
+def load_official(detector: Detector, tensors: Mapping[str, np.ndarray], only: str = "") -> None:
     """Fills the detector, in place, from official names.
+
+    Args:
+      tensors: arrays in PyTorch layout.
+      only: prefix of the official names to fill; the rest of the detector stays as it is.
 
     Raises:
       UserError: a tensor is missing, left over, of another shape, or two names of the same tensor differ. Nothing is
         changed then.
     """
     tensors = _without_aliases({name: np.asarray(t) for name, t in tensors.items() if not IGNORED.search(name)})
-    table = entries(detector)
+    table = [entry for entry in entries(detector) if entry.names[0].startswith(only)]
     wanted = [name for entry in table for name in entry.names]
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
     problems += [f"not used: {name}" for name in sorted(set(tensors) - set(wanted))]
@@ -226,6 +232,24 @@ def load_official(detector: Detector, tensors: Mapping[str, np.ndarray]) -> None
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise UserError(f"The weights do not fit the model in {len(problems)} places: {shown}.")
     nnx.update(detector, nnx.from_flat_state(list(loaded.items())))
+
+
+def load_weights_file(detector: Detector, path: Path) -> None:
+    """Fills the detector, or its backbone alone, from an `.npz` file of official names.
+
+    A file whose names all begin with `backbone.` is taken as a backbone.
+
+    Raises:
+      UserError: no such file, not an `.npz` file, or weights that do not fit.
+    """
+    if not path.is_file():
+        raise UserError(f"The weight file {path} does not exist; set config.train.initial_weights.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tensors = dict(file)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"The weight file {path} is not an .npz file of arrays: {error}") from error
+    load_official(detector, tensors, only="backbone." if all(n.startswith("backbone.") for n in tensors) else "")
 
 
 def to_official(detector: Detector, state: nnx.State | None = None) -> dict[str, np.ndarray]:

@@ -73,6 +73,7 @@ def model_config(model: str) -> dict:
             "auxiliaries": ("regional_attention", "dynamic_conv"),
             "merge": "learned_vector",
             "merge_initial": (1.0, 1.0, 1.0),
+            "merge_xavier": False,
             "region": {
                 "strides": (8, 16, 32, 64),
                 "output_size": s["roi_output_size"],

@@ -101,7 +101,6 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
             raise ValueError(f"model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
     if len(set(names)) != len(names):
         raise ValueError(f"model.refiner names a refiner twice: {', '.join(names)}.")
-    initial = refiner["merge_initial"]
 
     def make_layer(rngs):
         return RefinerLayer(
@@ -111,7 +110,7 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
             config["heads"],
             config["hidden"],
             merge=refiner["merge"],
-            merge_initial=initial if isinstance(initial, str) else tuple(initial),
+            merge_initial="xavier" if refiner["merge_xavier"] else tuple(refiner["merge_initial"]),
             rngs=rngs,
         )
 

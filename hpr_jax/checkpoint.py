@@ -1,0 +1,160 @@
+"""Orbax checkpoints: the latest ones of a run, and its best one apart from them.
+
+A checkpoint is a directory with the items `model` (all variables), `training` (optimizer state; not in best ones) and
+`meta` (JSON: config, classes, step, metrics). `model` and `meta` suffice for evaluation and prediction.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from hpr_jax.config import from_plain
+from hpr_jax.data.coco import Classes
+from hpr_jax.errors import UserError
+from hpr_jax.models.build import build_detector
+from hpr_jax.models.detector import Detector
+
+LATEST, BEST = "checkpoints", "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself."""
+
+    config: dict[str, Any]
+    classes: Classes
+    step: int
+    metrics: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "class_names": list(self.classes.names),
+            "category_ids": list(self.classes.category_ids),
+            "step": self.step,
+            "metrics": self.metrics,
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Meta":
+        classes = Classes(tuple(content["class_names"]), tuple(content["category_ids"]))
+        return Meta(content["config"], classes, content["step"], content["metrics"])
+
+
+class Checkpoints:
+    """The checkpoints of one run, below its workdir."""
+
+    def __init__(self, workdir: Path, keep: int):
+        def manager(name, keep):
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+            return ocp.CheckpointManager((workdir / name).resolve(), options=options)
+
+        self._latest, self._best = manager(LATEST, keep), manager(BEST, 1)
+
+    def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
+        """Saves a checkpoint to resume from, in the background."""
+        if self._latest.latest_step() != step:
+            self._latest.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(nnx.to_pure_dict(model)),
+                    training=ocp.args.StandardSave(training),
+                    meta=ocp.args.JsonSave(meta.to_json()),
+                ),
+            )
+
+    def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
+        """Saves the best model so far, in place of the one before."""
+        self._best.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(nnx.to_pure_dict(model)), meta=ocp.args.JsonSave(meta.to_json())
+            ),
+        )
+
+    def latest_meta(self) -> Meta | None:
+        """What the newest checkpoint says of itself, or None before the first."""
+        step = self._latest.latest_step()
+        if step is None:
+            return None
+        return Meta.from_json(self._latest.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+
+    def best_meta(self) -> Meta | None:
+        """The same of the best checkpoint."""
+        step = self._best.latest_step()
+        if step is None:
+            return None
+        return Meta.from_json(self._best.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+
+    def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
+        """The model and training state of a step, in the shapes of the given ones."""
+        restored = self._latest.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(model))),
+                training=ocp.args.StandardRestore(_abstract(training)),
+            ),
+        )
+        nnx.replace_by_pure_dict(model, restored.model)
+        return model, restored.training
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        self._latest.wait_until_finished()
+        self._best.wait_until_finished()
+
+    def close(self) -> None:
+        self._latest.close()
+        self._best.close()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint directory, the newest below a directory of checkpoints, or the best (else newest) of a workdir.
+
+    Raises:
+      UserError: there is none.
+    """
+    if (path / "model").is_dir() and (path / "meta").is_dir():
+        return path
+    for folder in (path / BEST, path / LATEST, path):
+        steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir()] if folder.is_dir() else []
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
+    raise UserError(f"There is no checkpoint in {path}; give a run's workdir or one checkpoint's directory.")
+
+
+def load_detector(path: Path) -> tuple[Detector, Meta]:
+    """The detector of a checkpoint, and what the checkpoint says of itself.
+
+    Raises:
+      UserError: no checkpoint there, or one that cannot be read.
+    """
+    path = find_checkpoint(Path(path)).resolve()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            meta = Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+            detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names))
+            state = nnx.state(detector)
+            restored = reader.restore(
+                path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))
+            )
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    nnx.replace_by_pure_dict(state, restored.model)
+    nnx.update(detector, state)
+    return detector, meta
+
+
+def abstract_detector(model_config: Mapping[str, Any], num_classes: int) -> Detector:
+    """A detector of shapes without values, to be filled."""
+    return nnx.eval_shape(lambda: build_detector(model_config, num_classes, rngs=nnx.Rngs(0)))
+
+
+def _abstract(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)

@@ -1,0 +1,138 @@
+"""Config files: loaded by path, overridden by dotted keys, checked with suggestions."""
+
+import ast
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hpr_jax.errors import UserError
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or the known words if none is near."""
+    known = [str(k) for k in known]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Loads `path.py` or `path.py:variant`: calls the file's `get_config(variant)`.
+
+    Raises:
+      UserError: no such file, no such variant, or a file without `get_config`.
+    """
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        siblings = path.parent.glob("*.py") if path.parent.is_dir() else []
+        raise UserError(f"There is no config file {name}; {suggestion(name, map(str, siblings)) or 'check the path.'}")
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    # Config files import their neighbours.
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"The config file {name} defines no function get_config.")
+    variants = getattr(module, "VARIANTS", None)
+    if variant and variants is not None and variant not in variants:
+        raise UserError(f"{name} has no variant {variant!r}; {suggestion(variant, variants)}")
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets the value at a dotted key from its text, in the type that the value has.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a section instead of a value, or a value of another type.
+    """
+    *sections, last = key.split(".")
+    node = config
+    for part in [*sections, last]:
+        if not isinstance(node, ConfigDict) or part not in node:
+            dotted = list(_leaves(config))
+            raise UserError(f"There is no setting config.{key}; {_key_suggestion(key, dotted)}")
+        parent, node = node, node[part]
+    if isinstance(node, ConfigDict):
+        raise UserError(f"config.{key} is a section; set one of {', '.join(f'config.{key}.{k}' for k in node)}.")
+    parent[last] = _parse(key, text, node)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _key_suggestion(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean config.{near[0]}?"
+    section = key.split(".")[0]
+    return f"known are {', '.join(k for k in known if k.startswith(section + '.')) or ', '.join(known)}."
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(old, tuple):
+        items = value if isinstance(value, tuple | list) else (value,)
+        if not any(isinstance(item, str) for item in items) or any(isinstance(item, str) for item in old):
+            return tuple(items)
+    elif isinstance(old, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(old, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    kind = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(old)]
+    raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """A config as nested dicts of JSON types."""
+
+    def convert(value):
+        if isinstance(value, dict):
+            return {key: convert(inner) for key, inner in value.items()}
+        return [convert(inner) for inner in value] if isinstance(value, tuple | list) else value
+
+    return convert(config.to_dict())
+
+
+def from_plain(plain: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `to_plain`; lists become tuples."""
+
+    def convert(value):
+        if isinstance(value, Mapping):
+            return {key: convert(inner) for key, inner in value.items()}
+        return tuple(convert(inner) for inner in value) if isinstance(value, list) else value
+
+    return ConfigDict(convert(plain))
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys, with both values, in which two plain configs differ."""
+    found = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} ({left!r} and {right!r})")
+    return found

@@ -1,0 +1,1 @@
+"""COCO-format data: annotations, geometry, the plan of batches, loading. NumPy and OpenCV; no model, no loss."""

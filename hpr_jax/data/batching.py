@@ -1,0 +1,149 @@
+"""Loads planned batches: decode, transform, pad, and box counts of fixed size."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from hpr_jax.data.coco import CocoDataset, Record
+from hpr_jax.data.plan import PlannedBatch, Shape, Slot, TrainPlan
+from hpr_jax.data.transforms import UnreadableImageError, apply, read_annotated_image
+from hpr_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Batch:
+    """A padded batch in host memory.
+
+    Attributes:
+      images: RGB uint8 `[B, H, W, 3]`, zero where padded.
+      sizes: int32 `[B, 2]`, valid (height, width).
+      boxes: float32 `[B, N, 4]`, cxcywh relative to the valid size, the real ones first.
+      labels: int32 `[B, N]`; valid: bool `[B, N]`.
+      records: the images' records, None for slots that only fill up the batch.
+      reports: sentences for the log.
+    """
+
+    images: np.ndarray
+    sizes: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    valid: np.ndarray
+    records: list[Record | None]
+    reports: list[str]
+
+
+def empty_batch(batch_size: int, shape: Shape, max_boxes: int) -> Batch:
+    """A batch of no images. Its slots have the size 1 x 1, so that nothing divides by zero."""
+    return Batch(
+        images=np.zeros((batch_size, *shape, 3), np.uint8),
+        sizes=np.ones((batch_size, 2), np.int32),
+        boxes=np.full((batch_size, max_boxes, 4), 0.5, np.float32),
+        labels=np.zeros((batch_size, max_boxes), np.int32),
+        valid=np.zeros((batch_size, max_boxes), bool),
+        records=[None] * batch_size,
+        reports=[],
+    )
+
+
+def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray):
+    """Puts a transformed image and its boxes (xyxy in its pixels) into a batch."""
+    height, width = image.shape[:2]
+    batch.images[place, :height, :width] = image
+    batch.sizes[place] = height, width
+    room = batch.boxes.shape[1]
+    if len(boxes) > room:
+        batch.reports.append(
+            f"{record.path} has {len(boxes)} boxes, the batch has room for {room}; the rest is left out of this step"
+        )
+        boxes, labels = boxes[:room], labels[:room]
+    count = len(boxes)
+    scale = np.array([width, height], np.float32)
+    batch.boxes[place, :count, :2] = (boxes[:, :2] + boxes[:, 2:]) / 2 / scale
+    batch.boxes[place, :count, 2:] = (boxes[:, 2:] - boxes[:, :2]) / scale
+    batch.labels[place, :count] = labels
+    batch.valid[place, :count] = True
+    batch.records[place] = record
+
+
+def load_slot(batch: Batch, place: int, dataset: CocoDataset, slot: Slot) -> None:
+    """Reads, transforms and stores one image.
+
+    Raises:
+      UnreadableImageError: the batch is unchanged then.
+    """
+    record = dataset.records[slot.index]
+    image = read_annotated_image(record.path, record.height, record.width)
+    fill_slot(batch, place, record, *apply(image, record.boxes, record.labels, slot.geometry))
+
+
+class TrainLoader:
+    """Random access to the batches of a plan. A slot whose image cannot be read takes the plan's next image of the same
+    bucket instead, and the batch reports it."""
+
+    def __init__(self, dataset: CocoDataset, plan: TrainPlan, max_boxes: int):
+        self.dataset, self.plan, self.max_boxes = dataset, plan, max_boxes
+
+    def __getitem__(self, step: int) -> Batch:
+        planned = self.plan[step]
+        batch = empty_batch(len(planned.slots), planned.shape, self.max_boxes)
+        for place, slot in enumerate(planned.slots):
+            try:
+                load_slot(batch, place, self.dataset, slot)
+            except UnreadableImageError as error:
+                self._refill(batch, place, step, slot, error)
+        return batch
+
+    def _refill(self, batch: Batch, place: int, step: int, slot: Slot, error: Exception) -> None:
+        tried = {slot.index}
+        for other in self.plan.successors(step):
+            if other.index in tried:
+                continue
+            tried.add(other.index)
+            try:
+                load_slot(batch, place, self.dataset, other)
+            except UnreadableImageError:
+                continue
+            batch.reports.append(f"{error}; {self.dataset.records[other.index].path.name} takes its place")
+            return
+        raise UserError(f"{error}, and none of the images planned next could be read in its place.")
+
+
+def train_batches(loader: TrainLoader, start: int, stop: int, threads: int) -> Iterator[Batch]:
+    """Batches of the steps from `start` to `stop`, loaded ahead by threads, always in order."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    steps = grain.MapDataset.range(start, stop).map(lambda step: loader[int(step)])
+    return iter(steps.to_iter_dataset(options))
+
+
+class EvaluationLoader:
+    """Random access to the batches of an evaluation plan, all `batch_size` long; images that cannot be read stay out, and
+    the batch reports them."""
+
+    def __init__(self, dataset: CocoDataset, plan: Sequence[PlannedBatch], batch_size: int):
+        self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        planned = self.plan[index]
+        batch = empty_batch(self.batch_size, planned.shape, max_boxes=0)
+        for place, slot in enumerate(planned.slots):
+            record = self.dataset.records[slot.index]
+            try:
+                image = read_annotated_image(record.path, record.height, record.width)
+            except UnreadableImageError as error:
+                batch.reports.append(f"{error}; it has no detections")
+                continue
+            no_boxes, no_labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+            fill_slot(batch, place, record, *apply(image, no_boxes, no_labels, slot.geometry))
+        return batch
+
+
+def evaluation_batches(loader: EvaluationLoader, threads: int) -> Iterator[Batch]:
+    """All batches, loaded ahead by threads, in order."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    steps = grain.MapDataset.range(len(loader)).map(lambda index: loader[int(index)])
+    return iter(steps.to_iter_dataset(options))

@@ -1,0 +1,181 @@
+"""COCO-format annotations (https://cocodataset.org/#format-data), checked."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hpr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One image and its objects.
+
+    Attributes:
+      image_id: as in the annotations.
+      path: of the image file.
+      height, width: in pixels, as annotated.
+      boxes: float32 xyxy `[n, 4]` in pixels, clipped to the image; crowds left out.
+      labels: int32 `[n]`, indices into the data set's classes.
+    """
+
+    image_id: int
+    path: Path
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The classes of a data set, in the order of their category ids (which may have gaps)."""
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoDataset:
+    """A split of a COCO-format data set.
+
+    Attributes:
+      annotations: path of the JSON file.
+      dropped: a sentence for each box that cannot be.
+    """
+
+    annotations: Path
+    classes: Classes
+    records: tuple[Record, ...]
+    dropped: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(height, width) of every image: int `[M, 2]`."""
+        return np.array([(record.height, record.width) for record in self.records], np.int64).reshape(-1, 2)
+
+    def subset(self, *, keep_empty: bool, min_side: int) -> "CocoDataset":
+        """Without images whose shorter side is below `min_side`, and without those that have no object unless kept."""
+        records = [
+            record
+            for record in self.records
+            if min(record.height, record.width) >= min_side and (keep_empty or len(record.boxes))
+        ]
+        return dataclasses.replace(self, records=tuple(records))
+
+
+def load_coco(directory: Path, images: str, annotations: str, classes: Classes | None = None) -> CocoDataset:
+    """Reads the annotations of one split.
+
+    Args:
+      images: folder of the image files, relative to `directory`.
+      annotations: JSON file, relative to `directory`.
+      classes: those of the training split or a checkpoint; the file's own when None.
+
+    Raises:
+      UserError: a folder or file is missing, the JSON is broken or incomplete, a reference leads nowhere, or the file's
+        categories are not `classes`.
+    """
+    path = Path(directory) / annotations
+    if not Path(directory).is_dir():
+        raise UserError(f"The data directory {directory} does not exist; set --config.data.directory.")
+    if not (Path(directory) / images).is_dir():
+        raise UserError(f"The image folder {Path(directory) / images} does not exist; set config.data.*_images.")
+    if not path.is_file():
+        raise UserError(f"The annotation file {path} does not exist; set config.data.*_annotations.")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
+    try:
+        return _parse(content, path, Path(directory) / images, classes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"The annotation file {path} is not in COCO format: {_explain(error)}.") from error
+
+
+def _explain(error: Exception) -> str:
+    return f"an entry has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _parse(content: dict, path: Path, folder: Path, classes: Classes | None) -> CocoDataset:
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    own = Classes(
+        names=tuple(str(category["name"]) for category in categories),
+        category_ids=tuple(int(category["id"]) for category in categories),
+    )
+    if not own.names:
+        raise UserError(f"The annotation file {path} lists no categories.")
+    if len(set(own.category_ids)) != len(own.category_ids):
+        raise UserError(f"The annotation file {path} lists a category id twice.")
+    if classes is not None and classes != own:
+        raise UserError(
+            f"The categories of {path} ({_show(own)}) are not those that the model knows ({_show(classes)})."
+        )
+    label_of = {category: label for label, category in enumerate(own.category_ids)}
+
+    boxes: dict[int, list] = {}
+    sizes = {}
+    for image in content["images"]:
+        if image["id"] in sizes:
+            raise UserError(f"The annotation file {path} lists image id {image['id']} twice.")
+        sizes[image["id"]] = (float(image["width"]), float(image["height"]))
+        boxes[image["id"]] = []
+    dropped = []
+    for annotation in content["annotations"]:
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image not in sizes:
+            raise UserError(
+                f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed."
+            )
+        if category not in label_of:
+            raise UserError(
+                f"Annotation {annotation.get('id')} of {path} has category {category}, which is not listed."
+            )
+        if annotation.get("iscrowd", 0):
+            continue
+        box, reason = _clip(annotation["bbox"], *sizes[image])
+        if reason:
+            dropped.append(f"annotation {annotation.get('id')} of image {image}: box {annotation['bbox']} {reason}")
+        else:
+            boxes[image].append((box, label_of[category]))
+
+    records = []
+    for image in content["images"]:
+        objects = boxes[image["id"]]
+        records.append(
+            Record(
+                image_id=image["id"],
+                path=folder / image["file_name"],
+                height=int(image["height"]),
+                width=int(image["width"]),
+                boxes=np.array([box for box, _ in objects], np.float32).reshape(-1, 4),
+                labels=np.array([label for _, label in objects], np.int32),
+            )
+        )
+    return CocoDataset(annotations=path, classes=own, records=tuple(records), dropped=tuple(dropped))
+
+
+def _clip(bbox: Sequence[float], width: float, height: float) -> tuple[tuple, str]:
+    """COCO's (left, top, width, height) -> xyxy inside the image, or why the box cannot be."""
+    if len(bbox) != 4:
+        return (), "does not have four numbers"
+    left, top, w, h = map(float, bbox)
+    if not np.all(np.isfinite((left, top, w, h))):
+        return (), "is not finite"
+    if w < 1 or h < 1:
+        return (), "is less than a pixel wide or high"
+    box = (max(left, 0.0), max(top, 0.0), min(left + w, width), min(top + h, height))
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return (), "lies outside the image"
+    return box, ""
+
+
+def _show(classes: Classes) -> str:
+    shown = ", ".join(f"{number} {name}" for number, name in zip(classes.category_ids[:8], classes.names))
+    return shown + (f", and {len(classes.names) - 8} more" if len(classes.names) > 8 else "")

@@ -1,0 +1,132 @@
+"""Which images make up which batch, in which padded shape: decided before anything is loaded.
+
+Everything follows from (seed, epoch), so that every process has the same plan, and a run resumed at step n goes on as the
+one that was not stopped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from hpr_jax.data.transforms import Geometry
+
+# Padded sides are multiples of this; finer steps would save nothing at stride 64.
+GRID = 32
+
+Shape = tuple[int, int]
+DrawGeometry = Callable[[np.random.Generator], list[Geometry]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One image of a batch: its index in the data set and its geometry."""
+
+    index: int
+    geometry: Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """The slots of a batch and their common padded (height, width)."""
+
+    shape: Shape
+    slots: tuple[Slot, ...]
+
+
+def choose_buckets(sizes: np.ndarray, count: int, cover: Sequence[Shape] = ()) -> list[Shape]:
+    """At most `count` padded shapes that hold images of `sizes` with little padding, smallest first.
+
+    Starts from every size that occurs, rounded up to the grid, and joins the two shapes whose common bound adds the least
+    padding, until few enough are left.
+
+    Args:
+      sizes: (height, width) `[M, 2]`.
+      cover: sizes that must fit, too, even if none of `sizes` needs them; they add to `count`.
+    """
+    rounded = -(-np.asarray(sizes).reshape(-1, 2) // GRID) * GRID
+    shapes, counts = np.unique(rounded, axis=0, return_counts=True)
+    while len(shapes) > count:
+        area = shapes.prod(axis=1)
+        joined = np.maximum(shapes[:, None], shapes[None, :])
+        cost = joined.prod(axis=-1) * (counts[:, None] + counts) - (area * counts)[:, None] - area * counts
+        np.fill_diagonal(cost, np.iinfo(cost.dtype).max)
+        a, b = np.unravel_index(np.argmin(cost), cost.shape)
+        shapes[a], counts[a] = joined[a, b], counts[a] + counts[b]
+        shapes, counts = np.delete(shapes, b, axis=0), np.delete(counts, b)
+    buckets = {(int(h), int(w)) for h, w in shapes}
+    for height, width in cover:
+        bound = (-(-int(height) // GRID) * GRID, -(-int(width) // GRID) * GRID)
+        if not any(h >= bound[0] and w >= bound[1] for h, w in buckets):
+            buckets.add(bound)
+    return sorted(buckets, key=lambda shape: (shape[0] * shape[1], shape))
+
+
+def smallest_bucket(buckets: Sequence[Shape], sizes: Sequence[Shape]) -> Shape:
+    """The first bucket that holds all `sizes`; their common bound when none does."""
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    for bucket in buckets:
+        if bucket[0] >= height and bucket[1] >= width:
+            return bucket
+    return (-(-height // GRID) * GRID, -(-width // GRID) * GRID)
+
+
+class TrainPlan:
+    """An endless sequence of batches, epoch after epoch in a new order with new geometries.
+
+    Each epoch shuffles the images and collects them by bucket. What is left over at its end is joined into batches of the
+    smallest common bucket; at most `batch_size - 1` images are left out, others in each epoch.
+
+    Args:
+      draw: draws the geometry of every image of the data set.
+      count: images in the data set, at least `batch_size`.
+    """
+
+    def __init__(self, draw: DrawGeometry, count: int, *, batch_size: int, buckets: Sequence[Shape], seed: int):
+        self.draw, self.count, self.batch_size, self.buckets, self.seed = draw, count, batch_size, buckets, seed
+        self.steps_per_epoch = count // batch_size
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __getitem__(self, step: int) -> PlannedBatch:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def successors(self, step: int, limit: int = 1000) -> Iterator[Slot]:
+        """Slots of the batches behind `step` that have its shape, to stand in for images that cannot be read."""
+        shape = self[step].shape
+        for later in range(step + 1, step + limit):
+            if self[later].shape == shape:
+                yield from self[later].slots
+
+    def _make_epoch(self, epoch: int) -> list[PlannedBatch]:
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.count)
+        geometries = self.draw(rng)
+        waiting: dict[Shape, list[Slot]] = {}
+        batches = []
+        for index in order:
+            slot = Slot(int(index), geometries[index])
+            shape = smallest_bucket(self.buckets, [slot.geometry.size])
+            queue = waiting.setdefault(shape, [])
+            queue.append(slot)
+            if len(queue) == self.batch_size:
+                batches.append(PlannedBatch(shape, tuple(queue)))
+                queue.clear()
+        left = [slot for shape in sorted(waiting) for slot in waiting[shape]]
+        for start in range(0, len(left) - self.batch_size + 1, self.batch_size):
+            slots = tuple(left[start : start + self.batch_size])
+            batches.append(PlannedBatch(smallest_bucket(self.buckets, [s.geometry.size for s in slots]), slots))
+        return batches
+
+
+def evaluation_plan(geometries: Sequence[Geometry], *, batch_size: int, buckets: Sequence[Shape]) -> list[PlannedBatch]:
+    """Every image once, by bucket; the last batch of a bucket may be shorter."""
+    groups: dict[Shape, list[Slot]] = {}
+    for index, geometry in enumerate(geometries):
+        groups.setdefault(smallest_bucket(buckets, [geometry.size]), []).append(Slot(index, geometry))
+    return [
+        PlannedBatch(shape, tuple(slots[start : start + batch_size]))
+        for shape, slots in sorted(groups.items())
+        for start in range(0, len(slots), batch_size)
+    ]

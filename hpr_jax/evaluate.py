@@ -1,0 +1,142 @@
+"""Detections of a whole split, and their average precision."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hpr_jax.checkpoint import Meta, find_checkpoint, load_detector
+from hpr_jax.config import differences, from_plain, override, to_plain
+from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
+from hpr_jax.data.coco import Classes, CocoDataset, load_coco
+from hpr_jax.data.plan import choose_buckets, evaluation_plan
+from hpr_jax.data.transforms import whole
+from hpr_jax.errors import UserError
+from hpr_jax.metrics import coco_average_precision
+from hpr_jax.models.detector import detections
+
+log = logging.getLogger("hpr_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """Average precision, and the detections it was computed from (COCO results format)."""
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    detections: list[dict[str, Any]]
+
+
+def make_detect(graph: nnx.GraphDef, count: int):
+    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid."""
+
+    @jax.jit
+    def detect(state, images, sizes):
+        detector = nnx.merge(graph, state)
+        outputs = detector(detector.normalize(images, sizes), sizes)
+        return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, count)
+
+    return detect
+
+
+class Evaluator:
+    """Evaluates states of one detector on one split; compiled programs are kept between runs."""
+
+    def __init__(self, config: ConfigDict, dataset: CocoDataset, graph: nnx.GraphDef):
+        settings = config.evaluate
+        geometries = whole(dataset.sizes, settings.side, settings.max_side)
+        buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
+        plan = evaluation_plan(geometries, batch_size=settings.batch_size, buckets=buckets)
+        self.loader = EvaluationLoader(dataset, plan, settings.batch_size)
+        self.dataset, self.threads = dataset, config.data.threads
+        self.evaluator = settings.evaluator
+        self.detect = make_detect(graph, settings.detections)
+
+    def run(self, state: nnx.State) -> EvaluationResult:
+        """Detects on every image and computes AP."""
+        found: list[dict[str, Any]] = []
+        batches = evaluation_batches(self.loader, self.threads)
+        for batch in tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False):
+            for report in batch.reports:
+                log.warning("%s", report)
+            arrays = jax.device_get(self.detect(state, batch.images, batch.sizes))
+            for place, record in enumerate(batch.records):
+                if record is not None:
+                    scale = np.array([record.width, record.height] * 2) / np.tile(batch.sizes[place][::-1], 2)
+                    found += _coco_results(
+                        record.image_id, self.dataset.classes, *(array[place] for array in arrays), scale=scale
+                    )
+        metrics, per_category = coco_average_precision(self.dataset.annotations, found, self.evaluator)
+        names = dict(zip(self.dataset.classes.category_ids, self.dataset.classes.names))
+        return EvaluationResult(metrics, {names[c]: numbers for c, numbers in per_category.items()}, found)
+
+
+def _coco_results(image_id, classes: Classes, boxes, scores, labels, valid, scale) -> list[dict[str, Any]]:
+    boxes = boxes.astype(np.float64) * scale
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": classes.category_ids[label],
+            "bbox": [round(float(side), 3) for side in box],
+            "score": float(score),
+        }
+        for box, score, label, real in zip(boxes, scores, labels, valid)
+        if real
+    ]
+
+
+def log_table(result: EvaluationResult) -> None:
+    """Logs AP by class."""
+    width = max(len(name) for name in ("class", *result.per_class))
+    log.info("%-*s %7s %7s", width, "class", "AP", "AP50")
+    for name, numbers in result.per_class.items():
+        log.info("%-*s %7.4f %7.4f", width, name, numbers["AP"], numbers["AP50"])
+
+
+def evaluate(
+    checkpoint: Path, output: Path, overrides: "list[tuple[str, str]] | None" = None, config: ConfigDict | None = None
+) -> EvaluationResult:
+    """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
+
+    Args:
+      checkpoint: a checkpoint's directory or a run's workdir.
+      output: folder for the files.
+      overrides: settings (dotted key, text) in place of the checkpoint's.
+      config: in place of the checkpoint's; its model must be the same.
+    """
+    detector, meta = load_detector(checkpoint)
+    config = checkpoint_config(meta, config, overrides)
+    data = config.data
+    dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
+    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.annotations)
+    graph, state = nnx.split(detector)
+    result = Evaluator(config, dataset, graph).run(state)
+    for name, value in result.metrics.items():
+        log.info("%-10s %7.4f", name, value)
+    log_table(result)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "detections.json").write_text(json.dumps(result.detections))
+    (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
+    log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
+    return result
+
+
+def checkpoint_config(meta: Meta, config: ConfigDict | None, overrides: list[tuple[str, str]] | None) -> ConfigDict:
+    """A checkpoint's config, or the given one if it has the same model, with overrides."""
+    saved = from_plain(meta.config)
+    if config is not None:
+        different = differences(meta.config["model"], to_plain(config)["model"], "config.model.")
+        if different:
+            raise UserError(f"The checkpoint is of another model than the config: {', '.join(different)}.")
+        saved = config
+    for key, text in overrides or ():
+        override(saved, key, text)
+    return saved

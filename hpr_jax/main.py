@@ -1,0 +1,162 @@
+"""Command line.
+
+python -m hpr_jax.main --config configs/ddq.py[:variant] --workdir DIR [--mode train|evaluate|predict]
+    [--config.section.key=value ...]
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from hpr_jax.config import load_config, override, suggestion
+from hpr_jax.errors import RunError, UserError
+
+MODES = ("train", "evaluate", "predict")
+log = logging.getLogger("hpr_jax")
+
+USAGE = """%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.KEY=VALUE ...]
+       %(prog)s --mode evaluate --workdir DIR [--checkpoint DIR] [--output DIR] [--config.SECTION.KEY=VALUE ...]
+       %(prog)s --mode predict --workdir DIR [--checkpoint DIR] [--output DIR] [--threshold T] IMAGE_OR_FOLDER ..."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage."""
+
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m hpr_jax.main",
+        usage=USAGE,
+        description="Trains, evaluates and runs HPR detectors.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="config file, with a variant behind a colon; needed for training")
+    parser.add_argument("--workdir", type=Path, help="folder of the run: checkpoints, metrics, log")
+    parser.add_argument("--mode", default="train", help="train (default), evaluate or predict")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="checkpoint to evaluate or predict with; default: the workdir's"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder of the results; default: WORKDIR/evaluation or /predictions"
+    )
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that predict keeps (default 0.3)")
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("inputs", nargs="*", type=Path, help="images and folders of images, for predict")
+    return parser
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separates `--config.a.b=value` and `--config.a.b value` from the other arguments."""
+    rest, overrides = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(waiting, None)
+            if value is None:
+                raise UserError(f"--config.{key} has no value.")
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _check(arguments: argparse.Namespace, unknown: list[str], parser: _Parser) -> None:
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"There is no option {unknown[0]}; {suggestion(unknown[0].partition('=')[0], options)}")
+    if arguments.mode not in MODES:
+        raise UserError(f"There is no mode {arguments.mode!r}; {suggestion(arguments.mode, MODES)}")
+    if arguments.mode == "train" and not arguments.config:
+        raise UserError("Training needs --config FILE.py[:VARIANT].")
+    if arguments.mode == "train" and arguments.inputs:
+        raise UserError(f"Training takes no inputs, and got {arguments.inputs[0]}.")
+    if not arguments.workdir and (arguments.mode == "train" or not (arguments.checkpoint and arguments.output)):
+        raise UserError("Give --workdir DIR, the folder of the run.")
+    if arguments.workdir and arguments.workdir.exists() and not arguments.workdir.is_dir():
+        raise UserError(f"The workdir {arguments.workdir} is a file; give a folder.")
+
+
+def set_up_logging(file: Path | None = None) -> None:
+    """Logs to standard output without breaking progress bars, and to a file."""
+    from tqdm import tqdm
+
+    class BarHandler(logging.StreamHandler):
+        def emit(self, record):
+            tqdm.write(self.format(record), file=sys.stdout)
+
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    stream = BarHandler()
+    stream.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(stream)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+
+
+def run(command_line: list[str]) -> None:
+    """Does what the arguments say.
+
+    Raises:
+      UserError, RunError: with a sentence for the user.
+    """
+    command_line, overrides = _split_overrides(command_line)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(command_line)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(version("hpr_jax"))
+        return
+    _check(arguments, unknown, parser)
+    config = load_config(arguments.config) if arguments.config else None
+    if config is not None:
+        for key, text in overrides:
+            override(config, key, text)
+
+    if arguments.mode == "train":
+        set_up_logging(arguments.workdir / "train.log")
+        from hpr_jax.train import train
+
+        train(config, arguments.workdir)
+        return
+    set_up_logging()
+    checkpoint = arguments.checkpoint or arguments.workdir
+    if arguments.mode == "evaluate":
+        from hpr_jax.evaluate import evaluate
+
+        evaluate(checkpoint, arguments.output or arguments.workdir / "evaluation", overrides, config)
+    else:
+        from hpr_jax.predict import predict
+
+        predict(
+            checkpoint, arguments.inputs, arguments.output or arguments.workdir / "predictions", arguments.threshold
+        )
+
+
+def main() -> int:
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"hpr_jax: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"hpr_jax: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hpr_jax: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

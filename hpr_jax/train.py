@@ -1,0 +1,342 @@
+"""Training: plan, loader, one jitted step, checkpoints, evaluation at intervals."""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hpr_jax.checkpoint import Checkpoints, Meta
+from hpr_jax.config import differences, to_plain
+from hpr_jax.data.batching import Batch, TrainLoader, train_batches
+from hpr_jax.data.coco import CocoDataset, load_coco
+from hpr_jax.data.plan import TrainPlan, choose_buckets
+from hpr_jax.data.transforms import draw_weak
+from hpr_jax.errors import RunError, UserError
+from hpr_jax.evaluate import Evaluator, log_table
+from hpr_jax.losses.criterion import Criterion
+from hpr_jax.metrics import MetricWriter
+from hpr_jax.models.build import build_detector
+from hpr_jax.optimizer import learning_rate_schedule, make_optimizer
+from hpr_jax.torch_import import load_weights_file
+from hpr_jax.types import Targets
+
+log = logging.getLogger("hpr_jax")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes, and the variables that it does not (`frozen`)."""
+
+    step: jax.Array
+    params: nnx.State
+    frozen: nnx.State
+    optimizer: Any
+
+
+@flax.struct.dataclass
+class DeviceBatch:
+    """The part of a batch that a step reads: uint8 images `[B, H, W, 3]` and their targets."""
+
+    images: jax.Array
+    targets: Targets
+
+
+StepNumbers = dict[str, jax.Array]
+
+
+def make_train_step(
+    graph: nnx.GraphDef, criterion: Criterion, optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepNumbers]]:
+    """One optimisation step, to be jitted; its numbers are every loss term, `loss` and `gradient_norm`."""
+
+    def loss_of(params, frozen, batch, key):
+        detector = nnx.merge(graph, params, frozen)
+        sizes = batch.targets.sizes
+        denoising = detector.denoiser.draw(key, batch.targets) if detector.denoiser is not None else None
+        outputs = detector(detector.normalize(batch.images, sizes), sizes, denoising=denoising, train=True)
+        terms = {name: jnp.sum(term) for name, term in criterion(outputs, batch.targets, denoising).items()}
+        return sum(terms.values()), terms
+
+    def step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, state.frozen, batch, key)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        numbers = {**terms, "loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, optimizer=optimizer_state), numbers
+
+    return step
+
+
+def make_criterion(config: ConfigDict) -> Criterion:
+    """The losses that a config asks for."""
+    names, weights = config.model.refiner.auxiliaries, config.loss.branch_weights
+    if len(names) != len(weights):
+        raise UserError(
+            f"config.loss.branch_weights has {len(weights)} weights for the {len(names)} branches of "
+            "config.model.refiner.auxiliaries."
+        )
+    dense = config.loss.dense
+    return Criterion(
+        branch_weights=dict(zip(names, weights)),
+        dense_positives=dense.positives,
+        dense_giou_weight=dense.giou_weight,
+        dense_alpha=dense.alpha,
+        dense_beta=dense.beta,
+    )
+
+
+def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
+    """The batches of a run; its buckets suit the sizes of a trial epoch."""
+    sizes, batch_size = dataset.sizes, config.train.batch_size
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"{dataset.annotations} has {len(dataset)} images to train on, fewer than config.train.batch_size "
+            f"{batch_size}; lower it, or set --config.data.keep_empty=True if images without objects shall count."
+        )
+    draw = functools.partial(draw_weak, sizes, config.augmentation.to_dict())
+    trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
+    side, max_side = max(config.augmentation.sides), config.augmentation.max_side
+    cover = [(side, max_side)] * bool(np.any(trial[:, 0] < trial[:, 1])) + [(max_side, side)] * bool(
+        np.any(trial[:, 0] > trial[:, 1])
+    )
+    buckets = choose_buckets(trial, config.data.buckets, cover=cover if config.data.buckets > 1 else ())
+    return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed)
+
+
+def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
+    """The training split without what is left out of training, and the whole validation split."""
+    data = config.data
+    train = load_coco(Path(data.directory), data.train_images, data.train_annotations)
+    val = load_coco(Path(data.directory), data.val_images, data.val_annotations, train.classes)
+    for dataset in (train, val):
+        if dataset.dropped:
+            log.warning("%d impossible boxes dropped from %s:", len(dataset.dropped), dataset.annotations)
+            for sentence in dataset.dropped[:20]:
+                log.warning("  %s", sentence)
+            if len(dataset.dropped) > 20:
+                log.warning("  and %d more", len(dataset.dropped) - 20)
+    usable = train.subset(keep_empty=data.keep_empty, min_side=data.min_side)
+    log.info(
+        "%d training images (%d left out), %d validation images, %d classes",
+        len(usable),
+        len(train) - len(usable),
+        len(val),
+        len(train.classes.names),
+    )
+    return usable, val
+
+
+def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, TrainState]:
+    """A new detector, split into its structure and its state."""
+    # This generator's programs compile several times faster than the default one's.
+    key = jax.random.key(config.train.seed, impl="rbg")
+    detector = nnx.jit(lambda key: build_detector(config.model, num_classes, rngs=nnx.Rngs(key)))(key)
+    if config.train.initial_weights:
+        load_weights_file(detector, Path(config.train.initial_weights))
+    elif config.model.backbone.norm == "frozen_batch":
+        log.warning(
+            "The backbone's BatchNorm is frozen, which presumes pre-trained weights, and there are none: set "
+            "--config.train.initial_weights, or use a variant that trains from scratch."
+        )
+    graph, params, frozen = nnx.split(detector, nnx.Param, ...)
+    optimizer = make_optimizer(config.optimizer)
+    return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, jax.jit(optimizer.init)(params))
+
+
+def to_device(batch: Batch) -> DeviceBatch:
+    """Starts the transfer of a batch."""
+    targets = Targets(boxes=batch.boxes, labels=batch.labels, valid=batch.valid, sizes=batch.sizes)
+    return jax.device_put(DeviceBatch(images=batch.images, targets=targets))
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains, going on from the workdir's latest checkpoint if there is one; returns the last evaluation's numbers.
+
+    Raises:
+      UserError: settings or data that cannot be trained on.
+      RunError: the loss is not finite.
+    """
+    train_set, val_set = load_training_data(config)
+    plan = make_plan(config, train_set)
+    max_boxes = config.data.max_boxes or max(1, *(len(record.boxes) for record in train_set.records))
+    criterion = make_criterion(config)
+    graph, state = initial_state(config, len(train_set.classes.names))
+    log.info(
+        "%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params))
+    )
+    log.info("batches of %d in the shapes %s", plan.batch_size, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
+
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    meta = Meta(to_plain(config), train_set.classes, 0, {})
+    state = _resume(checkpoints, state, meta)
+    start, steps = int(state.step), config.train.steps
+    if start >= steps:
+        log.info("Step %d of %d is done already.", start, steps)
+    loader = TrainLoader(train_set, plan, max_boxes)
+    batches = train_batches(loader, start, steps, config.data.threads)
+    evaluator = Evaluator(config, val_set, graph)
+    step_function = jax.jit(
+        make_train_step(graph, criterion, make_optimizer(config.optimizer), config.train.seed), donate_argnums=0
+    )
+    run = _Run(config, workdir, checkpoints, evaluator, meta, start)
+    try:
+        metrics = run.loop(step_function, state, batches)
+    finally:
+        checkpoints.wait()
+        run.close()
+        checkpoints.close()
+    return metrics
+
+
+class _Run:
+    """The loop, with its bookkeeping."""
+
+    def __init__(self, config, workdir, checkpoints, evaluator, meta, start):
+        self.config, self.checkpoints, self.evaluator, self.meta = config, checkpoints, evaluator, meta
+        self.writer = MetricWriter(workdir)
+        self.schedule = learning_rate_schedule(config.optimizer)
+        self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True)
+        best = checkpoints.best_meta()
+        self.best = best.metrics.get("AP", -1.0) if best else -1.0
+        self.refilled = 0
+
+    def loop(self, step_function, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
+        settings, metrics = self.config.train, {}
+        interval = _Interval()
+        # The numbers of a step are read while the next one runs.
+        pending = None
+        step = first = int(state.step)
+        while step < settings.steps:
+            began = time.perf_counter()
+            batch = next(batches)
+            interval.waited += time.perf_counter() - began
+            self._report(step, batch)
+            state, numbers = step_function(state, to_device(batch))
+            if pending is not None:
+                self._check(step, pending, interval)
+            pending = numbers
+            step += 1
+            interval.images += len(batch.images)
+            last = step == settings.steps
+            logs = step % settings.log_every == 0 or last or step == first + 1
+            saves = step % settings.checkpoint_every == 0 or last
+            evaluates = step % settings.evaluate_every == 0 or last
+            if logs or saves or evaluates:
+                self._check(step, pending, interval)
+                pending = None
+            self.bar.update()
+            if logs:
+                self._log(step, numbers, interval)
+                interval = _Interval()
+            if saves:
+                self._save(step, state, metrics)
+            if evaluates:
+                metrics = self._evaluate(step, state)
+                interval = _Interval()
+        if not metrics:
+            metrics = self._evaluate(step, state)
+        return metrics
+
+    def _check(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
+        """Waits for the numbers of `step` and stops the run if they are not finite."""
+        loss, norm = float(numbers["loss"]), float(numbers["gradient_norm"])
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            offending = [name for name, value in jax.device_get(numbers).items() if not np.isfinite(value)]
+            self.checkpoints.wait()
+            kept = self.checkpoints.latest_meta()
+            raise RunError(
+                f"The loss is not finite at step {step}: {', '.join(offending)}. "
+                + (f"The checkpoint of step {kept.step} is kept." if kept else "There was no checkpoint yet.")
+            )
+        interval.losses.append(loss)
+
+    def _report(self, step: int, batch: Batch) -> None:
+        self.refilled += len(batch.reports)
+        for report in batch.reports:
+            log.warning("step %d: %s (%d such reports so far)", step + 1, report, self.refilled)
+
+    def _log(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
+        seconds = time.perf_counter() - interval.began
+        rate, learning_rate = interval.images / seconds, float(self.schedule(step - 1))
+        terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
+        self.writer.write(
+            step,
+            {
+                "loss": float(np.mean(interval.losses)),
+                "learning_rate": learning_rate,
+                "gradient_norm": float(numbers["gradient_norm"]),
+                "images_per_second": rate,
+                "data_wait": interval.waited / seconds,
+                "reports": self.refilled,
+                **terms,
+            },
+        )
+        self.bar.set_postfix_str(
+            f"loss {np.mean(interval.losses):.3f}, learning rate {learning_rate:.2g}, {rate:.2f} images/s"
+        )
+
+    def _save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        training = {"optimizer": state.optimizer, "step": state.step}
+        self.checkpoints.save(step, _model(state), training, self._meta(step, metrics))
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        result = self.evaluator.run(nnx.merge_state(state.params, state.frozen))
+        self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
+        log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
+        log_table(result)
+        if result.metrics["AP"] > self.best:
+            self.best = result.metrics["AP"]
+            self.checkpoints.save_best(step, _model(state), self._meta(step, result.metrics))
+        return result.metrics
+
+    def _meta(self, step, metrics) -> Meta:
+        return Meta(self.meta.config, self.meta.classes, step, metrics)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+
+class _Interval:
+    """Numbers since the last line of the log."""
+
+    def __init__(self):
+        self.began, self.waited, self.images, self.losses = time.perf_counter(), 0.0, 0, []
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> TrainState:
+    found = checkpoints.latest_meta()
+    if found is None:
+        return state
+    different = differences(found.config["model"], meta.config["model"], "config.model.")
+    if found.classes != meta.classes:
+        different.append("the classes of the data set")
+    if different:
+        raise UserError(
+            f"The workdir holds a run of another model, which differs in {', '.join(different)}; choose another workdir."
+        )
+    training = {"optimizer": state.optimizer, "step": state.step}
+    model, training = checkpoints.restore(found.step, _model(state), training)
+    params, frozen = nnx.split_state(model, nnx.Param, ...)
+    log.info("Goes on from step %d.", found.step)
+    return TrainState(training["step"], params, frozen, training["optimizer"])
+
+
+def _model(state: TrainState) -> nnx.State:
+    return nnx.merge_state(state.params, state.frozen)
+
+
+def _millions(state: Any) -> float:
+    return sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e6
