@@ -53,15 +53,16 @@ def demo(config: ConfigDict) -> None:
     """For scripts/demo."""
     common.from_scratch(config, base_channels=16, blocks=(1, 1, 1, 1))
     model = config.model
-    model.update(channels=64, heads=4, hidden=128)
+    model.update(channels=64, heads=4, hidden=128, remat=False)
     model.encoder.layers = model.refiner.layers = 2
     model.neck.groups = 8
-    model.queries.count = 30
-    model.denoising.queries = 20
+    model.queries.update(count=20, dense_ratio=1.0)
+    model.denoising.queries = 10
+    model.refiner.region.output_size = 5
     model.refiner.dynamic_conv.hidden = 16
     model.refiner.regional_attention.update(heads=4, samples=2)
     config.augmentation.update(sides=(128,), max_side=128, crop=0.0)
     config.data.update(directory="runs/demo/data", buckets=1, keep_empty=True, threads=2)
-    config.train.update(batch_size=8, steps=2000, checkpoint_every=500, evaluate_every=1000, log_every=20)
-    config.optimizer.update(learning_rate=1e-3, weight_decay=1e-3, warmup_steps=100, milestones=(1600,))
+    config.train.update(batch_size=8, steps=1200, checkpoint_every=200, evaluate_every=600, log_every=20)
+    config.optimizer.update(learning_rate=1e-3, weight_decay=1e-3, warmup_steps=50, milestones=(1000,))
     config.evaluate.update(batch_size=8, side=128, max_side=128, detections=50, buckets=1)

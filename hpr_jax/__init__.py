@@ -1,0 +1,16 @@
+"""Hybrid Proposal Refiner (CVPR 2024): DETR-style object detection in JAX."""
+
+__all__ = ["Detections", "ImageDetector", "load", "load_config"]
+
+
+def __getattr__(name: str):
+    # The command line answers mistakes before it imports JAX.
+    if name in ("Detections", "ImageDetector", "load"):
+        from hpr_jax import inference
+
+        return getattr(inference, name)
+    if name == "load_config":
+        from hpr_jax.config import load_config
+
+        return load_config
+    raise AttributeError(f"module 'hpr_jax' has no attribute {name!r}")

@@ -138,9 +138,8 @@ def run(command_line: list[str]) -> None:
     else:
         from hpr_jax.predict import predict
 
-        predict(
-            checkpoint, arguments.inputs, arguments.output or arguments.workdir / "predictions", arguments.threshold
-        )
+        output = arguments.output or arguments.workdir / "predictions"
+        predict(checkpoint, arguments.inputs, output, arguments.threshold, overrides)
 
 
 def main() -> int:

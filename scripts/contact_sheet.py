@@ -1,0 +1,47 @@
+"""A picture of predictions (left) beside the ground truth (right) on the first images of a run's validation split.
+
+python scripts/contact_sheet.py WORKDIR [--images 12] [--threshold 0.3] [--output WORKDIR/contact_sheet.jpg]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import hpr_jax
+from hpr_jax.data.coco import load_coco
+from hpr_jax.data.transforms import read_annotated_image
+from hpr_jax.errors import UserError
+from hpr_jax.visualize import contact_sheet, draw, write_image
+
+PER_ROW = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--threshold", type=float, default=0.3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+
+    detector = hpr_jax.load(arguments.workdir)
+    data = detector.config.data
+    dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, detector.classes)
+    pairs = []
+    for record in dataset.records[: arguments.images]:
+        image = read_annotated_image(record.path, record.height, record.width)
+        names = [dataset.classes.names[label] for label in record.labels]
+        pairs.append([detector(image, arguments.threshold).draw(), draw(image, record.boxes, record.labels, names)])
+    rows = [sum(pairs[start : start + PER_ROW], []) for start in range(0, len(pairs), PER_ROW)]
+    output = arguments.output or arguments.workdir / "contact_sheet.jpg"
+    write_image(output, np.ascontiguousarray(contact_sheet(rows)))
+    print(output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"contact_sheet: {error}")
