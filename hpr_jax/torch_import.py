@@ -247,7 +247,7 @@ def load_weights_file(detector: Detector, path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as file:
             tensors = dict(file)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"The weight file {path} is not an .npz file of arrays: {error}") from error
     load_official(detector, tensors, only="backbone." if all(n.startswith("backbone.") for n in tensors) else "")
 

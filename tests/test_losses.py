@@ -105,9 +105,7 @@ def test_padded_boxes_change_nothing():
     """More room for ground truth, filled with other boxes that are not valid."""
     small = tiny.targets([2, 1], 2, [[50, 60], [60, 40]])
     large = tiny.targets([2, 1], 5, [[50, 60], [60, 40]], seed=1)
-    large = large.replace(
-        boxes=large.boxes.at[:, :2].set(small.boxes), labels=large.labels.at[:, :2].set(small.labels)
-    )
+    large = large.replace(boxes=large.boxes.at[:, :2].set(small.boxes), labels=large.labels.at[:, :2].set(small.labels))
     a, b = criterion(outputs(), small), criterion(outputs(), large)
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
@@ -129,9 +127,7 @@ def test_queries_that_do_not_count_change_nothing():
     valid = out.primary.matching.valid.at[1, :, 3].set(False)
 
     def with_logits(value):
-        matching = out.primary.matching.replace(
-            valid=valid, logits=out.primary.matching.logits.at[1, :, 3].set(value)
-        )
+        matching = out.primary.matching.replace(valid=valid, logits=out.primary.matching.logits.at[1, :, 3].set(value))
         return out.replace(primary=out.primary.replace(matching=matching))
 
     a, b = criterion(with_logits(0.0), targets), criterion(with_logits(9.0), targets)

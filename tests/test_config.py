@@ -1,0 +1,133 @@
+"""Config files, overrides and the sentences that mistakes get."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from hpr_jax import main as command
+from hpr_jax.config import differences, from_plain, load_config, override, to_plain
+from hpr_jax.errors import UserError
+
+DDQ = f"{tiny.ROOT}/configs/ddq.py"
+
+
+@pytest.mark.parametrize("variant", ["r50_1x", "small", "demo"])
+def test_variants_load_and_survive_json(variant):
+    config = load_config(f"{DDQ}:{variant}")
+    assert to_plain(from_plain(to_plain(config))) == to_plain(config)
+
+
+def test_the_default_is_the_official_recipe():
+    config = load_config(DDQ)
+    assert to_plain(config) == to_plain(load_config(f"{DDQ}:r50_1x"))
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-4, 0.05)
+    assert (config.train.steps, config.optimizer.milestones) == (88_000, (80_000,))
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_factor) == (2000, 1e-4)
+    assert (config.train.batch_size, config.optimizer.clip_norm, config.optimizer.backbone_multiplier) == (16, 0.1, 0.1)
+    assert (config.model.queries.count, config.model.queries.dense_ratio) == (300, 1.5)
+    assert (config.augmentation.sides[0], config.augmentation.sides[-1], len(config.augmentation.sides)) == (
+        480,
+        800,
+        11,
+    )
+    assert (config.evaluate.side, config.evaluate.max_side, config.evaluate.detections) == (800, 1333, 300)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optimizer.learning_rate", "1e-3", 1e-3),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("optimizer.milestones", "(3, 5)", (3, 5)),
+        ("optimizer.milestones", "7", (7,)),
+        ("model.refiner.auxiliaries", "dynamic_conv", ("dynamic_conv",)),
+        ("data.keep_empty", "true", True),
+        ("data.directory", "123", "123"),
+        ("train.steps", "10", 10),
+    ],
+)
+def test_overrides_keep_types(key, text, value):
+    config = load_config(DDQ)
+    override(config, key, text)
+    section, _, name = key.rpartition(".")
+    found = config
+    for part in section.split("."):
+        found = found[part]
+    assert found[name] == value
+    assert type(found[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "sentence"),
+    [
+        ("optimizer.learningrate", "1", "config.optimizer.learning_rate"),
+        ("optimiser.learning_rate", "1", "did you mean config.optimizer.learning_rate"),
+        ("train", "1", "is a section"),
+        ("train.steps", "many", "wants a whole number"),
+        ("train.steps", "1.5", "wants a whole number"),
+        ("optimizer.learning_rate", "fast", "wants a number"),
+        ("data.keep_empty", "maybe", "True or False"),
+        ("augmentation.sides", "wide", "a list of numbers"),
+    ],
+)
+def test_wrong_overrides(key, text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        override(load_config(DDQ), key, text)
+
+
+def test_wrong_files_and_variants(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'r50_1x'"):
+        load_config(f"{DDQ}:r50_2x")
+    with pytest.raises(UserError, match=r"did you mean.*ddq\.py"):
+        load_config(f"{tiny.ROOT}/configs/dqq.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="no function get_config"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+def test_differences_name_keys():
+    a = {"x": 1, "y": {"z": [1, 2], "same": 0}}
+    assert differences(a, {"x": 1, "y": {"z": [1, 3], "same": 0}}) == ["y.z ([1, 2] and [1, 3])"]
+
+
+def answer(monkeypatch, capsys, *arguments):
+    """Exit code and standard error of a command line."""
+    monkeypatch.setattr(sys, "argv", ["hpr_jax", *map(str, arguments)])
+    code = command.main()
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "--config"),
+        (("--config", DDQ), "--workdir"),
+        (("--config", DDQ, "--workdir", "w", "--mode", "trian"), "did you mean 'train'"),
+        (("--config", DDQ, "--workdri", "w"), "did you mean '--workdir'"),
+        (("--config", f"{DDQ}:smal", "--workdir", "w"), "did you mean 'small'"),
+        (("--config", DDQ, "--workdir", "w", "--config.train.stepz=1"), "did you mean config.train.steps"),
+        (("--config", DDQ, "--workdir", "w", "--config.train.steps"), "has no value"),
+        (("--config", DDQ, "--workdir", "w", "--config.data.directory=nowhere"), "nowhere does not exist"),
+        (("--mode", "evaluate", "--workdir", "nowhere"), "no checkpoint in nowhere"),
+        (("--mode", "predict", "--workdir", "nowhere", "x.jpg"), "no image or folder x.jpg"),
+        (("--mode", "predict", "--workdir", "nowhere"), "needs images"),
+        (("--mode", "predict", "--workdir", "w", "--threshold", "high", "x.jpg"), "invalid float value"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    code, error = answer(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert sentence in error
+    assert error.startswith("hpr_jax: ")
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_as_a_program(tmp_path):
+    command_line = [sys.executable, "-m", "hpr_jax.main", "--config", DDQ, "--workdir", tmp_path, "--mode", "evalute"]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "hpr_jax: There is no mode 'evalute'; did you mean 'evaluate'?\n"

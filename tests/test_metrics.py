@@ -1,0 +1,84 @@
+"""Average precision: the fast evaluator against the reference, and edge cases."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hpr_jax.metrics import NAMES, MetricWriter, coco_average_precision
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in range(8)]
+    objects = []
+    for image in images:
+        for _ in range(5):
+            x, y, w, h = RNG.uniform(5, 150, 4).tolist()
+            objects.append(
+                {
+                    "id": len(objects) + 1,
+                    "image_id": image["id"],
+                    "category_id": int(RNG.choice([3, 8])),
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": int(len(objects) % 9 == 0),
+                }
+            )
+    categories = [{"id": c, "name": str(c)} for c in (3, 8, 11)]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    return path, objects
+
+
+def noisy(objects):
+    return [
+        {
+            "image_id": o["image_id"],
+            "category_id": o["category_id"],
+            "bbox": (np.array(o["bbox"]) * RNG.uniform(0.8, 1.2, 4)).tolist(),
+            "score": float(RNG.random()),
+        }
+        for o in objects * 3
+    ]
+
+
+def test_fast_evaluator_gives_the_same_numbers(annotations):
+    pytest.importorskip("hotcoco", reason="the extra fast-eval is not installed")
+    path, objects = annotations
+    found = noisy(objects)
+    slow, slow_classes = coco_average_precision(path, found, "pycocotools")
+    fast, fast_classes = coco_average_precision(path, found, "hotcoco")
+    assert list(slow) == list(NAMES)
+    assert 0.1 < slow["AP"] < 0.9
+    for name in NAMES:
+        assert fast[name] == pytest.approx(slow[name], abs=1e-9), name
+    for category in (3, 8, 11):
+        assert fast_classes[category] == pytest.approx(slow_classes[category], abs=1e-9)
+    assert slow_classes[11] == {"AP": -1.0, "AP50": -1.0}
+
+
+def test_perfect_detections(annotations):
+    path, objects = annotations
+    found = [{**o, "score": 0.9} for o in objects if not o["iscrowd"]]
+    metrics, per_class = coco_average_precision(path, found, "pycocotools")
+    assert metrics["AP"] == pytest.approx(1.0)
+    assert per_class[3]["AP"] == pytest.approx(1.0)
+
+
+def test_no_detections(annotations):
+    path, _ = annotations
+    metrics, per_class = coco_average_precision(path, [])
+    assert set(metrics.values()) == {0.0}
+    assert per_class[3]["AP"] == 0.0
+    assert per_class[11]["AP"] == -1.0
+
+
+def test_metric_files(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write(3, {"loss": 1.5})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
+    assert list(tmp_path.glob("events.*"))

@@ -1,0 +1,225 @@
+"""The program end to end at tiny size: train, resume, evaluate, predict, and what stops a run."""
+
+import json
+import shutil
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+import hpr_jax
+from hpr_jax.checkpoint import find_checkpoint, load_detector
+from hpr_jax.errors import RunError, UserError
+from hpr_jax.evaluate import evaluate
+from hpr_jax.optimizer import learning_rate_schedule, make_optimizer
+from hpr_jax.predict import predict
+from hpr_jax.train import make_plan, train
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return tiny.write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    """A finished run of four steps."""
+    workdir = tmp_path_factory.mktemp("trained")
+    metrics = train(tiny.config(coco), workdir)
+    return workdir, metrics
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path):
+    detector, _ = load_detector(path)
+    return {".".join(map(str, k)): np.asarray(v.get_value()) for k, v in nnx.to_flat_state(nnx.state(detector))}
+
+
+def test_a_run_leaves_everything_behind(trained):
+    workdir, metrics = trained
+    assert (workdir / "checkpoints/4/model").is_dir()
+    assert (workdir / "best/4/model").is_dir()
+    steps = [line["step"] for line in lines(workdir) if "loss" in line]
+    assert steps == [1, 2, 4]
+    logged = lines(workdir)[0]
+    assert {"loss", "learning_rate", "images_per_second", "gradient_norm", "data_wait"} <= set(logged)
+    assert sum(value for name, value in logged.items() if name.startswith("term/")) == pytest.approx(
+        logged["loss"], rel=1e-4
+    )
+    assert 0 <= metrics["AP"] <= 1
+
+
+def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_path):
+    config = tiny.config(coco)
+    config.train.steps = 2
+    train(config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2"]
+    config.train.steps = 4
+    train(config, tmp_path)
+    one, two = weights(trained[0] / "checkpoints"), weights(tmp_path / "checkpoints")
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def test_evaluating_twice_is_equal(trained, tmp_path):
+    workdir, metrics = trained
+    first = evaluate(workdir, tmp_path / "a")
+    second = evaluate(find_checkpoint(workdir), tmp_path / "b")
+    assert first.detections == second.detections
+    written = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert written["AP"] == metrics["AP"]
+    assert set(written["per_class"]) == {"cup", "pen", "hat"}
+    detections = json.loads((tmp_path / "b/detections.json").read_text())
+    assert {d["category_id"] for d in detections} <= {2, 5, 9}
+    assert {d["image_id"] for d in detections} == {7, 17, 27}
+
+
+def test_evaluating_on_other_classes_is_refused(trained, coco, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(coco, other)
+    path = other / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not those that the model knows"):
+        evaluate(trained[0], tmp_path / "out", [("data.directory", str(other))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict_writes_pictures_and_boxes_and_skips_broken_images(trained, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (100, 80, 3)).astype(np.uint8)
+    cv2.imwrite(str(folder / "a.png"), picture)
+    (folder / "b.jpg").write_bytes(b"broken")
+    (folder / "notes.txt").write_text("no image")
+    predict(trained[0], [folder, folder / "a.png"], tmp_path / "out", threshold=0.0)
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert content["skipped"] == [str(folder / "b.jpg")]
+    assert [entry["picture"] for entry in content["images"]] == [
+        str(tmp_path / "out/a.jpg"),
+        str(tmp_path / "out/a_2.jpg"),
+    ]
+    entry = content["images"][0]
+    assert (entry["width"], entry["height"]) == (80, 100)
+    assert len(entry["detections"]) == 10
+    boxes = np.array([d["box"] for d in entry["detections"]])
+    assert boxes.min() >= 0
+    assert np.all(boxes <= [80, 100, 80, 100])
+    assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (100, 80, 3)
+    (folder / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="None of the 2 images"):
+        predict(trained[0], [folder], tmp_path / "none", threshold=0.5)
+    assert not (tmp_path / "none").exists()
+
+
+def test_three_lines_of_python(trained, tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (48, 60, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "x.png"), image[..., ::-1])
+    detector = hpr_jax.load(trained[0])
+    result = detector(image, threshold=0.0)
+    assert len(result) == 10
+    assert result.draw().shape == image.shape
+    assert set(result.names) <= {"cup", "pen", "hat"}
+    from_list = detector([image, tmp_path / "x.png", str(tmp_path / "x.png")], threshold=0.0)
+    for other in from_list:
+        np.testing.assert_array_equal(other.boxes, result.boxes)
+    assert len(result.above(2.0)) == 0
+    assert result.above(2.0).draw().shape == image.shape
+    outputs = detector.outputs(image)
+    stages = outputs.intermediates
+    assert stages.memory.shape[0] == 1
+    assert stages.reference_boxes.shape == (3, 1, 8, 4)
+    assert stages.branch_hidden.shape[:2] == (2, 2)
+    assert set(outputs.branches) == {"regional_attention", "dynamic_conv"}
+    with pytest.raises(UserError, match="RGB uint8"):
+        detector(image.astype(np.float32))
+    with pytest.raises(UserError, match="missing"):
+        detector(tmp_path / "missing.png")
+
+
+def test_a_detector_from_a_config():
+    detector = hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", class_names=("a", "b"), **{"evaluate.detections": 3})
+    assert detector.classes.names == ("a", "b")
+    assert detector.config.evaluate.detections == 3
+    with pytest.raises(UserError, match=r"did you mean config.evaluate.detections"):
+        hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", **{"evaluate.detection": 3})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(coco, tmp_path):
+    config = tiny.config(coco)
+    config.train.steps = 2
+    train(config, tmp_path)
+    kept = weights(tmp_path / "checkpoints")
+    config.train.steps = 4
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(RunError, match=r"not finite at step 4: .*loss.*The checkpoint of step 2 is kept"):
+        train(config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2"]
+    assert all(np.array_equal(kept[name], value) for name, value in weights(tmp_path / "checkpoints").items())
+
+
+def test_a_workdir_of_another_model_is_refused(trained, coco):
+    config = tiny.config(coco)
+    config.model.hidden = 32
+    with pytest.raises(UserError, match=r"config.model.hidden \(24 and 32\)"):
+        train(config, trained[0])
+
+
+def test_too_few_images(coco):
+    from hpr_jax.data.coco import load_coco
+
+    config = tiny.config(coco)
+    config.train.batch_size = 7
+    dataset = load_coco(coco, "train2017", "annotations/instances_train2017.json")
+    with pytest.raises(UserError, match="6 images to train on, fewer than"):
+        make_plan(config, dataset)
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_detector(tmp_path)
+    for item in ("model", "meta"):
+        (tmp_path / "checkpoints/5" / item).mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_detector(tmp_path)
+
+
+def test_learning_rate():
+    settings = {
+        "learning_rate": 2.0,
+        "warmup_steps": 10,
+        "warmup_factor": 0.1,
+        "milestones": (20, 30),
+        "gamma": 0.1,
+    }
+    schedule = learning_rate_schedule(settings)
+    values = [float(schedule(step)) for step in (0, 5, 10, 19, 20, 30)]
+    assert values == pytest.approx([0.2, 1.1, 2.0, 2.0, 0.2, 0.02])
+
+
+def test_the_optimizer_is_adamw_with_a_slower_backbone():
+    settings = {
+        "learning_rate": 0.5,
+        "warmup_steps": 0,
+        "warmup_factor": 1.0,
+        "milestones": (),
+        "gamma": 0.1,
+        "clip_norm": 0.1,
+        "weight_decay": 0.2,
+        "backbone_multiplier": 0.1,
+    }
+    params = {"backbone": {"kernel": jnp.array([1.0])}, "heads": {"bias": jnp.array([2.0])}}
+    gradients = jax.tree.map(lambda x: 3 * x, params)
+    optimizer = make_optimizer(settings)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    # The first Adam update is the gradient's sign; decay 0.2 x value is added before the learning rate.
+    assert updates["backbone"]["kernel"][0] == pytest.approx(-0.5 * 0.1 * (1 + 0.2 * 1), rel=1e-4)
+    assert updates["heads"]["bias"][0] == pytest.approx(-0.5 * (1 + 0.2 * 2), rel=1e-4)
