@@ -1,38 +1,55 @@
 """AdamW as the official recipes set it up."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 
-def learning_rate_schedule(settings: Mapping[str, Any]) -> Callable[[jax.Array | int], jax.Array]:
-    """Linear warm-up from `warmup_factor`, then a factor `gamma` at each milestone."""
-    peak, warmup, factor = settings["learning_rate"], settings["warmup_steps"], settings["warmup_factor"]
-
-    def schedule(step):
-        ramp = factor + (1 - factor) * jnp.minimum(step / warmup, 1.0) if warmup else 1.0
-        passed = sum(jnp.where(step >= milestone, 1, 0) for milestone in settings["milestones"])
-        return peak * ramp * settings["gamma"] ** passed
-
-    return schedule
+def learning_rate(settings: Mapping[str, Any], step: int) -> float:
+    """Linear warm-up from `warmup_factor`, then a factor `gamma` at each milestone; `step` counts from 0."""
+    warmup, factor = settings["warmup_steps"], settings["warmup_factor"]
+    ramp = factor + (1 - factor) * min(step / warmup, 1.0) if warmup else 1.0
+    passed = sum(step >= milestone for milestone in settings["milestones"])
+    return settings["learning_rate"] * ramp * settings["gamma"] ** passed
 
 
-def make_optimizer(settings: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, weight decay on every tensor, a lower learning rate for the backbone."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings["clip_norm"]) if settings["clip_norm"] else optax.identity(),
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(settings["weight_decay"]),
-        _scale_backbone(settings["backbone_multiplier"]),
-        optax.scale_by_learning_rate(learning_rate_schedule(settings)),
-    )
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with clipping by global norm, decay on every tensor, and a lower learning rate for the backbone."""
+
+    clip_norm: float
+    weight_decay: float
+    backbone_multiplier: float
+
+    def init(self, params: Any) -> Any:
+        return self._adamw().init(params)
+
+    def update(self, gradients: Any, state: Any, params: Any, learning_rate: jax.Array) -> tuple[Any, Any]:
+        """-> new parameters and new state."""
+        updates, state = self._adamw().update(gradients, state, params)
+
+        def add(path, param, update):
+            slower = self.backbone_multiplier if path[0].key == "backbone" else 1.0
+            return param - slower * learning_rate * update
+
+        return jax.tree_util.tree_map_with_path(add, params, updates), state
+
+    def _adamw(self) -> optax.GradientTransformation:
+        # As one vector: hundreds of tensors with a dozen operations each would take as long to compile as the model.
+        return optax.flatten(
+            optax.chain(
+                optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
+                optax.scale_by_adam(),
+                optax.add_decayed_weights(self.weight_decay),
+            )
+        )
 
 
-def _scale_backbone(multiplier: float) -> optax.GradientTransformation:
-    def scale(path, update):
-        return update * multiplier if path[0].key == "backbone" else update
-
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+def global_norm(gradients: Any) -> jax.Array:
+    """Norm of all gradients together."""
+    return jnp.linalg.norm(ravel_pytree(gradients)[0])

@@ -11,7 +11,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from hpr_jax.evaluate import Evaluator, log_table
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
-from hpr_jax.optimizer import learning_rate_schedule, make_optimizer
+from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.torch_import import load_weights_file
 from hpr_jax.types import Targets
 
@@ -55,10 +54,12 @@ class DeviceBatch:
 StepNumbers = dict[str, jax.Array]
 
 
+@functools.lru_cache(maxsize=8)
 def make_train_step(
-    graph: nnx.GraphDef, criterion: Criterion, optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepNumbers]]:
-    """One optimisation step, to be jitted; its numbers are every loss term, `loss` and `gradient_norm`."""
+    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int
+) -> Callable[[TrainState, DeviceBatch, float], tuple[TrainState, StepNumbers]]:
+    """One optimisation step: state, batch and learning rate -> state (the old one is donated) and numbers: every loss
+    term, `loss` and `gradient_norm`. Cached, so that a run resumed in the same process does not compile again."""
 
     def loss_of(params, frozen, batch, key):
         detector = nnx.merge(graph, params, frozen)
@@ -68,15 +69,20 @@ def make_train_step(
         terms = {name: jnp.sum(term) for name, term in criterion(outputs, batch.targets, denoising).items()}
         return sum(terms.values()), terms
 
-    def step(state, batch):
+    def step(state, batch, learning_rate):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, state.frozen, batch, key)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        numbers = {**terms, "loss": loss, "gradient_norm": optax.global_norm(gradients)}
-        params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, optimizer=optimizer_state), numbers
+        numbers = {**terms, "loss": loss, "gradient_norm": global_norm(gradients)}
+        params, moments = optimizer.update(gradients, state.optimizer, state.params, learning_rate)
+        return state.replace(step=state.step + 1, params=params, optimizer=moments), numbers
 
-    return step
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_optimizer(config: ConfigDict) -> Optimizer:
+    """The optimizer that a config asks for."""
+    settings = config.optimizer
+    return Optimizer(settings.clip_norm, settings.weight_decay, settings.backbone_multiplier)
 
 
 def make_criterion(config: ConfigDict) -> Criterion:
@@ -89,7 +95,7 @@ def make_criterion(config: ConfigDict) -> Criterion:
         )
     dense = config.loss.dense
     return Criterion(
-        branch_weights=dict(zip(names, weights)),
+        branch_weights=tuple(zip(names, weights)),
         dense_positives=dense.positives,
         dense_giou_weight=dense.giou_weight,
         dense_alpha=dense.alpha,
@@ -151,8 +157,8 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
             "--config.train.initial_weights, or use a variant that trains from scratch."
         )
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
-    optimizer = make_optimizer(config.optimizer)
-    return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, jax.jit(optimizer.init)(params))
+    moments = jax.jit(make_optimizer(config).init)(params)
+    return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
 
 
 def to_device(batch: Batch) -> DeviceBatch:
@@ -187,9 +193,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     loader = TrainLoader(train_set, plan, max_boxes)
     batches = train_batches(loader, start, steps, config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
-    step_function = jax.jit(
-        make_train_step(graph, criterion, make_optimizer(config.optimizer), config.train.seed), donate_argnums=0
-    )
+    step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed)
     run = _Run(config, workdir, checkpoints, evaluator, meta, start)
     try:
         metrics = run.loop(step_function, state, batches)
@@ -206,7 +210,6 @@ class _Run:
     def __init__(self, config, workdir, checkpoints, evaluator, meta, start):
         self.config, self.checkpoints, self.evaluator, self.meta = config, checkpoints, evaluator, meta
         self.writer = MetricWriter(workdir)
-        self.schedule = learning_rate_schedule(config.optimizer)
         self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True)
         best = checkpoints.best_meta()
         self.best = best.metrics.get("AP", -1.0) if best else -1.0
@@ -223,7 +226,7 @@ class _Run:
             batch = next(batches)
             interval.waited += time.perf_counter() - began
             self._report(step, batch)
-            state, numbers = step_function(state, to_device(batch))
+            state, numbers = step_function(state, to_device(batch), learning_rate(self.config.optimizer, step))
             if pending is not None:
                 self._check(step, pending, interval)
             pending = numbers
@@ -269,22 +272,22 @@ class _Run:
 
     def _log(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
         seconds = time.perf_counter() - interval.began
-        rate, learning_rate = interval.images / seconds, float(self.schedule(step - 1))
+        images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
         self.writer.write(
             step,
             {
                 "loss": float(np.mean(interval.losses)),
-                "learning_rate": learning_rate,
+                "learning_rate": rate,
                 "gradient_norm": float(numbers["gradient_norm"]),
-                "images_per_second": rate,
+                "images_per_second": images_per_second,
                 "data_wait": interval.waited / seconds,
                 "reports": self.refilled,
                 **terms,
             },
         )
         self.bar.set_postfix_str(
-            f"loss {np.mean(interval.losses):.3f}, learning rate {learning_rate:.2g}, {rate:.2f} images/s"
+            f"loss {np.mean(interval.losses):.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
         )
 
     def _save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:

@@ -90,7 +90,7 @@ def outputs(layers=2, batch=2):
     )
 
 
-criterion = jax.jit(lambda outputs, targets: Criterion(branch_weights={"other": 0.5})(outputs, targets, None))
+criterion = jax.jit(lambda outputs, targets: Criterion(branch_weights=(("other", 0.5),))(outputs, targets, None))
 
 
 def test_terms_of_every_branch_and_layer():

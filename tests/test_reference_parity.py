@@ -187,7 +187,9 @@ def drawn_denoising(model):
 @functools.cache
 def training(model):
     """Outputs, loss terms and gradients of one step."""
-    criterion = Criterion(branch_weights=dict.fromkeys(BRANCHES, 0.5), dense_positives=sizes()[model]["aux_num_pos"])
+    criterion = Criterion(
+        branch_weights=tuple((name, 0.5) for name in BRANCHES), dense_positives=sizes()[model]["aux_num_pos"]
+    )
     graph, params, rest = nnx.split(reference.detector(model), nnx.Param, ...)
 
     @jax.jit

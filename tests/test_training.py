@@ -15,7 +15,7 @@ import hpr_jax
 from hpr_jax.checkpoint import find_checkpoint, load_detector
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import evaluate
-from hpr_jax.optimizer import learning_rate_schedule, make_optimizer
+from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.predict import predict
 from hpr_jax.train import make_plan, train
 
@@ -200,26 +200,19 @@ def test_learning_rate():
         "milestones": (20, 30),
         "gamma": 0.1,
     }
-    schedule = learning_rate_schedule(settings)
-    values = [float(schedule(step)) for step in (0, 5, 10, 19, 20, 30)]
+    values = [learning_rate(settings, step) for step in (0, 5, 10, 19, 20, 30)]
     assert values == pytest.approx([0.2, 1.1, 2.0, 2.0, 0.2, 0.02])
 
 
 def test_the_optimizer_is_adamw_with_a_slower_backbone():
-    settings = {
-        "learning_rate": 0.5,
-        "warmup_steps": 0,
-        "warmup_factor": 1.0,
-        "milestones": (),
-        "gamma": 0.1,
-        "clip_norm": 0.1,
-        "weight_decay": 0.2,
-        "backbone_multiplier": 0.1,
-    }
+    optimizer = Optimizer(clip_norm=0.1, weight_decay=0.2, backbone_multiplier=0.1)
     params = {"backbone": {"kernel": jnp.array([1.0])}, "heads": {"bias": jnp.array([2.0])}}
     gradients = jax.tree.map(lambda x: 3 * x, params)
-    optimizer = make_optimizer(settings)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    assert global_norm(gradients) == pytest.approx(3 * 5**0.5)
+    params, state = optimizer.update(gradients, optimizer.init(params), params, 0.5)
     # The first Adam update is the gradient's sign; decay 0.2 x value is added before the learning rate.
-    assert updates["backbone"]["kernel"][0] == pytest.approx(-0.5 * 0.1 * (1 + 0.2 * 1), rel=1e-4)
-    assert updates["heads"]["bias"][0] == pytest.approx(-0.5 * (1 + 0.2 * 2), rel=1e-4)
+    assert params["backbone"]["kernel"][0] == pytest.approx(1.0 - 0.5 * 0.1 * (1 + 0.2 * 1), rel=1e-4)
+    assert params["heads"]["bias"][0] == pytest.approx(2.0 - 0.5 * (1 + 0.2 * 2), rel=1e-4)
+    # Adam saw the clipped gradient.
+    (moments,) = [leaf for leaf in jax.tree.leaves(state) if leaf.size == 2 and leaf.max() > 5e-3]
+    assert jnp.linalg.norm(moments) == pytest.approx(0.1 * 0.1, rel=1e-3)

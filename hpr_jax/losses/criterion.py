@@ -5,7 +5,6 @@ terms `class`, `l1` and `giou`; auxiliary branches prefix their name. The loss i
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +24,13 @@ class Criterion:
     Attributes:
       class_weight, l1_weight, giou_weight: of the terms of matched and denoising queries.
       costs: of the matching.
-      branch_weights: of each auxiliary branch, by name.
+      branch_weights: (name, weight) of each auxiliary branch.
       dense_positives: dense queries matched with one box (DDQ).
       dense_giou_weight: of the dense queries' box term.
       dense_alpha, dense_beta: a dense query's alignment is score ** alpha * IoU ** beta.
     """
 
-    branch_weights: Mapping[str, float]
+    branch_weights: tuple[tuple[str, float], ...]
     class_weight: float = 1.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
@@ -57,7 +56,7 @@ class Criterion:
         # Problem 0 is the encoder's; then come the layers of each branch.
         assigned = assign(requests, targets.valid)
         layers = len(outputs.primary.matching.logits)
-        weights = [1.0, *(self.branch_weights[name] for name in outputs.branches)]
+        weights = [1.0, *(dict(self.branch_weights)[name] for name in outputs.branches)]
         terms: Terms = {}
 
         def add(prefix, kind, values, weight):

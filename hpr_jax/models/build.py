@@ -12,7 +12,7 @@ from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.neck import ChannelMapper
 from hpr_jax.models.queries import DistinctQueries
-from hpr_jax.models.refiner import DeformableRefiner, HybridRefiner, InteractionFactory, RefinerLayer
+from hpr_jax.models.refiner import DeformableRefiner, HybridRefiner, InteractionFactory, RefinerLayer, RegionSettings
 from hpr_jax.models.region import DynamicConv, RegionalAttention
 from hpr_jax.models.resnet import ResNet
 
@@ -120,7 +120,7 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
         channels=channels,
         branches=names[1:],
         nms_threshold=config["queries"]["nms_threshold"],
-        region=dict(refiner["region"], strides=tuple(refiner["region"]["strides"])),
+        region=RegionSettings(**{**refiner["region"], "strides": tuple(refiner["region"]["strides"])}),
         remat=config["remat"],
         rngs=rngs,
     )

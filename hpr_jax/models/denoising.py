@@ -78,13 +78,15 @@ def group_layout(counts: jax.Array, most: jax.Array, groups: jax.Array, slots: i
     """
     slot = jnp.arange(slots)[None, :]
     length = jnp.maximum(most, 1)
-    place = slot % (2 * length)
-    target = place % length
+    # In floating point, exact for such numbers: integer division is slow to compile, and fused into every reader.
+    group = jnp.floor((slot + 0.5) / (2 * length)).astype(jnp.int32)
+    place = slot - group * 2 * length
+    target = jnp.where(place < length, place, place - length)
     used = slot < 2 * most * groups
     is_object = used & (target < counts)
     return {
         "target": jnp.where(is_object, target, 0),
-        "group": jnp.where(used, slot // (2 * length), -1),
+        "group": jnp.where(used, group, -1),
         "used": used,
         "object": is_object,
         "positive": is_object & (place < length),

@@ -81,14 +81,24 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`[B, h, w, C]` with valid sizes `[B, 2]` -> the same shape; padding holds arbitrary finite values."""
         batch, height, width, channels = x.shape
-        valid = valid_mask(sizes, height, width)[..., None]
-        count = (sizes[:, 0] * sizes[:, 1] * (channels // self.groups)).astype(jnp.float32)[:, None, None, None, None]
-        grouped = x.reshape(batch, height, width, self.groups, -1).astype(jnp.float32)
-        mean = jnp.sum(jnp.where(valid, grouped, 0), axis=(1, 2, 4), keepdims=True) / count
-        centered = jnp.where(valid, grouped - mean, 0)
-        variance = jnp.sum(jnp.square(centered), axis=(1, 2, 4), keepdims=True) / count
-        normed = (centered * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
-        return (normed * self.scale + self.bias).astype(x.dtype)
+        inside = jnp.where(valid_mask(sizes, height, width), x, 0).astype(jnp.float32)
+        count = (sizes[:, 0] * sizes[:, 1] * (channels // self.groups)).astype(jnp.float32)[:, None]
+
+        def mean(per_pixel):
+            per_group = jnp.sum(per_pixel, axis=(1, 2)).reshape(batch, self.groups, -1)
+            return jnp.sum(per_group, axis=-1) / count
+
+        # Both moments in one pass over the map, then one multiplication and addition: maps are large, memory is slow.
+        center = mean(inside)
+        variance = jnp.maximum(mean(jnp.square(inside)) - jnp.square(center), 0.0)
+        inverse = jax.lax.rsqrt(variance + 1e-5)
+
+        def per_channel(per_group):
+            return jnp.repeat(per_group, channels // self.groups, axis=1)
+
+        scale = per_channel(inverse) * self.scale
+        shift = self.bias - per_channel(center * inverse) * self.scale
+        return (x * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:

@@ -5,6 +5,7 @@ dynamic convolution, regional attention, ...), an FFN. Behind the self-attention
 a merge of all paths; the auxiliary paths end in branches that are supervised but not passed on.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -226,6 +227,16 @@ def select_distinct(
     return nms_mask(cxcywh_to_xyxy(boxes[same_as]), scores[same_as], counted(kept), threshold)
 
 
+@dataclasses.dataclass(frozen=True)
+class RegionSettings:
+    """How region features are taken from the memory; see `roi_align`."""
+
+    strides: tuple[int, ...] = (8, 16, 32, 64)
+    output_size: int = 7
+    sampling_ratio: int = 2
+    finest_scale: float = 56.0
+
+
 class HybridRefiner(nnx.Module):
     """Decoder of equal refiner layers, scanned.
 
@@ -233,7 +244,7 @@ class HybridRefiner(nnx.Module):
       make_layer: makes one layer.
       branches: names of the auxiliary branches, in the layer's order.
       nms_threshold: DDQ's selection of distinct queries between layers at this IoU, or None.
-      region: arguments of `roi_align` (strides, output_size, sampling_ratio, finest_scale).
+      region: how region features are taken.
       remat: compute a layer's inner values again in the backward pass.
     """
 
@@ -245,7 +256,7 @@ class HybridRefiner(nnx.Module):
         channels: int,
         branches: Sequence[str],
         nms_threshold: float | None,
-        region: dict,
+        region: RegionSettings,
         remat: bool,
         rngs: nnx.Rngs,
     ):
@@ -254,12 +265,14 @@ class HybridRefiner(nnx.Module):
         self.norm = layer_norm(channels, rngs=rngs)
         self.branch_norms = nnx.List([layer_norm(channels, rngs=rngs) for _ in branches])
         self.branches = tuple(branches)
-        self.nms_threshold, self.region, self.remat = nms_threshold, nnx.static(dict(region)), remat
+        self.nms_threshold, self.region, self.remat = nms_threshold, region, remat
 
     def regions(self, memory: Pyramid, boxes: jax.Array) -> jax.Array:
         """RoIAlign features of normalised cxcywh boxes `[B, Q, 4]` -> `[B, Q, bins, C]`."""
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
-        return roi_align(memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **self.region)
+        return roi_align(
+            memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **dataclasses.asdict(self.region)
+        )
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
         """Runs all layers; `heads` move the reference boxes, and rate queries for the selection of distinct ones."""
