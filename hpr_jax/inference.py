@@ -89,9 +89,7 @@ class ImageDetector:
         self._detect = make_detect(graph, config.evaluate.detections)
         self._outputs = jax.jit(functools.partial(_all_outputs, graph))
 
-    def __call__(
-        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.3
-    ) -> Detections | list[Detections]:
+    def __call__(self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.3) -> Detections | list[Detections]:
         """Detects objects.
 
         Args:

@@ -37,12 +37,8 @@ def _parser() -> _Parser:
     parser.add_argument("--config", help="config file, with a variant behind a colon; needed for training")
     parser.add_argument("--workdir", type=Path, help="folder of the run: checkpoints, metrics, log")
     parser.add_argument("--mode", default="train", help="train (default), evaluate or predict")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="checkpoint to evaluate or predict with; default: the workdir's"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="folder of the results; default: WORKDIR/evaluation or /predictions"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint to evaluate or predict with; default: the workdir's")
+    parser.add_argument("--output", type=Path, help="folder of the results; default: WORKDIR/evaluation or /predictions")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that predict keeps (default 0.3)")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.add_argument("inputs", nargs="*", type=Path, help="images and folders of images, for predict")

@@ -127,9 +127,7 @@ def entries(detector: Detector, state: nnx.State | None = None) -> list[Entry]:
     branches = detector.refiner.branches
     for branch in branches:
         if branch not in _AUXILIARY:
-            raise UserError(
-                f"The official models have no {branch!r} refiner, so their weights fit no detector with one."
-            )
+            raise UserError(f"The official models have no {branch!r} refiner, so their weights fit no detector with one.")
     columns = None
     if branches:
         columns = (0, *(1 + _MERGE_ORDER.index(branch) for branch in branches))

@@ -179,9 +179,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     max_boxes = config.data.max_boxes or max(1, *(len(record.boxes) for record in train_set.records))
     criterion = make_criterion(config)
     graph, state = initial_state(config, len(train_set.classes.names))
-    log.info(
-        "%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params))
-    )
+    log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
     log.info("batches of %d in the shapes %s", plan.batch_size, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
 
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)

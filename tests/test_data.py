@@ -196,9 +196,7 @@ def make_plan(count=23, batch_size=4, seed=0):
     sizes = np.tile([[100, 150], [90, 60], [64, 64]], (10, 1))[:count]
     trial = draw_weak(sizes, SETTINGS, np.random.default_rng(9))
     buckets = choose_buckets(np.array([g.size for g in trial]), 3, cover=[(64, 96), (96, 64)])
-    return TrainPlan(
-        lambda rng: draw_weak(sizes, SETTINGS, rng), count, batch_size=batch_size, buckets=buckets, seed=seed
-    )
+    return TrainPlan(lambda rng: draw_weak(sizes, SETTINGS, rng), count, batch_size=batch_size, buckets=buckets, seed=seed)
 
 
 class TestPlan:
@@ -239,9 +237,7 @@ class TestPlan:
 
     def test_evaluation_takes_each_image_once(self):
         geometries = whole(np.array([[48, 60], [60, 48], [50, 50]] * 5), 64, 96)
-        plan = evaluation_plan(
-            geometries, batch_size=4, buckets=choose_buckets(np.array([g.size for g in geometries]), 2)
-        )
+        plan = evaluation_plan(geometries, batch_size=4, buckets=choose_buckets(np.array([g.size for g in geometries]), 2))
         assert sorted(slot.index for batch in plan for slot in batch.slots) == list(range(15))
         assert all(len(batch.slots) <= 4 for batch in plan)
 

@@ -151,7 +151,5 @@ def test_empty_boxes_do_not_suppress_one_another():
 def test_sampling_gradients_are_finite_far_outside():
     value = jnp.ones((1, 4, 1, 2))
     locations, weights = jnp.full((1, 1, 1, 1, 1, 2), 1e6), jnp.ones((1, 1, 1, 1, 1))
-    gradients = jax.grad(lambda *a: deformable_sampling(a[0], ((2, 2),), *a[1:]).sum(), (0, 1, 2))(
-        value, locations, weights
-    )
+    gradients = jax.grad(lambda *a: deformable_sampling(a[0], ((2, 2),), *a[1:]).sum(), (0, 1, 2))(value, locations, weights)
     assert all(np.all(np.asarray(g) == 0) for g in gradients)

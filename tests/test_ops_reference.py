@@ -17,9 +17,7 @@ def test_deformable_sampling():
     arguments = tuple(map(jnp.asarray, (a["value"], a["sampling_locations"], a["attention_weights"])))
     out, pullback = jax.vjp(lambda v, x, w: deformable_sampling(v, shapes, x, w), *arguments)
     assert_close(out, a["output"], 1e-5)
-    for name, gradient in zip(
-        ("value", "sampling_locations", "attention_weights"), pullback(jnp.asarray(a["grad_output"]))
-    ):
+    for name, gradient in zip(("value", "sampling_locations", "attention_weights"), pullback(jnp.asarray(a["grad_output"]))):
         assert_close(gradient, a[f"grad_{name}"], 1e-4, name)
 
 

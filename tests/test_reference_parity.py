@@ -171,9 +171,7 @@ def drawn_denoising(model):
     targets = ground_truth()
     counts = np.asarray(targets.valid).sum(axis=1)[:, None]
     assert count == 2 * groups * counts.max()
-    layout = group_layout(
-        jnp.asarray(counts), jnp.full_like(counts, counts.max()), jnp.full_like(counts, groups), count
-    )
+    layout = group_layout(jnp.asarray(counts), jnp.full_like(counts, counts.max()), jnp.full_like(counts, groups), count)
     content = expected["pre_decoder.decoder.query"][:, :count]
     embedding = arrays(f"{model}_state_dict")["dn_query_generator.label_embedding.weight"]
     distance = np.abs(content[:, :, None] - embedding).max(axis=-1)
@@ -201,9 +199,7 @@ def training(model):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (total, (outputs, terms)), gradients = step(
-        params, rest, *reference.images(), drawn_denoising(model), ground_truth()
-    )
+    (total, (outputs, terms)), gradients = step(params, rest, *reference.images(), drawn_denoising(model), ground_truth())
     return total, outputs, terms, gradients
 
 

@@ -114,9 +114,7 @@ def _parse(content: dict, path: Path, folder: Path, classes: Classes | None) -> 
     if len(set(own.category_ids)) != len(own.category_ids):
         raise UserError(f"The annotation file {path} lists a category id twice.")
     if classes is not None and classes != own:
-        raise UserError(
-            f"The categories of {path} ({_show(own)}) are not those that the model knows ({_show(classes)})."
-        )
+        raise UserError(f"The categories of {path} ({_show(own)}) are not those that the model knows ({_show(classes)}).")
     label_of = {category: label for label, category in enumerate(own.category_ids)}
 
     boxes: dict[int, list] = {}
@@ -130,13 +128,9 @@ def _parse(content: dict, path: Path, folder: Path, classes: Classes | None) -> 
     for annotation in content["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in sizes:
-            raise UserError(
-                f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed."
-            )
+            raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed.")
         if category not in label_of:
-            raise UserError(
-                f"Annotation {annotation.get('id')} of {path} has category {category}, which is not listed."
-            )
+            raise UserError(f"Annotation {annotation.get('id')} of {path} has category {category}, which is not listed.")
         if annotation.get("iscrowd", 0):
             continue
         box, reason = _clip(annotation["bbox"], *sizes[image])

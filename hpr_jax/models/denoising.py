@@ -42,9 +42,7 @@ class Denoiser(nnx.Module):
         flip_key, label_key, sign_key, noise_key = jax.random.split(key, 4)
         # Half of the noise rate, as published; a drawn label may be the true one.
         flip = jax.random.uniform(flip_key, labels.shape) < 0.5 * self.label_noise
-        labels = jnp.where(
-            flip, jax.random.randint(label_key, labels.shape, 0, len(self.embedding.get_value())), labels
-        )
+        labels = jnp.where(flip, jax.random.randint(label_key, labels.shape, 0, len(self.embedding.get_value())), labels)
 
         sign = jax.random.rademacher(sign_key, boxes.shape, jnp.float32)
         # Positives move each side by up to half the box size, negatives by half to once the box size.

@@ -175,9 +175,7 @@ def _by_kind(predictions: Predictions, queries: DecoderInput) -> BranchPredictio
     )
 
 
-def detections(
-    predictions: Predictions, sizes: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def detections(predictions: Predictions, sizes: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The `count` best (query, class) pairs of each image.
 
     Args:

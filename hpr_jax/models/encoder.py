@@ -97,9 +97,7 @@ class Encoder(nnx.Module):
         remat: bool,
         rngs: nnx.Rngs,
     ):
-        self.layers = stack(
-            lambda rngs: EncoderLayer(channels, heads, levels, points, hidden, rngs=rngs), layers, rngs=rngs
-        )
+        self.layers = stack(lambda rngs: EncoderLayer(channels, heads, levels, points, hidden, rngs=rngs), layers, rngs=rngs)
         self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (levels, channels)))
         self.position_temperature, self.position_offset, self.remat = position_temperature, position_offset, remat
 

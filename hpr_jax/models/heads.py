@@ -48,9 +48,7 @@ class DecoderHeads(nnx.Module):
         """Class logits of one layer: `[B, Q, C]` -> `[B, Q, K]`."""
         if not num_dense:
             return self.matching.classes(x)
-        return jnp.concatenate(
-            [self.matching.classes(x[:, :-num_dense]), self.dense.classes(x[:, -num_dense:])], axis=1
-        )
+        return jnp.concatenate([self.matching.classes(x[:, :-num_dense]), self.dense.classes(x[:, -num_dense:])], axis=1)
 
     def predict(self, hidden: jax.Array, references: jax.Array, num_dense: int) -> tuple[jax.Array, jax.Array]:
         """Predictions of all layers.

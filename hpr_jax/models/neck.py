@@ -34,17 +34,13 @@ class Projection(nnx.Module):
 class ChannelMapper(nnx.Module):
     """One 1x1 projection per backbone map, then stride-2 3x3 projections of the last map up to `levels` maps."""
 
-    def __init__(
-        self, in_channels: Sequence[int], channels: int, levels: int, *, groups: int, bias: bool, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_channels: Sequence[int], channels: int, levels: int, *, groups: int, bias: bool, rngs: nnx.Rngs):
         self.projections = nnx.List([Projection(n, channels, 1, 1, groups, bias, rngs=rngs) for n in in_channels])
         extra = levels - len(in_channels)
         inputs = [in_channels[-1]] + [channels] * max(extra - 1, 0)
         self.extra = nnx.List([Projection(n, channels, 3, 2, groups, bias, rngs=rngs) for n in inputs[:extra]])
 
-    def __call__(
-        self, features: Sequence[jax.Array], sizes: Sequence[jax.Array]
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
+    def __call__(self, features: Sequence[jax.Array], sizes: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Maps `[B, h, w, C_i]` and valid sizes -> maps `[B, h, w, C]` of all levels and their valid sizes."""
         out = [project(x, size) for project, x, size in zip(self.projections, features, sizes)]
         x, size = features[-1], sizes[-1]

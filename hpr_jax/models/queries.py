@@ -42,9 +42,7 @@ class ProposalGenerator(nnx.Module):
         equal.
         """
         centers = pixel_centers(memory)
-        sides = jnp.concatenate(
-            [jnp.full(h * w, 0.05 * 2.0**level) for level, (h, w) in enumerate(memory.spatial_shapes)]
-        )
+        sides = jnp.concatenate([jnp.full(h * w, 0.05 * 2.0**level) for level, (h, w) in enumerate(memory.spatial_shapes)])
         sides = jnp.broadcast_to(sides[None, :, None], centers.shape)
         anchors = jnp.concatenate([centers, sides], axis=-1)
         inside = jnp.all((anchors > 0.01) & (anchors < 0.99), axis=-1, keepdims=True) & memory.valid[..., None]

@@ -209,9 +209,7 @@ def counted(kept: jax.Array) -> jax.Array:
     return kept | kept[..., :1]
 
 
-def select_distinct(
-    scores: jax.Array, boxes: jax.Array, kept: jax.Array, twins: jax.Array, threshold: float
-) -> jax.Array:
+def select_distinct(scores: jax.Array, boxes: jax.Array, kept: jax.Array, twins: jax.Array, threshold: float) -> jax.Array:
     """DDQ's selection behind a layer: NMS among the queries that count.
 
     Args:
@@ -270,9 +268,7 @@ class HybridRefiner(nnx.Module):
     def regions(self, memory: Pyramid, boxes: jax.Array) -> jax.Array:
         """RoIAlign features of normalised cxcywh boxes `[B, Q, 4]` -> `[B, Q, bins, C]`."""
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
-        return roi_align(
-            memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **dataclasses.asdict(self.region)
-        )
+        return roi_align(memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **dataclasses.asdict(self.region))
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
         """Runs all layers; `heads` move the reference boxes, and rate queries for the selection of distinct ones."""

@@ -44,9 +44,7 @@ class RegionalAttention(nnx.Module):
 
     needs_regions = True
 
-    def __init__(
-        self, channels: int, heads: int, samples: int, region_size: int, *, temperature: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, heads: int, samples: int, region_size: int, *, temperature: float, rngs: nnx.Rngs):
         self.spawn = xavier_linear(channels, samples * channels, rngs=rngs)
         self.attention = MultiHeadAttention(channels, heads, rngs=rngs)
         self.project = xavier_linear(samples * channels, channels, rngs=rngs)

@@ -32,9 +32,7 @@ def deformable_sampling(
       ValueError: an unknown implementation, or shapes that do not fit one another.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"deformable_sampling has no implementation {implementation!r}; choose one of {IMPLEMENTATIONS}."
-        )
+        raise ValueError(f"deformable_sampling has no implementation {implementation!r}; choose one of {IMPLEMENTATIONS}.")
     batch, tokens, heads, width = value.shape
     _, queries, _, levels, points, _ = sampling_locations.shape
     if tokens != sum(h * w for h, w in spatial_shapes) or levels != len(spatial_shapes):
@@ -57,9 +55,7 @@ def deformable_sampling(
 def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
     """`out[n] = sum_k weight[n, k] * table[index[n, k]]`: table `[S, D]`, index and weight `[N, K]` -> `[N, D]`."""
     rows = table.at[index].get(mode="promise_in_bounds")
-    return jnp.einsum("nk,nkd->nd", weight.astype(table.dtype), rows, preferred_element_type=jnp.float32).astype(
-        table.dtype
-    )
+    return jnp.einsum("nk,nkd->nd", weight.astype(table.dtype), rows, preferred_element_type=jnp.float32).astype(table.dtype)
 
 
 def _corners(spatial_shapes, locations, weights):
