@@ -5,15 +5,16 @@ A checkpoint is a directory with the items `model` (all variables), `training` (
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from ml_collections import ConfigDict
 
-from hpr_jax.config import from_plain
+from hpr_jax.config import differences, from_plain, override, to_plain
 from hpr_jax.data.coco import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
@@ -57,39 +58,34 @@ class Checkpoints:
         self._latest, self._best = manager(LATEST, keep), manager(BEST, 1)
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
-        """Saves a checkpoint to resume from, in the background."""
-        if self._latest.latest_step() != step:
-            self._latest.save(
-                step,
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(nnx.to_pure_dict(model)),
-                    training=ocp.args.StandardSave(training),
-                    meta=ocp.args.JsonSave(meta.to_json()),
-                ),
-            )
+        """Saves a checkpoint to resume from."""
+        self._save(self._latest, step, meta, model=nnx.to_pure_dict(model), training=training)
 
     def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
         """Saves the best model so far, in place of the one before."""
-        self._best.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(nnx.to_pure_dict(model)), meta=ocp.args.JsonSave(meta.to_json())
-            ),
-        )
+        self._save(self._best, step, meta, model=nnx.to_pure_dict(model))
+
+    @staticmethod
+    def _save(manager: ocp.CheckpointManager, step: int, meta: Meta, **items: Any) -> None:
+        arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays))
+        # The next step donates these very buffers, and on CPUs they may be read until the files are written.
+        manager.wait_until_finished()
 
     def latest_meta(self) -> Meta | None:
         """What the newest checkpoint says of itself, or None before the first."""
-        step = self._latest.latest_step()
-        if step is None:
-            return None
-        return Meta.from_json(self._latest.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        return self._meta(self._latest)
 
     def best_meta(self) -> Meta | None:
         """The same of the best checkpoint."""
-        step = self._best.latest_step()
+        return self._meta(self._best)
+
+    @staticmethod
+    def _meta(manager: ocp.CheckpointManager) -> Meta | None:
+        step = manager.latest_step()
         if step is None:
             return None
-        return Meta.from_json(self._best.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        return Meta.from_json(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
 
     def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
         """The model and training state of a step, in the shapes of the given ones."""
@@ -102,11 +98,6 @@ class Checkpoints:
         )
         nnx.replace_by_pure_dict(model, restored.model)
         return model, restored.training
-
-    def wait(self) -> None:
-        """Until everything is on disk."""
-        self._latest.wait_until_finished()
-        self._best.wait_until_finished()
 
     def close(self) -> None:
         self._latest.close()
@@ -148,6 +139,21 @@ def load_detector(path: Path) -> tuple[Detector, Meta]:
     nnx.replace_by_pure_dict(state, restored.model)
     nnx.update(detector, state)
     return detector, meta
+
+
+def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: ConfigDict | None = None) -> ConfigDict:
+    """A checkpoint's config, or `config` in its place, with overrides (dotted key, text).
+
+    Raises:
+      UserError: the model is not the checkpoint's.
+    """
+    config = from_plain(meta.config) if config is None else config
+    for key, text in overrides:
+        override(config, key, text)
+    different = differences(meta.config["model"], to_plain(config)["model"], "config.model.")
+    if different:
+        raise UserError(f"The checkpoint is of another model: {', '.join(different)}.")
+    return config
 
 
 def abstract_detector(model_config: Mapping[str, Any], num_classes: int) -> Detector:

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from hpr_jax.errors import UserError
 
+EVALUATORS = ("auto", "hotcoco", "pycocotools")
+
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or the known words if none is near."""
@@ -102,6 +104,27 @@ def _parse(key: str, text: str, old: Any) -> Any:
         return float(value)
     kind = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(old)]
     raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
+
+
+def check(config: ConfigDict) -> None:
+    """Looks for values that no run can go on with.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    at_least_one = ("train.batch_size", "train.steps", "train.log_every", "train.checkpoint_every", "train.evaluate_every")
+    at_least_one += ("train.keep_checkpoints", "data.buckets", "data.threads", "evaluate.batch_size", "evaluate.side")
+    at_least_one += ("evaluate.max_side", "evaluate.detections", "evaluate.buckets", "augmentation.max_side")
+    for key in at_least_one:
+        section, name = key.split(".")
+        if config[section][name] < 1:
+            raise UserError(f"config.{key} is {config[section][name]}; it must be at least 1.")
+    for key in ("sides", "crop_sides", "crop_range"):
+        if not config.augmentation[key] or min(config.augmentation[key]) < 1:
+            raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")
+    evaluator = config.evaluate.evaluator
+    if evaluator not in EVALUATORS:
+        raise UserError(f"config.evaluate.evaluator is {evaluator!r}; {suggestion(evaluator, EVALUATORS)}")
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hpr_jax.checkpoint import Meta, find_checkpoint, load_detector
-from hpr_jax.config import differences, from_plain, override, to_plain
+from hpr_jax.checkpoint import checkpoint_config, find_checkpoint, load_detector
 from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
 from hpr_jax.data.coco import Classes, CocoDataset, load_coco
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
 from hpr_jax.data.transforms import whole
-from hpr_jax.errors import UserError
 from hpr_jax.metrics import coco_average_precision
 from hpr_jax.models.detector import detections
 
@@ -102,7 +101,7 @@ def log_table(result: EvaluationResult) -> None:
 
 
 def evaluate(
-    checkpoint: Path, output: Path, overrides: "list[tuple[str, str]] | None" = None, config: ConfigDict | None = None
+    checkpoint: Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
 ) -> EvaluationResult:
     """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
 
@@ -113,7 +112,7 @@ def evaluate(
       config: in place of the checkpoint's; its model must be the same.
     """
     detector, meta = load_detector(checkpoint)
-    config = checkpoint_config(meta, config, overrides)
+    config = checkpoint_config(meta, overrides, config)
     data = config.data
     dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
     log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.annotations)
@@ -127,16 +126,3 @@ def evaluate(
     (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
     log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
     return result
-
-
-def checkpoint_config(meta: Meta, config: ConfigDict | None, overrides: list[tuple[str, str]] | None) -> ConfigDict:
-    """A checkpoint's config, or the given one if it has the same model, with overrides."""
-    saved = from_plain(meta.config)
-    if config is not None:
-        different = differences(meta.config["model"], to_plain(config)["model"], "config.model.")
-        if different:
-            raise UserError(f"The checkpoint is of another model than the config: {', '.join(different)}.")
-        saved = config
-    for key, text in overrides or ():
-        override(saved, key, text)
-    return saved

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.checkpoint import load_detector
-from hpr_jax.config import from_plain, load_config, override
+from hpr_jax.checkpoint import checkpoint_config, load_detector
+from hpr_jax.config import load_config, override
 from hpr_jax.data.coco import Classes
 from hpr_jax.data.transforms import Geometry, UnreadableImageError, apply, read_image, whole
 from hpr_jax.errors import UserError
@@ -162,20 +162,15 @@ def load(source: str | Path, *, class_names: Sequence[str] | None = None, seed: 
     Raises:
       UserError: nothing to load there, or a setting that does not exist.
     """
+    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in overrides.items()]
     if str(source).partition(":")[0].endswith(".py"):
         config = load_config(str(source))
         names = tuple(class_names or (f"class {number}" for number in range(80)))
         classes = Classes(names, tuple(range(1, len(names) + 1)))
-        _override(config, overrides)
+        for setting in settings:
+            override(config, *setting)
         key = jax.random.key(seed, impl="rbg")
         make = nnx.jit(lambda key: build_detector(config.model, len(names), rngs=nnx.Rngs(key)))
         return ImageDetector(make(key), classes, config)
     module, meta = load_detector(Path(source))
-    config = from_plain(meta.config)
-    _override(config, overrides)
-    return ImageDetector(module, meta.classes, config)
-
-
-def _override(config: ConfigDict, overrides) -> None:
-    for key, value in overrides.items():
-        override(config, key, value if isinstance(value, str) else repr(value))
+    return ImageDetector(module, meta.classes, checkpoint_config(meta, settings))

@@ -5,15 +5,14 @@ python -m hpr_jax.main --config configs/ddq.py[:variant] --workdir DIR [--mode t
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 from hpr_jax.config import load_config, override, suggestion
 from hpr_jax.errors import RunError, UserError
+from hpr_jax.logs import log_to_console
 
 MODES = ("train", "evaluate", "predict")
-log = logging.getLogger("hpr_jax")
 
 USAGE = """%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.KEY=VALUE ...]
        %(prog)s --mode evaluate --workdir DIR [--checkpoint DIR] [--output DIR] [--config.SECTION.KEY=VALUE ...]
@@ -78,27 +77,6 @@ def _check(arguments: argparse.Namespace, unknown: list[str], parser: _Parser) -
         raise UserError(f"The workdir {arguments.workdir} is a file; give a folder.")
 
 
-def set_up_logging(file: Path | None = None) -> None:
-    """Logs to standard output without breaking progress bars, and to a file."""
-    from tqdm import tqdm
-
-    class BarHandler(logging.StreamHandler):
-        def emit(self, record):
-            tqdm.write(self.format(record), file=sys.stdout)
-
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.handlers.clear()
-    stream = BarHandler()
-    stream.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(stream)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-
-
 def run(command_line: list[str]) -> None:
     """Does what the arguments say.
 
@@ -119,13 +97,12 @@ def run(command_line: list[str]) -> None:
         for key, text in overrides:
             override(config, key, text)
 
+    log_to_console()
     if arguments.mode == "train":
-        set_up_logging(arguments.workdir / "train.log")
         from hpr_jax.train import train
 
         train(config, arguments.workdir)
         return
-    set_up_logging()
     checkpoint = arguments.checkpoint or arguments.workdir
     if arguments.mode == "evaluate":
         from hpr_jax.evaluate import evaluate

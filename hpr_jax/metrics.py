@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from hpr_jax.errors import UserError
+
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium")
 NAMES = (*NAMES, "AR_large")
-EVALUATORS = ("auto", "hotcoco", "pycocotools")
 
 
 def coco_average_precision(
@@ -64,7 +65,9 @@ def _evaluator(name: str):
             from hotcoco import COCO, COCOeval
         except ImportError:
             if name == "hotcoco":
-                raise
+                raise UserError(
+                    "config.evaluate.evaluator is 'hotcoco', which is not installed; pip install hotcoco."
+                ) from None
         else:
             return COCO, COCOeval
     from pycocotools.coco import COCO

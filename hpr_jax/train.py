@@ -16,13 +16,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.checkpoint import Checkpoints, Meta
-from hpr_jax.config import differences, to_plain
+from hpr_jax.config import check, differences, to_plain
 from hpr_jax.data.batching import Batch, TrainLoader, train_batches
 from hpr_jax.data.coco import CocoDataset, load_coco
 from hpr_jax.data.plan import TrainPlan, choose_buckets
 from hpr_jax.data.transforms import draw_weak
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import Evaluator, log_table
+from hpr_jax.logs import log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
@@ -122,10 +123,14 @@ def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
 
 
 def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
-    """The training split without what is left out of training, and the whole validation split."""
+    """The whole training and validation splits."""
     data = config.data
     train = load_coco(Path(data.directory), data.train_images, data.train_annotations)
-    val = load_coco(Path(data.directory), data.val_images, data.val_annotations, train.classes)
+    return train, load_coco(Path(data.directory), data.val_images, data.val_annotations, train.classes)
+
+
+def report_data(train: CocoDataset, usable: CocoDataset, val: CocoDataset) -> None:
+    """Logs what was dropped and left out."""
     for dataset in (train, val):
         if dataset.dropped:
             log.warning("%d impossible boxes dropped from %s:", len(dataset.dropped), dataset.annotations)
@@ -133,7 +138,6 @@ def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
                 log.warning("  %s", sentence)
             if len(dataset.dropped) > 20:
                 log.warning("  and %d more", len(dataset.dropped) - 20)
-    usable = train.subset(keep_empty=data.keep_empty, min_side=data.min_side)
     log.info(
         "%d training images (%d left out), %d validation images, %d classes",
         len(usable),
@@ -141,7 +145,6 @@ def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
         len(val),
         len(train.classes.names),
     )
-    return usable, val
 
 
 def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, TrainState]:
@@ -174,8 +177,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
       UserError: settings or data that cannot be trained on.
       RunError: the loss is not finite.
     """
-    train_set, val_set = load_training_data(config)
+    check(config)
+    whole_train_set, val_set = load_training_data(config)
+    train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     plan = make_plan(config, train_set)
+    # Nothing is written before the settings and the data have turned out usable.
+    log_to_file(workdir / "train.log")
+    report_data(whole_train_set, train_set, val_set)
     max_boxes = config.data.max_boxes or max(1, *(len(record.boxes) for record in train_set.records))
     criterion = make_criterion(config)
     graph, state = initial_state(config, len(train_set.classes.names))
@@ -196,7 +204,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     try:
         metrics = run.loop(step_function, state, batches)
     finally:
-        checkpoints.wait()
         run.close()
         checkpoints.close()
     return metrics
@@ -255,7 +262,6 @@ class _Run:
         loss, norm = float(numbers["loss"]), float(numbers["gradient_norm"])
         if not (np.isfinite(loss) and np.isfinite(norm)):
             offending = [name for name, value in jax.device_get(numbers).items() if not np.isfinite(value)]
-            self.checkpoints.wait()
             kept = self.checkpoints.latest_meta()
             raise RunError(
                 f"The loss is not finite at step {step}: {', '.join(offending)}. "

@@ -4,9 +4,11 @@ python scripts/contact_sheet.py WORKDIR [--images 12] [--threshold 0.3] [--outpu
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 import hpr_jax
@@ -16,6 +18,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.visualize import contact_sheet, draw, write_image
 
 PER_ROW = 3
+HEIGHT = 320
 
 
 def main() -> None:
@@ -32,11 +35,21 @@ def main() -> None:
     pairs = []
     for record in dataset.records[: arguments.images]:
         image = read_annotated_image(record.path, record.height, record.width)
+        found = detector(image, arguments.threshold)
+        captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores)]
         names = [dataset.classes.names[label] for label in record.labels]
-        pairs.append([detector(image, arguments.threshold).draw(), draw(image, record.boxes, record.labels, names)])
-    rows = [sum(pairs[start : start + PER_ROW], []) for start in range(0, len(pairs), PER_ROW)]
+        # Drawn at the size of the sheet, where captions can be read.
+        scale = HEIGHT / record.height
+        image = cv2.resize(image, (round(record.width * scale), HEIGHT), interpolation=cv2.INTER_LINEAR)
+        pairs.append(
+            [
+                draw(image, found.boxes * scale, found.labels, captions),
+                draw(image, record.boxes * scale, record.labels, names),
+            ]
+        )
+    rows = [list(itertools.chain(*pairs[start : start + PER_ROW])) for start in range(0, len(pairs), PER_ROW)]
     output = arguments.output or arguments.workdir / "contact_sheet.jpg"
-    write_image(output, np.ascontiguousarray(contact_sheet(rows)))
+    write_image(output, np.ascontiguousarray(contact_sheet(rows, HEIGHT)))
     print(output)
 
 

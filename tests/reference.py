@@ -75,7 +75,7 @@ def model_config(model: str) -> dict:
             "merge_initial": (1.0, 1.0, 1.0),
             "merge_xavier": False,
             "region": {
-                "strides": (8, 16, 32, 64),
+                "strides": tuple(8 * 2**level for level in range(s["num_levels"])),
                 "output_size": s["roi_output_size"],
                 "sampling_ratio": s["roi_sampling_ratio"],
                 "finest_scale": s["roi_finest_scale"],

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from hpr_jax import main as command
-from hpr_jax.config import differences, from_plain, load_config, override, to_plain
+from hpr_jax.config import check, differences, from_plain, load_config, override, to_plain
 from hpr_jax.errors import UserError
 
 DDQ = f"{tiny.ROOT}/configs/ddq.py"
@@ -85,6 +85,22 @@ def test_wrong_files_and_variants(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="no function get_config"):
         load_config(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "sentence"),
+    [
+        ("train.batch_size", "0", "config.train.batch_size is 0; it must be at least 1"),
+        ("augmentation.crop_range", "()", "must list lengths"),
+        ("evaluate.evaluator", "hotcoc", "did you mean 'hotcoco'"),
+    ],
+)
+def test_values_that_no_run_can_use(key, text, sentence):
+    config = load_config(DDQ)
+    check(config)
+    override(config, key, text)
+    with pytest.raises(UserError, match=sentence):
+        check(config)
 
 
 def test_differences_name_keys():

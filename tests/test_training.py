@@ -93,6 +93,11 @@ def test_evaluating_on_other_classes_is_refused(trained, coco, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluating_another_model_is_refused(trained, tmp_path):
+    with pytest.raises(UserError, match=r"another model: config.model.hidden \(24 and 32\)"):
+        evaluate(trained[0], tmp_path / "out", [("model.hidden", "32")])
+
+
 def test_predict_writes_pictures_and_boxes_and_skips_broken_images(trained, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hpr_jax.errors import UserError
 from hpr_jax.ops.deform_attn import deformable_sampling
 
 
@@ -14,7 +15,7 @@ class MultiHeadAttention(nnx.Module):
 
     def __init__(self, channels: int, heads: int, *, rngs: nnx.Rngs):
         if channels % heads:
-            raise ValueError(f"MultiHeadAttention: {channels} channels do not divide into {heads} heads.")
+            raise UserError(f"MultiHeadAttention: {channels} channels do not divide into {heads} heads.")
         zeros, xavier = nnx.initializers.zeros, nnx.initializers.xavier_uniform()
         self.input = nnx.Linear(channels, 3 * channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
         self.output = nnx.Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
@@ -54,7 +55,7 @@ class DeformableAttention(nnx.Module):
 
     def __init__(self, channels: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs):
         if channels % heads:
-            raise ValueError(f"DeformableAttention: {channels} channels do not divide into {heads} heads.")
+            raise UserError(f"DeformableAttention: {channels} channels do not divide into {heads} heads.")
         zeros = nnx.initializers.zeros
         xavier = nnx.initializers.xavier_uniform()
         samples = heads * levels * points

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from hpr_jax.errors import UserError
 from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.detector import Detector
 from hpr_jax.models.encoder import Encoder
@@ -23,7 +24,7 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
     """Detector of the `model` section of a config.
 
     Raises:
-      ValueError: a setting that names nothing known, or settings that do not fit one another.
+      UserError: a setting that names nothing known, or settings that do not fit one another.
     """
     channels = config["channels"]
     backbone = _backbone(config["backbone"], rngs)
@@ -51,7 +52,7 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
     # The official heads of all layers start as copies of one, those of the branches of DDQ too.
     head = PredictionHead(channels, num_classes, rngs=rngs)
     if queries["kind"] != "distinct":
-        raise ValueError(f"model.queries.kind is {queries['kind']!r}; known is 'distinct'.")
+        raise UserError(f"model.queries.kind is {queries['kind']!r}; known is 'distinct'.")
     query_init = DistinctQueries(
         _copy(head),
         _copy(head),
@@ -98,9 +99,9 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
     names = (refiner["primary"], *refiner["auxiliaries"])
     for name in names:
         if name not in known:
-            raise ValueError(f"model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
+            raise UserError(f"model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
     if len(set(names)) != len(names):
-        raise ValueError(f"model.refiner names a refiner twice: {', '.join(names)}.")
+        raise UserError(f"model.refiner names a refiner twice: {', '.join(names)}.")
 
     def make_layer(rngs):
         return RefinerLayer(
@@ -129,7 +130,7 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
 def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet:
     settings = {key: value for key, value in config.items() if key != "kind"}
     if config["kind"] != "resnet":
-        raise ValueError(f"model.backbone.kind is {config['kind']!r}; known is 'resnet'.")
+        raise UserError(f"model.backbone.kind is {config['kind']!r}; known is 'resnet'.")
     return ResNet(rngs=rngs, **settings)
 
 

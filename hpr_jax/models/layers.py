@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hpr_jax.errors import UserError
 from hpr_jax.ops.padding import valid_mask
 
 T = TypeVar("T", bound=nnx.Module)
@@ -73,7 +74,7 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         if channels % groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups.")
+            raise UserError(f"GroupNorm: {channels} channels do not divide into {groups} groups.")
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.groups = groups

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hpr_jax.errors import UserError
 from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
 from hpr_jax.models.encoder import Pyramid
 from hpr_jax.models.heads import DecoderHeads
@@ -80,11 +81,11 @@ class Merge(nnx.Module):
     ):
         if initial == "xavier":
             if kind != "learned_vector":
-                raise ValueError('Merge weights can be drawn by "xavier" only if they are a learned_vector.')
+                raise UserError('Merge weights can be drawn by "xavier" only if they are a learned_vector.')
             weights = nnx.initializers.xavier_uniform()(rngs.params(), (channels, paths))
         else:
             if len(initial) != paths:
-                raise ValueError(f"Merge of {paths} paths got {len(initial)} initial weights.")
+                raise UserError(f"Merge of {paths} paths got {len(initial)} initial weights.")
             weights = jnp.array(initial, jnp.float32)
             if kind == "learned_vector":
                 weights = jnp.tile(weights, (channels, 1))
