@@ -29,7 +29,8 @@ def base() -> ConfigDict:
             "primary": "deformable",
             "auxiliaries": ("regional_attention", "dynamic_conv"),
             "merge": "learned_vector",
-            "merge_initial": (1.0, 1.0, 1.0),
+            # Initial weight of each path, the primary one first; (): one for all.
+            "merge_initial": (),
             # Draw the merge weights at random instead, as the initialisation of the published DDQ models does.
             "merge_xavier": False,
             "region": {"strides": (8, 16, 32, 64), "output_size": 7, "sampling_ratio": 2, "finest_scale": 56.0},
@@ -37,7 +38,7 @@ def base() -> ConfigDict:
             "regional_attention": {"heads": 8, "samples": 5, "temperature": 20.0},
         },
     }
-    config.loss = {"branch_weights": (0.5, 0.5)}
+    config.loss = {"branch_weight": 0.5}
     config.data = {
         "directory": "data/coco",
         "train_images": "train2017",

@@ -30,7 +30,7 @@ def get_config(variant: str = "r50_1x") -> ConfigDict:
 
 
 def small(config: ConfigDict) -> None:
-    """A fortieth of the full size; about a second an image and step on two CPU cores."""
+    """A thirteenth of the parameters; about a second an image and step on two CPU cores."""
     common.from_scratch(config, base_channels=32, blocks=(2, 2, 2, 2))
     model = config.model
     model.update(channels=128, heads=4, hidden=512)

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.config import differences, from_plain, override, to_plain
+from hpr_jax.config import check, differences, from_plain, override, to_plain
 from hpr_jax.data.coco import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
@@ -63,13 +63,16 @@ class Checkpoints:
 
     def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
         """Saves the best model so far, in place of the one before."""
+        for later in [other for other in self._best.all_steps() if other >= step]:
+            # From a run that went back before it; Orbax would keep it and leave the new one out.
+            self._best.delete(later)
         self._save(self._best, step, meta, model=nnx.to_pure_dict(model))
 
     @staticmethod
     def _save(manager: ocp.CheckpointManager, step: int, meta: Meta, **items: Any) -> None:
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays))
-        # The next step donates these very buffers, and on CPUs they may be read until the files are written.
+        # At once, so that nothing depends on when the state's buffers, donated to the next step, are read.
         manager.wait_until_finished()
 
     def latest_meta(self) -> Meta | None:
@@ -153,6 +156,7 @@ def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: 
     different = differences(meta.config["model"], to_plain(config)["model"], "config.model.")
     if different:
         raise UserError(f"The checkpoint is of another model: {', '.join(different)}.")
+    check(config)
     return config
 
 

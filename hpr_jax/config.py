@@ -16,7 +16,7 @@ EVALUATORS = ("auto", "hotcoco", "pycocotools")
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or the known words if none is near."""
+    """`did you mean X?`, or the known words if none is near."""
     known = [str(k) for k in known]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
@@ -31,16 +31,23 @@ def load_config(spec: str) -> ConfigDict:
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        siblings = path.parent.glob("*.py") if path.parent.is_dir() else []
-        raise UserError(f"There is no config file {name}; {suggestion(name, map(str, siblings)) or 'check the path.'}")
+        known = [str(file) for pattern in ("*.py", "*/*.py") for file in path.parent.glob(pattern)] or Path().glob("*/*.py")
+        raise UserError(f"There is no config file {name}; {suggestion(name, known)}")
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     # Config files import their neighbours.
     sys.path.insert(0, str(path.parent.resolve()))
+    modules = set(sys.modules)
     try:
         module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"The config file {name} cannot be loaded: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.pop(0)
+        # Another folder may have neighbours of the same names.
+        for neighbour in [key for key in set(sys.modules) - modules if "." not in key]:
+            if Path(getattr(sys.modules[neighbour], "__file__", None) or "").parent == path.parent.resolve():
+                del sys.modules[neighbour]
     if not hasattr(module, "get_config"):
         raise UserError(f"The config file {name} defines no function get_config.")
     variants = getattr(module, "VARIANTS", None)
@@ -92,7 +99,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(old, tuple):
         items = value if isinstance(value, tuple | list) else (value,)
-        if not any(isinstance(item, str) for item in items) or any(isinstance(item, str) for item in old):
+        wanted = str if any(isinstance(item, str) for item in old) else int | float
+        if all(isinstance(item, wanted) and not isinstance(item, bool) for item in items):
             return tuple(items)
     elif isinstance(old, bool):
         if isinstance(value, bool):

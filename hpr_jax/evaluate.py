@@ -18,7 +18,8 @@ from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
 from hpr_jax.data.coco import Classes, CocoDataset, load_coco
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
 from hpr_jax.data.transforms import whole
-from hpr_jax.metrics import coco_average_precision
+from hpr_jax.logs import log_dropped_boxes
+from hpr_jax.metrics import coco_average_precision, find_evaluator
 from hpr_jax.models.detector import detections
 
 log = logging.getLogger("hpr_jax")
@@ -55,6 +56,7 @@ class Evaluator:
         plan = evaluation_plan(geometries, batch_size=settings.batch_size, buckets=buckets)
         self.loader = EvaluationLoader(dataset, plan, settings.batch_size)
         self.dataset, self.threads = dataset, config.data.threads
+        find_evaluator(settings.evaluator)
         self.evaluator = settings.evaluator
         self.detect = make_detect(graph, settings.detections)
 
@@ -73,7 +75,11 @@ class Evaluator:
                         record.image_id, self.dataset.classes, *(array[place] for array in arrays), scale=scale
                     )
         metrics, per_category = coco_average_precision(self.dataset.annotations, found, self.evaluator)
-        names = dict(zip(self.dataset.classes.category_ids, self.dataset.classes.names))
+        classes = self.dataset.classes
+        names = {
+            number: name if classes.names.count(name) == 1 else f"{name} ({number})"
+            for number, name in zip(classes.category_ids, classes.names)
+        }
         return EvaluationResult(metrics, {names[c]: numbers for c, numbers in per_category.items()}, found)
 
 
@@ -115,13 +121,14 @@ def evaluate(
     config = checkpoint_config(meta, overrides, config)
     data = config.data
     dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
+    log_dropped_boxes(dataset)
     log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.annotations)
+    output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)
     result = Evaluator(config, dataset, graph).run(state)
     for name, value in result.metrics.items():
         log.info("%-10s %7.4f", name, value)
     log_table(result)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "detections.json").write_text(json.dumps(result.detections))
     (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
     log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")

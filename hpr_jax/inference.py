@@ -7,7 +7,7 @@ result = detector("street.jpg")  # result.boxes, .scores, .labels, .names, .draw
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import checkpoint_config, load_detector
-from hpr_jax.config import load_config, override
+from hpr_jax.config import check, load_config, override
 from hpr_jax.data.coco import Classes
 from hpr_jax.data.transforms import Geometry, UnreadableImageError, apply, read_image, whole
 from hpr_jax.errors import UserError
@@ -150,27 +150,36 @@ def _as_array(image: ImageLike) -> np.ndarray:
     return array
 
 
-def load(source: str | Path, *, class_names: Sequence[str] | None = None, seed: int = 0, **overrides) -> ImageDetector:
+def load(
+    source: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    overrides: Mapping[str, object] | None = None,
+    config: ConfigDict | None = None,
+) -> ImageDetector:
     """A detector from a checkpoint or run folder, or with random weights from a config file.
 
     Args:
       source: a run's workdir, a checkpoint's directory, or `path.py[:variant]` of a config.
       class_names: of a detector from a config; 80 numbered classes by default.
       seed: of its random weights.
-      overrides: settings by dotted key, e.g. `**{"evaluate.side": 640}`.
+      overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
+      config: in place of a checkpoint's own; its model must be the same.
 
     Raises:
       UserError: nothing to load there, or a setting that does not exist.
     """
-    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in overrides.items()]
+    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
     if str(source).partition(":")[0].endswith(".py"):
         config = load_config(str(source))
         names = tuple(class_names or (f"class {number}" for number in range(80)))
         classes = Classes(names, tuple(range(1, len(names) + 1)))
         for setting in settings:
             override(config, *setting)
+        check(config)
         key = jax.random.key(seed, impl="rbg")
         make = nnx.jit(lambda key: build_detector(config.model, len(names), rngs=nnx.Rngs(key)))
         return ImageDetector(make(key), classes, config)
     module, meta = load_detector(Path(source))
-    return ImageDetector(module, meta.classes, checkpoint_config(meta, settings))
+    return ImageDetector(module, meta.classes, checkpoint_config(meta, settings, config))

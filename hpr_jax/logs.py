@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hpr_jax.data.coco import CocoDataset
+
 log = logging.getLogger("hpr_jax")
 
 
@@ -22,6 +24,14 @@ def log_to_console() -> None:
         log.removeHandler(handler)
         handler.close()
     log.addHandler(_BesideBars())
+
+
+def log_dropped_boxes(dataset: CocoDataset) -> None:
+    """Counts and names the boxes of a data set that cannot be."""
+    if dataset.dropped:
+        log.warning("%d impossible boxes dropped from %s:", len(dataset.dropped), dataset.annotations)
+        for sentence in dataset.dropped:
+            log.warning("  %s", sentence)
 
 
 def log_to_file(file: Path) -> None:

@@ -85,7 +85,7 @@ def run(command_line: list[str]) -> None:
     """
     command_line, overrides = _split_overrides(command_line)
     parser = _parser()
-    arguments, unknown = parser.parse_known_args(command_line)
+    arguments, unknown = parser.parse_known_intermixed_args(command_line)
     if arguments.version:
         from importlib.metadata import version
 
@@ -112,7 +112,7 @@ def run(command_line: list[str]) -> None:
         from hpr_jax.predict import predict
 
         output = arguments.output or arguments.workdir / "predictions"
-        predict(checkpoint, arguments.inputs, output, arguments.threshold, overrides)
+        predict(checkpoint, arguments.inputs, output, arguments.threshold, overrides, config)
 
 
 def main() -> int:
@@ -120,6 +120,9 @@ def main() -> int:
         run(sys.argv[1:])
     except UserError as error:
         print(f"hpr_jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"hpr_jax: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"hpr_jax: {error}", file=sys.stderr)

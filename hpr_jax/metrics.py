@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from tensorboardX import SummaryWriter
 
 from hpr_jax.errors import UserError
 
-NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium")
-NAMES = (*NAMES, "AR_large")
+NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+NAMES += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 
 def coco_average_precision(
@@ -29,24 +30,25 @@ def coco_average_precision(
     Returns:
       The twelve COCO numbers as fractions, and per category id `AP` and `AP50`. What no object defines is -1.
     """
-    coco, coco_eval = _evaluator(evaluator)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco(str(annotations))
-        if detections:
-            evaluation = coco_eval(truth, truth.loadRes(list(detections)), "bbox")
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            numbers = [float(value) for value in evaluation.stats]
-            # thresholds x recalls x categories x areas x detections; all areas, 100 detections
-            precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-            categories = list(evaluation.params.catIds)
-        else:
-            # The evaluators take no empty list.
-            categories = sorted(truth.getCatIds())
-            exists = [bool(truth.getAnnIds(catIds=[category], iscrowd=False)) for category in categories]
-            numbers = [0.0 if any(exists) else -1.0] * len(NAMES)
-            precision = np.zeros((10, 101, len(categories))) - ~np.array(exists, bool)
+    coco, coco_eval = find_evaluator(evaluator)
+    truth = _complete(json.loads(annotations.read_bytes()))
+    if not detections and truth["images"]:
+        # The evaluators take no empty list; a speck that matches nothing has the same numbers.
+        category = truth["categories"][0]["id"]
+        speck = [0.0, 0.0, 1e-3, 1e-3]
+        detections = [{"image_id": truth["images"][0]["id"], "category_id": category, "bbox": speck, "score": 0.0}]
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "annotations.json"
+        path.write_text(json.dumps(truth))
+        loaded = coco(str(path))
+        evaluation = coco_eval(loaded, loaded.loadRes(list(detections)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    numbers = [float(value) for value in evaluation.stats]
+    # thresholds x recalls x categories x areas x detections; all areas, 100 detections
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+    categories = list(evaluation.params.catIds)
     per_category = {
         int(category): {"AP": _mean(precision[:, :, index]), "AP50": _mean(precision[0, :, index])}
         for index, category in enumerate(categories)
@@ -54,12 +56,28 @@ def coco_average_precision(
     return dict(zip(NAMES, numbers)), per_category
 
 
+def _complete(content: dict[str, Any]) -> dict[str, Any]:
+    """Annotations with what evaluators need and many files lack (id, area, iscrowd), without boxes that are none."""
+    annotations = []
+    for number, annotation in enumerate(content["annotations"], start=1):
+        box = annotation["bbox"]
+        if len(box) == 4 and np.all(np.isfinite(np.asarray(box, float))):
+            defaults = {"id": number, "area": float(box[2]) * float(box[3]), "iscrowd": 0}
+            annotations.append({**defaults, **annotation})
+    return {**content, "annotations": annotations}
+
+
 def _mean(precision: np.ndarray) -> float:
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else -1.0
 
 
-def _evaluator(name: str):
+def find_evaluator(name: str) -> tuple[type, type]:
+    """The classes COCO and COCOeval of an evaluator.
+
+    Raises:
+      UserError: it is not installed.
+    """
     if name != "pycocotools":
         try:
             from hotcoco import COCO, COCOeval

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.data.transforms import UnreadableImageError, read_image
@@ -44,6 +45,7 @@ def predict(
     output: Path,
     threshold: float,
     overrides: Sequence[tuple[str, str]] = (),
+    config: ConfigDict | None = None,
 ) -> None:
     """Writes each picture with its detections, and `predictions.json` with boxes in pixels of the original images.
 
@@ -55,8 +57,10 @@ def predict(
     if not 0 <= threshold <= 1:
         raise UserError(f"The threshold is a score between 0 and 1, not {threshold}.")
     files = find_images(inputs)
-    detector = load(checkpoint, **dict(overrides))
+    detector = load(checkpoint, overrides=dict(overrides), config=config)
+    output.mkdir(parents=True, exist_ok=True)
     entries, skipped = [], []
+    taken = {file.resolve() for file in files}
     for file in tqdm(files, desc="prediction", unit="image"):
         try:
             image = read_image(file)
@@ -65,7 +69,8 @@ def predict(
             skipped.append(str(file))
             continue
         found = detector(image, threshold)
-        picture = _picture_path(output, file, {entry["picture"] for entry in entries})
+        picture = _picture_path(output, file, taken)
+        taken.add(picture.resolve())
         write_image(picture, found.draw())
         entries.append(_entry(file, picture, found))
     if not entries:
@@ -75,10 +80,10 @@ def predict(
     log.info("Wrote %d pictures and %s; %d images skipped.", len(entries), result, len(skipped))
 
 
-def _picture_path(output: Path, file: Path, taken: set[str]) -> Path:
-    """A name for the picture: the image's own, numbered where images of several folders share it."""
+def _picture_path(output: Path, file: Path, taken: set[Path]) -> Path:
+    """A name for the picture: the image's own, numbered where it is taken by another picture or an original."""
     path, number = output / f"{file.stem}.jpg", 1
-    while str(path) in taken:
+    while path.resolve() in taken:
         number += 1
         path = output / f"{file.stem}_{number}.jpg"
     return path

@@ -23,7 +23,7 @@ from hpr_jax.data.plan import TrainPlan, choose_buckets
 from hpr_jax.data.transforms import draw_weak
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import Evaluator, log_table
-from hpr_jax.logs import log_to_file
+from hpr_jax.logs import log_dropped_boxes, log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
@@ -88,15 +88,9 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
 
 def make_criterion(config: ConfigDict) -> Criterion:
     """The losses that a config asks for."""
-    names, weights = config.model.refiner.auxiliaries, config.loss.branch_weights
-    if len(names) != len(weights):
-        raise UserError(
-            f"config.loss.branch_weights has {len(weights)} weights for the {len(names)} branches of "
-            "config.model.refiner.auxiliaries."
-        )
     dense = config.loss.dense
     return Criterion(
-        branch_weights=tuple(zip(names, weights)),
+        branch_weights=tuple((name, config.loss.branch_weight) for name in config.model.refiner.auxiliaries),
         dense_positives=dense.positives,
         dense_giou_weight=dense.giou_weight,
         dense_alpha=dense.alpha,
@@ -114,11 +108,12 @@ def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
         )
     draw = functools.partial(draw_weak, sizes, config.augmentation.to_dict())
     trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
+    # Whatever later epochs draw must fit, too; crops come in both orientations.
     side, max_side = max(config.augmentation.sides), config.augmentation.max_side
-    cover = [(side, max_side)] * bool(np.any(trial[:, 0] < trial[:, 1])) + [(max_side, side)] * bool(
-        np.any(trial[:, 0] > trial[:, 1])
-    )
-    buckets = choose_buckets(trial, config.data.buckets, cover=cover if config.data.buckets > 1 else ())
+    crops, landscape = config.augmentation.crop > 0, sizes[:, 0] <= sizes[:, 1]
+    cover = [(min(side, max_side), max_side)] * bool(crops or landscape.any())
+    cover += [(max_side, min(side, max_side))] * bool(crops or not landscape.all())
+    buckets = choose_buckets(trial, config.data.buckets, cover)
     return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed)
 
 
@@ -132,12 +127,7 @@ def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
 def report_data(train: CocoDataset, usable: CocoDataset, val: CocoDataset) -> None:
     """Logs what was dropped and left out."""
     for dataset in (train, val):
-        if dataset.dropped:
-            log.warning("%d impossible boxes dropped from %s:", len(dataset.dropped), dataset.annotations)
-            for sentence in dataset.dropped[:20]:
-                log.warning("  %s", sentence)
-            if len(dataset.dropped) > 20:
-                log.warning("  and %d more", len(dataset.dropped) - 20)
+        log_dropped_boxes(dataset)
     log.info(
         "%d training images (%d left out), %d validation images, %d classes",
         len(usable),
@@ -197,7 +187,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     if start >= steps:
         log.info("Step %d of %d is done already.", start, steps)
     loader = TrainLoader(train_set, plan, max_boxes)
-    batches = train_batches(loader, start, steps, config.data.threads)
+    batches = train_batches(loader, start, max(start, steps), config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
     step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed)
     run = _Run(config, workdir, checkpoints, evaluator, meta, start)
@@ -249,7 +239,7 @@ class _Run:
                 self._log(step, numbers, interval)
                 interval = _Interval()
             if saves:
-                self._save(step, state, metrics)
+                self._save(step, state)
             if evaluates:
                 metrics = self._evaluate(step, state)
                 interval = _Interval()
@@ -294,9 +284,9 @@ class _Run:
             f"loss {np.mean(interval.losses):.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
         )
 
-    def _save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    def _save(self, step: int, state: TrainState) -> None:
         training = {"optimizer": state.optimizer, "step": state.step}
-        self.checkpoints.save(step, _model(state), training, self._meta(step, metrics))
+        self.checkpoints.save(step, _model(state), training, self._meta(step, {}))
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         result = self.evaluator.run(nnx.merge_state(state.params, state.frozen))
@@ -304,8 +294,8 @@ class _Run:
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
         if result.metrics["AP"] > self.best:
-            self.best = result.metrics["AP"]
             self.checkpoints.save_best(step, _model(state), self._meta(step, result.metrics))
+            self.best = result.metrics["AP"]
         return result.metrics
 
     def _meta(self, step, metrics) -> Meta:
@@ -334,6 +324,9 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> TrainSta
         raise UserError(
             f"The workdir holds a run of another model, which differs in {', '.join(different)}; choose another workdir."
         )
+    for section in ("data", "augmentation", "optimizer", "loss", "train"):
+        for difference in differences(found.config[section], meta.config[section], f"config.{section}."):
+            log.warning("Goes on with another setting than the run began with: %s.", difference)
     training = {"optimizer": state.optimizer, "step": state.step}
     model, training = checkpoints.restore(found.step, _model(state), training)
     params, frozen = nnx.split_state(model, nnx.Param, ...)

@@ -22,7 +22,10 @@ ensure_environment() {
   local extras=$1 stamp python
   if [ ! -x .venv/bin/python ]; then
     python=$(find_python) || fail "needs Python 3.11 or newer; set PYTHON=/path/to/python3."
-    "$python" -m venv .venv || fail "could not make .venv; the Python module venv is missing (Debian: python3-venv)."
+    "$python" -m venv .venv || {
+      rm -rf .venv
+      fail "could not make .venv; the Python module venv is missing (Debian: python3-venv)."
+    }
   fi
   stamp=$(cat pyproject.toml <(echo "$extras") | cksum | tr ' ' -)
   if [ ! -e ".venv/installed-$stamp" ]; then

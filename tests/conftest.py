@@ -1,4 +1,4 @@
-"""Settings for all tests: CPU, strict shapes, compiled programs kept between runs."""
+"""Settings for all tests: CPU, quick compilation, compiled programs kept between runs."""
 
 import os
 import tempfile
@@ -9,6 +9,5 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_ba
 
 import jax
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/hpr_jax_test_cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

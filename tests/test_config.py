@@ -70,6 +70,7 @@ def test_overrides_keep_types(key, text, value):
         ("optimizer.learning_rate", "fast", "wants a number"),
         ("data.keep_empty", "maybe", "True or False"),
         ("augmentation.sides", "wide", "a list of numbers"),
+        ("optimizer.milestones", "None", "a list of numbers"),
     ],
 )
 def test_wrong_overrides(key, text, sentence):
@@ -82,6 +83,11 @@ def test_wrong_files_and_variants(tmp_path):
         load_config(f"{DDQ}:r50_2x")
     with pytest.raises(UserError, match=r"did you mean.*ddq\.py"):
         load_config(f"{tiny.ROOT}/configs/dqq.py")
+    with pytest.raises(UserError, match=r"did you mean.*configs/ddq\.py"):
+        load_config(f"{tiny.ROOT}/confgs/ddq.py")
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    with pytest.raises(UserError, match="cannot be loaded: SyntaxError"):
+        load_config(str(tmp_path / "broken.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="no function get_config"):
         load_config(str(tmp_path / "empty.py"))
@@ -130,6 +136,7 @@ def answer(monkeypatch, capsys, *arguments):
         (("--mode", "predict", "--workdir", "nowhere", "x.jpg"), "no image or folder x.jpg"),
         (("--mode", "predict", "--workdir", "nowhere"), "needs images"),
         (("--mode", "predict", "--workdir", "w", "--threshold", "high", "x.jpg"), "invalid float value"),
+        (("--mode", "predict", "a.jpg", "--workdir", "w", "b.jpg"), "no image or folder a.jpg"),
     ],
 )
 def test_mistakes_get_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, arguments, sentence):

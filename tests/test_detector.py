@@ -73,7 +73,6 @@ def test_frozen_variables_are_not_parameters():
 def test_a_plain_detector_has_no_branches():
     config = tiny.config().model
     config.refiner.auxiliaries = ()
-    config.refiner.merge_initial = (1.0,)
     detector = nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))
     outputs = jax.eval_shape(lambda d, x, s: d(x, s), detector, *padded(IMAGES, (64, 64)))
     assert outputs.branches == {}
@@ -86,6 +85,7 @@ def test_a_plain_detector_has_no_branches():
         ({"auxiliaries": ("dynamic_convolution",)}, "dynamic_convolution"),
         ({"auxiliaries": ("deformable", "dynamic_conv")}, "twice"),
         ({"merge_initial": (1.0, 1.0)}, "3 paths got 2"),
+        ({"merge": "learned_vectr"}, "learned_vector"),
     ],
 )
 def test_ill_formed_refiners_get_a_sentence(setting, sentence):

@@ -71,9 +71,31 @@ def test_perfect_detections(annotations):
 def test_no_detections(annotations):
     path, _ = annotations
     metrics, per_class = coco_average_precision(path, [])
-    assert set(metrics.values()) == {0.0}
+    # What no object defines is -1.
+    areas = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+    real = [o["area"] for o in annotations[1] if not o["iscrowd"]]
+    for name, (low, high) in areas.items():
+        expected = 0.0 if any(low <= area <= high for area in real) else -1.0
+        assert metrics[f"AP_{name}"] == metrics[f"AR_{name}"] == expected
+    assert metrics["AP"] == metrics["AR100"] == 0.0
     assert per_class[3]["AP"] == 0.0
     assert per_class[11]["AP"] == -1.0
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+def test_files_that_lack_what_evaluators_want(annotations, evaluator):
+    path, objects = annotations
+    found = noisy(objects)
+    expected, _ = coco_average_precision(path, found, evaluator)
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["id"]
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"]
+    broken = {"image_id": 0, "category_id": 3}
+    content["annotations"] += [{**broken, "bbox": [1, 2, 3]}, {**broken, "bbox": [1, 2, float("inf"), 3]}]
+    path.write_text(json.dumps(content))
+    assert coco_average_precision(path, found, evaluator)[0] == expected
 
 
 def test_metric_files(tmp_path):

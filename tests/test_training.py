@@ -119,6 +119,14 @@ def test_predict_writes_pictures_and_boxes_and_skips_broken_images(trained, tmp_
     assert boxes.min() >= 0
     assert np.all(boxes <= [80, 100, 80, 100])
     assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (100, 80, 3)
+    # Originals are never overwritten, even when pictures go to their folder.
+    cv2.imwrite(str(folder / "c.jpg"), picture)
+    before = (folder / "c.jpg").read_bytes()
+    predict(trained[0], [folder / "c.jpg"], folder, threshold=0.0)
+    assert (folder / "c.jpg").read_bytes() == before
+    assert (folder / "c_2.jpg").is_file()
+    for name in ("c.jpg", "c_2.jpg"):
+        (folder / name).unlink()
     (folder / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="None of the 2 images"):
         predict(trained[0], [folder], tmp_path / "none", threshold=0.5)
@@ -151,11 +159,11 @@ def test_three_lines_of_python(trained, tmp_path):
 
 
 def test_a_detector_from_a_config():
-    detector = hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", class_names=("a", "b"), **{"evaluate.detections": 3})
+    detector = hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", class_names=("a", "b"), overrides={"evaluate.detections": 3})
     assert detector.classes.names == ("a", "b")
     assert detector.config.evaluate.detections == 3
     with pytest.raises(UserError, match=r"did you mean config.evaluate.detections"):
-        hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", **{"evaluate.detection": 3})
+        hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", overrides={"evaluate.detection": 3})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(coco, tmp_path):

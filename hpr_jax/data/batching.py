@@ -103,7 +103,8 @@ class TrainLoader:
             tried.add(other.index)
             try:
                 load_slot(batch, place, self.dataset, other)
-            except UnreadableImageError:
+            except UnreadableImageError as another:
+                batch.reports.append(f"{another}; it cannot take the place of another")
                 continue
             batch.reports.append(f"{error}; {self.dataset.records[other.index].path.name} takes its place")
             return

@@ -95,7 +95,9 @@ def load_coco(directory: Path, images: str, annotations: str, classes: Classes |
         raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
     try:
         return _parse(content, path, Path(directory) / images, classes)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"The annotation file {path} is not in COCO format: {_explain(error)}.") from error
 
 

@@ -6,6 +6,7 @@ one that was not stopped.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -36,17 +37,18 @@ class PlannedBatch:
 
 
 def choose_buckets(sizes: np.ndarray, count: int, cover: Sequence[Shape] = ()) -> list[Shape]:
-    """At most `count` padded shapes that hold images of `sizes` with little padding, smallest first.
+    """At most `count` padded shapes that hold images of `sizes` and of `cover` with little padding, smallest first.
 
     Starts from every size that occurs, rounded up to the grid, and joins the two shapes whose common bound adds the least
     padding, until few enough are left.
 
     Args:
       sizes: (height, width) `[M, 2]`.
-      cover: sizes that must fit, too, even if none of `sizes` needs them; they add to `count`.
+      cover: sizes that must fit, too, although none of `sizes` may need them.
     """
-    rounded = -(-np.asarray(sizes).reshape(-1, 2) // GRID) * GRID
-    shapes, counts = np.unique(rounded, axis=0, return_counts=True)
+    sizes, cover = np.asarray(sizes, np.int64).reshape(-1, 2), np.asarray(cover, np.int64).reshape(-1, 2)
+    shapes, index = np.unique(-(-np.concatenate([sizes, cover]) // GRID) * GRID, axis=0, return_inverse=True)
+    counts = np.bincount(index.ravel()[: len(sizes)], minlength=len(shapes))
     while len(shapes) > count:
         area = shapes.prod(axis=1)
         joined = np.maximum(shapes[:, None], shapes[None, :])
@@ -56,31 +58,37 @@ def choose_buckets(sizes: np.ndarray, count: int, cover: Sequence[Shape] = ()) -
         shapes[a], counts[a] = joined[a, b], counts[a] + counts[b]
         shapes, counts = np.delete(shapes, b, axis=0), np.delete(counts, b)
     buckets = {(int(h), int(w)) for h, w in shapes}
-    for height, width in cover:
-        bound = (-(-int(height) // GRID) * GRID, -(-int(width) // GRID) * GRID)
-        if not any(h >= bound[0] and w >= bound[1] for h, w in buckets):
-            buckets.add(bound)
     return sorted(buckets, key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def smallest_bucket(buckets: Sequence[Shape], sizes: Sequence[Shape]) -> Shape:
-    """The first bucket that holds all `sizes`; their common bound when none does."""
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+def fits(size: Shape, bucket: Shape) -> bool:
+    """Whether an image of this size can be padded to the bucket."""
+    return size[0] <= bucket[0] and size[1] <= bucket[1]
+
+
+def smallest_bucket(buckets: Sequence[Shape], size: Shape) -> Shape:
+    """The first bucket that holds an image of this size.
+
+    Raises:
+      ValueError: none does.
+    """
     for bucket in buckets:
-        if bucket[0] >= height and bucket[1] >= width:
+        if fits(size, bucket):
             return bucket
-    return (-(-height // GRID) * GRID, -(-width // GRID) * GRID)
+    raise ValueError(f"No bucket of {buckets} holds an image of {size}.")
 
 
 class TrainPlan:
     """An endless sequence of batches, epoch after epoch in a new order with new geometries.
 
-    Each epoch shuffles the images and collects them by bucket. What is left over at its end is joined into batches of the
-    smallest common bucket; at most `batch_size - 1` images are left out, others in each epoch.
+    Each epoch shuffles the images and collects them by bucket. What is left over at its end is joined, in a bucket that
+    holds most of it; a batch that stays short is filled with images that the epoch had already. So every epoch has
+    `count // batch_size` batches; the few images that find no place are others in each epoch.
 
     Args:
       draw: draws the geometry of every image of the data set.
       count: images in the data set, at least `batch_size`.
+      buckets: hold every size that `draw` can give.
     """
 
     def __init__(self, draw: DrawGeometry, count: int, *, batch_size: int, buckets: Sequence[Shape], seed: int):
@@ -93,11 +101,14 @@ class TrainPlan:
         return self._epoch(epoch)[place]
 
     def successors(self, step: int, limit: int = 1000) -> Iterator[Slot]:
-        """Slots of the batches behind `step` that have its shape, to stand in for images that cannot be read."""
-        shape = self[step].shape
-        for later in range(step + 1, step + limit):
-            if self[later].shape == shape:
-                yield from self[later].slots
+        """Slots planned behind `step` to stand in for images that cannot be read: first those of batches of its shape,
+        then all that fit into it."""
+        shape, later = self[step].shape, range(step + 1, step + limit)
+        for other in later:
+            if self[other].shape == shape:
+                yield from self[other].slots
+        for other in later:
+            yield from (slot for slot in self[other].slots if fits(slot.geometry.size, shape))
 
     def _make_epoch(self, epoch: int) -> list[PlannedBatch]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -107,16 +118,20 @@ class TrainPlan:
         batches = []
         for index in order:
             slot = Slot(int(index), geometries[index])
-            shape = smallest_bucket(self.buckets, [slot.geometry.size])
+            shape = smallest_bucket(self.buckets, slot.geometry.size)
             queue = waiting.setdefault(shape, [])
             queue.append(slot)
             if len(queue) == self.batch_size:
                 batches.append(PlannedBatch(shape, tuple(queue)))
                 queue.clear()
         left = [slot for shape in sorted(waiting) for slot in waiting[shape]]
-        for start in range(0, len(left) - self.batch_size + 1, self.batch_size):
-            slots = tuple(left[start : start + self.batch_size])
-            batches.append(PlannedBatch(smallest_bucket(self.buckets, [s.geometry.size for s in slots]), slots))
+        while len(batches) < self.steps_per_epoch:
+            shape = max(self.buckets, key=lambda shape: sum(fits(slot.geometry.size, shape) for slot in left))
+            chosen = [slot for slot in left if fits(slot.geometry.size, shape)][: self.batch_size]
+            left = [slot for slot in left if slot not in chosen]
+            again = (slot for batch in batches for slot in batch.slots if fits(slot.geometry.size, shape))
+            chosen += itertools.islice(again, self.batch_size - len(chosen))
+            batches.append(PlannedBatch(shape, tuple(chosen)))
         return batches
 
 
@@ -124,7 +139,7 @@ def evaluation_plan(geometries: Sequence[Geometry], *, batch_size: int, buckets:
     """Every image once, by bucket; the last batch of a bucket may be shorter."""
     groups: dict[Shape, list[Slot]] = {}
     for index, geometry in enumerate(geometries):
-        groups.setdefault(smallest_bucket(buckets, [geometry.size]), []).append(Slot(index, geometry))
+        groups.setdefault(smallest_bucket(buckets, geometry.size), []).append(Slot(index, geometry))
     return [
         PlannedBatch(shape, tuple(slots[start : start + batch_size]))
         for shape, slots in sorted(groups.items())

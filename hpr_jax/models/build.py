@@ -26,8 +26,13 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
     Raises:
       UserError: a setting that names nothing known, or settings that do not fit one another.
     """
-    channels = config["channels"]
+    channels, levels, strides = config["channels"], config["levels"], config["refiner"]["region"]["strides"]
     backbone = _backbone(config["backbone"], rngs)
+    if levels < len(backbone.out_channels) or levels != len(strides):
+        raise UserError(
+            f"config.model.levels is {levels}; it must be at least {len(backbone.out_channels)}, the maps of the backbone, "
+            f"and the number of config.model.refiner.region.strides, {len(strides)}."
+        )
     neck = ChannelMapper(
         backbone.out_channels,
         channels,

@@ -8,7 +8,7 @@ a merge of all paths; the auxiliary paths end in branches that are supervised bu
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import flax.struct
 import jax
@@ -27,6 +27,7 @@ from hpr_jax.ops.nms import nms_mask
 from hpr_jax.ops.roi_align import roi_align
 
 MergeKind = Literal["fixed", "learned_scalar", "learned_vector"]
+MERGES = get_args(MergeKind)
 
 
 class Interaction(Protocol):
@@ -66,8 +67,8 @@ class Merge(nnx.Module):
 
     Args:
       kind: `fixed` weights, a learned weight per path, or a learned weight per channel and path.
-      initial: a weight per path (primary first), or `"xavier"`: drawn at random as the published DDQ models do, whose
-        Xavier initialisation overwrites the weights (+-0.15 at 256 channels).
+      initial: a weight per path (primary first; none: one for all), or `"xavier"`: drawn at random as the published DDQ
+        models do, whose Xavier initialisation overwrites the weights (+-0.15 at 256 channels).
     """
 
     def __init__(
@@ -79,11 +80,14 @@ class Merge(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        if kind not in MERGES:
+            raise UserError(f"config.model.refiner.merge is {kind!r}; known are {', '.join(MERGES)}.")
         if initial == "xavier":
             if kind != "learned_vector":
                 raise UserError('Merge weights can be drawn by "xavier" only if they are a learned_vector.')
             weights = nnx.initializers.xavier_uniform()(rngs.params(), (channels, paths))
         else:
+            initial = initial or (1.0,) * paths
             if len(initial) != paths:
                 raise UserError(f"Merge of {paths} paths got {len(initial)} initial weights.")
             weights = jnp.array(initial, jnp.float32)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hpr_jax.errors import UserError
 from hpr_jax.models.layers import Frozen, GroupNorm, freeze
 from hpr_jax.ops.padding import halve, zero_padding
 
@@ -57,6 +58,8 @@ def make_norm(kind: Literal["frozen_batch", "group"], channels: int, *, rngs: nn
     """`frozen_batch` for pre-trained weights, `group` (trainable) for training from scratch."""
     if kind == "frozen_batch":
         return FrozenBatchNorm(channels)
+    if kind != "group":
+        raise UserError(f"config.model.backbone.norm is {kind!r}; known are frozen_batch and group.")
     return GroupNorm(channels, min(32, channels // 4), rngs=rngs)
 
 
