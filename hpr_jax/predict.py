@@ -58,7 +58,6 @@ def predict(
         raise UserError(f"The threshold is a score between 0 and 1, not {threshold}.")
     files = find_images(inputs)
     detector = load(checkpoint, overrides=dict(overrides), config=config)
-    output.mkdir(parents=True, exist_ok=True)
     entries, skipped = [], []
     taken = {file.resolve() for file in files}
     for file in tqdm(files, desc="prediction", unit="image"):
