@@ -25,7 +25,7 @@ def get_config(variant: str = "r50_1x") -> ConfigDict:
     config.train.steps = 88_000
     if variant in ("small", "demo"):
         config.model.refiner.merge_xavier = False
-        globals()[variant](config)
+        {"small": small, "demo": demo}[variant](config)
     return config
 
 
