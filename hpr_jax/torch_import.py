@@ -62,6 +62,7 @@ _RULES: Sequence[tuple[str, str]] = (
     (r"^refiner\.norm", "decoder.norm"),
     (r"^query_init\.generator\.project", "memory_trans_fc"),
     (r"^query_init\.generator\.norm", "memory_trans_norm"),
+    (r"^query_init\.content$", "query_embedding.weight"),
     (r"^query_init\.content", "query_map"),
     (r"^query_init\.head", "bbox_head.matching.{proposal}"),
     (r"^query_init\.dense_head", "bbox_head.matching.{dense_proposal}"),

@@ -55,14 +55,9 @@ def model_config(model: str) -> dict:
             "position_temperature": kind["positional_encoding"]["temperature"],
             "position_offset": kind["positional_encoding"]["offset"],
         },
-        "queries": {
-            "kind": "distinct",
-            "count": s["num_queries"],
-            "dense_ratio": s[model]["dense_topk_ratio"],
-            "nms_threshold": s[model]["nms_iou_threshold"],
-        },
+        "queries": _queries(model),
         "denoising": {
-            "queries": s["num_dn_queries"],
+            "queries": 0 if model == "deformable_detr" else s["num_dn_queries"],
             "label_noise": 0.5,
             "box_noise": 1.0,
             "views_per_chunk": 1_000_000,
@@ -87,6 +82,18 @@ def model_config(model: str) -> dict:
                 "temperature": s["regional_positional_temperature"],
             },
         },
+    }
+
+
+def _queries(model: str) -> dict:
+    s = sizes()
+    if not model.startswith("ddq"):
+        return {"kind": "top", "count": s["num_queries"]}
+    return {
+        "kind": "distinct",
+        "count": s["num_queries"],
+        "dense_ratio": s[model]["dense_topk_ratio"],
+        "nms_threshold": s[model]["nms_iou_threshold"],
     }
 
 

@@ -35,20 +35,20 @@ def test_assignment_is_the_cheapest():
 def test_invalid_queries_stay_unmatched():
     cost = np.zeros((1, 1, 4, 2), np.float32)
     query_valid = np.array([[[False, True, False, False]]])
-    (assigned,) = solve_on_host([cost], [query_valid], np.ones((1, 2), bool), [1])
+    (assigned,) = solve_on_host([cost], [query_valid], np.ones((1, 2), bool), [(1,)])
     assert (assigned[0, 0] >= 0).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize(("repeats", "expected"), [(1, 1), (3, 3), (9, 3)])
 def test_a_box_takes_as_many_queries_as_suffice(repeats, expected):
     cost = RNG.normal(size=(1, 1, 7, 2)).astype(np.float32)
-    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 7), bool)], np.ones((1, 2), bool), [repeats])
+    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 7), bool)], np.ones((1, 2), bool), [(repeats,)])
     assert np.bincount(assigned[0, 0][assigned[0, 0] >= 0]).tolist() == [expected, expected]
 
 
 def test_not_finite_costs_do_not_raise():
     cost = np.array([[[[np.nan, np.inf], [0.0, -np.inf], [1.0, 2.0]]]], np.float32)
-    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 3), bool)], np.ones((1, 2), bool), [1])
+    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 3), bool)], np.ones((1, 2), bool), [(1,)])
     assert assigned.max() == 1
 
 

@@ -21,12 +21,13 @@ class Request:
     Attributes:
       cost: `[P, B, Q, N]`.
       query_valid: bool `[P, B, Q]`; other queries stay unmatched.
-      repeats: static; a box is matched with this many queries, or with as many as the queries suffice for.
+      repeats: static, for each problem: a box is matched with this many queries, or with as many as the queries suffice
+        for.
     """
 
     cost: jax.Array
     query_valid: jax.Array
-    repeats: int = flax.struct.field(pytree_node=False, default=1)
+    repeats: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -102,7 +103,7 @@ def assign(requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Arr
 
 
 def solve_on_host(
-    costs: Sequence[np.ndarray], query_valid: Sequence[np.ndarray], target_valid: np.ndarray, repeats: Sequence[int]
+    costs: Sequence[np.ndarray], query_valid: Sequence[np.ndarray], target_valid: np.ndarray, repeats: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
     """NumPy side of `assign`; uses no JAX, as it runs inside a callback."""
     counts = target_valid.sum(axis=1)
@@ -121,7 +122,7 @@ def solve_on_host(
         cost = costs[request][problem, image][queries, : counts[image]]
         # Not finite is for the loss check to report; the solver would raise.
         cost = np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
-        copies = max(min(repeats[request], len(queries) // int(counts[image])), 1)
+        copies = max(min(repeats[request][problem], len(queries) // int(counts[image])), 1)
         rows, columns = linear_sum_assignment(np.repeat(cost, copies, axis=1))
         results[request][problem, image, queries[rows]] = columns // copies
 

@@ -12,7 +12,7 @@ from hpr_jax.models.detector import Detector
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.neck import ChannelMapper
-from hpr_jax.models.queries import DistinctQueries
+from hpr_jax.models.queries import DistinctQueries, TopQueries
 from hpr_jax.models.refiner import DeformableRefiner, HybridRefiner, InteractionFactory, RefinerLayer, RegionSettings
 from hpr_jax.models.region import DynamicConv, RegionalAttention
 from hpr_jax.models.resnet import ResNet
@@ -53,12 +53,33 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
         remat=config["remat"],
         rngs=rngs,
     )
-    queries = config["queries"]
-    # The official heads of all layers start as copies of one, those of the branches of DDQ too.
+    refiner = _refiner(config, rngs)
     head = PredictionHead(channels, num_classes, rngs=rngs)
+    distinct = config["queries"]["kind"] == "distinct"
+    # The official heads of all layers start as copies of one; DDQ's branches start from the primary branch's, too.
+    branch_heads = [head if distinct else PredictionHead(channels, num_classes, rngs=rngs) for _ in refiner.branches]
+    layers, denoising = config["refiner"]["layers"], config["denoising"]
+    return Detector(
+        backbone=backbone,
+        neck=neck,
+        encoder=encoder,
+        query_init=_query_init(config, head, rngs),
+        denoiser=Denoiser(num_classes, channels, rngs=rngs, **denoising) if denoising["queries"] else None,
+        refiner=refiner,
+        heads=DecoderHeads(head, layers, with_dense=distinct),
+        branch_heads=[DecoderHeads(branch_head, layers, with_dense=distinct) for branch_head in branch_heads],
+        pixel_mean=config["pixel_mean"],
+        pixel_std=config["pixel_std"],
+    )
+
+
+def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> TopQueries | DistinctQueries:
+    queries, channels = config["queries"], config["channels"]
+    if queries["kind"] == "top":
+        return TopQueries(_copy(head), channels, queries=queries["count"], rngs=rngs)
     if queries["kind"] != "distinct":
-        raise UserError(f"model.queries.kind is {queries['kind']!r}; known is 'distinct'.")
-    query_init = DistinctQueries(
+        raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are top and distinct.")
+    return DistinctQueries(
         _copy(head),
         _copy(head),
         channels,
@@ -66,20 +87,6 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
         dense_ratio=queries["dense_ratio"],
         nms_threshold=queries["nms_threshold"],
         rngs=rngs,
-    )
-    refiner = _refiner(config, rngs)
-    layers = config["refiner"]["layers"]
-    return Detector(
-        backbone=backbone,
-        neck=neck,
-        encoder=encoder,
-        query_init=query_init,
-        denoiser=Denoiser(num_classes, channels, rngs=rngs, **config["denoising"]) if config["denoising"] else None,
-        refiner=refiner,
-        heads=DecoderHeads(head, layers, with_dense=True),
-        branch_heads=[DecoderHeads(head, layers, with_dense=True) for _ in refiner.branches],
-        pixel_mean=config["pixel_mean"],
-        pixel_std=config["pixel_std"],
     )
 
 
@@ -125,7 +132,7 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
         layers=refiner["layers"],
         channels=channels,
         branches=names[1:],
-        nms_threshold=config["queries"]["nms_threshold"],
+        nms_threshold=config["queries"].get("nms_threshold"),
         region=RegionSettings(**{**refiner["region"], "strides": tuple(refiner["region"]["strides"])}),
         remat=config["remat"],
         rngs=rngs,

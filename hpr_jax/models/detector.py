@@ -19,7 +19,7 @@ class Detector(nnx.Module):
     """Backbone, neck, encoder, initial queries, refiner and heads.
 
     Args:
-      backbone: images, sizes -> feature maps and their valid sizes.
+      backbone: images, sizes and a key or None -> feature maps and their valid sizes.
       query_init: memory -> matching queries and dense ones or None.
       denoiser: or None for training without denoising queries.
       heads: of the primary branch; branch_heads: of each auxiliary branch.
@@ -62,6 +62,7 @@ class Detector(nnx.Module):
         *,
         denoising: DenoisingQueries | None = None,
         train: bool = False,
+        key: jax.Array | None = None,
     ) -> Outputs:
         """Runs the detector.
 
@@ -70,8 +71,9 @@ class Detector(nnx.Module):
           sizes: int32 `[B, 2]`, valid (height, width) in pixels.
           denoising: queries from `denoiser.draw`, in training.
           train: with the dense queries that only losses read.
+          key: for what is random in training (drop path); None: nothing is.
         """
-        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes), sizes))
+        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes), sizes, key))
         memory = self.encoder(flatten(maps, map_sizes, sizes))
         matching, dense = self.query_init(memory, with_dense=train)
         queries = self._decoder_input(denoising, matching, dense)
@@ -79,7 +81,7 @@ class Detector(nnx.Module):
 
         normed = self.refiner.norm(decoded.hidden)
         branch_normed = [norm(decoded.branches[:, i]) for i, norm in enumerate(self.refiner.branch_norms)]
-        valid = self._valid(queries, denoising, dense, counted(decoded.kept))
+        valid = self._valid(denoising, dense, counted(decoded.kept) & matching.proposals.valid)
         references = decoded.reference_boxes[:-1]
 
         def predict(heads, hidden):
@@ -92,7 +94,7 @@ class Detector(nnx.Module):
                 name: predict(heads, hidden)
                 for name, heads, hidden in zip(self.refiner.branches, self.branch_heads, branch_normed)
             },
-            proposals=matching.proposals.replace(valid=jnp.ones_like(matching.proposals.valid)),
+            proposals=matching.proposals,
             dense_proposals=dense.proposals if dense is not None else None,
             intermediates=Intermediates(
                 memory=memory.tokens,
@@ -118,7 +120,7 @@ class Detector(nnx.Module):
         # Per query: its kind, its group within the kind, and whether others may see it.
         kind = [jnp.ones((batch, num_matching), jnp.int32)]
         group = [jnp.zeros((batch, num_matching), jnp.int32)]
-        visible = [jnp.ones((batch, num_matching), bool)]
+        visible = [matching.proposals.valid]
         num_denoising = num_dense = 0
         if denoising is not None:
             num_denoising = denoising.used.shape[1]
@@ -140,15 +142,15 @@ class Detector(nnx.Module):
         return DecoderInput(
             content=jnp.concatenate(content, axis=1),
             reference_boxes=jnp.concatenate(boxes, axis=1),
-            mask=(same & visible[:, None, :]) | denoising_sees_matching,
-            twins=~matching.proposals.valid,
+            mask=(same | denoising_sees_matching) & visible[:, None, :],
+            twins=matching.twins,
             num_denoising=num_denoising,
             num_matching=num_matching,
             num_dense=num_dense,
         )
 
     @staticmethod
-    def _valid(queries, denoising, dense, counted_matching):
+    def _valid(denoising, dense, counted_matching):
         layers = len(counted_matching)
         parts = [counted_matching]
         if denoising is not None:

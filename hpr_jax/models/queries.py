@@ -1,4 +1,4 @@
-"""From the encoder's memory to the decoder's first queries: proposals, and DDQ's distinct and dense selection."""
+"""From the encoder's memory to the decoder's first queries: proposals, and the two ways of choosing among them."""
 
 from collections.abc import Sequence
 
@@ -21,11 +21,14 @@ class InitialQueries:
 
     Attributes:
       content: `[B, Q, C]`.
-      proposals: logits, boxes (differentiable), and whether a query stands for a token (`valid`).
+      proposals: logits, boxes (differentiable), and which queries exist (`valid`): others are seen by none, and count in
+        no loss and no detection.
+      twins: bool `[B, Q]`, existing queries that start out identical.
     """
 
     content: jax.Array
     proposals: Predictions
+    twins: jax.Array
 
 
 class ProposalGenerator(nnx.Module):
@@ -60,11 +63,31 @@ class ProposalGenerator(nnx.Module):
         ]
 
 
+class TopQueries(nnx.Module):
+    """The best proposals by score with learned content, one vector a rank (two-stage Deformable DETR with the mixed query
+    selection of DINO, Zhang et al. 2023, section 3.4)."""
+
+    def __init__(self, head: PredictionHead, channels: int, *, queries: int, rngs: nnx.Rngs):
+        self.generator = ProposalGenerator(channels, rngs=rngs)
+        self.head = head
+        self.content = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (queries, channels)))
+
+    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, None]:
+        """-> matching queries; there are no dense ones."""
+        ((logits, boxes),) = self.generator(memory, [self.head])
+        queries, channels = self.content.shape
+        index, found = _best(logits, memory.valid, queries)
+        content = jnp.broadcast_to(self.content.get_value(), (len(logits), queries, channels))
+        nowhere = jnp.zeros_like(found)
+        return InitialQueries(content, _take_predictions(index, found, logits, boxes), nowhere), None
+
+
 class DistinctQueries(nnx.Module):
     """DDQ's initial queries (Zhang et al. 2023, section 3): the best proposals that survive class-agnostic NMS, and in
     training as many and a half more, ranked by score alone, on heads of their own. Content comes from the memory.
 
-    With fewer survivors than queries the rest is filled with zero content, zero logits and the box (.5, .5, .5, .5).
+    With fewer survivors than queries the rest is filled with zero content, zero logits and the box (.5, .5, .5, .5); these
+    twins take part in everything.
     """
 
     def __init__(
@@ -92,15 +115,17 @@ class DistinctQueries(nnx.Module):
         index, found = jax.vmap(
             lambda boxes, scores, valid: nms_first(boxes, scores, valid, self.queries, self.nms_threshold)
         )(cxcywh_to_xyxy(jax.lax.stop_gradient(boxes)), _scores(logits), memory.valid)
-        matching = _take(index, found, content, logits, boxes)
+        proposals = _take_predictions(index, found, logits, boxes)
+        everywhere = jnp.ones_like(found)
+        matching = InitialQueries(_take(index, found, content, 0.0), proposals.replace(valid=everywhere), ~found)
         if not with_dense:
             return matching, None
 
         ((logits, boxes),) = dense
         count = min(int(self.queries * self.dense_ratio), logits.shape[1])
-        _, index = jax.lax.top_k(jnp.where(memory.valid, _scores(logits), -jnp.inf), count)
-        found = jnp.take_along_axis(memory.valid, index, axis=1)
-        return matching, _take(index, found, content, logits, boxes)
+        index, found = _best(logits, memory.valid, count)
+        proposals = _take_predictions(index, found, logits, boxes)
+        return matching, InitialQueries(_take(index, found, content, 0.0), proposals, jnp.zeros_like(found))
 
 
 def _scores(logits: jax.Array) -> jax.Array:
@@ -108,11 +133,20 @@ def _scores(logits: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jax.nn.sigmoid(jnp.max(logits, axis=-1)))
 
 
-def _take(index, found, content, logits, boxes) -> InitialQueries:
-    def pick(array, fill):
-        return jnp.where(found[..., None], jnp.take_along_axis(array, index[..., None], axis=1), fill)
+def _best(logits: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` tokens of the best scores, ties to the lowest index: logits `[B, S, K]`, valid `[B, S]` -> indices
+    `[B, count]`, and whether there is such a token, which fails when an image has fewer."""
+    # By logits: different ones may have the same probability.
+    scores = jnp.where(valid, jax.lax.stop_gradient(jnp.max(logits, axis=-1)), -jnp.inf)
+    missing = max(count - scores.shape[1], 0)
+    _, index = jax.lax.top_k(jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf), count)
+    index = jnp.minimum(index, scores.shape[1] - 1)
+    return index, jnp.arange(count) < jnp.sum(valid, axis=1, keepdims=True)
 
-    return InitialQueries(
-        content=pick(content, 0.0),
-        proposals=Predictions(logits=pick(logits, 0.0), boxes=pick(boxes, 0.5), valid=found),
-    )
+
+def _take_predictions(index, found, logits, boxes) -> Predictions:
+    return Predictions(logits=_take(index, found, logits, 0.0), boxes=_take(index, found, boxes, 0.5), valid=found)
+
+
+def _take(index, found, array, fill):
+    return jnp.where(found[..., None], jnp.take_along_axis(array, index[..., None], axis=1), fill)

@@ -131,8 +131,10 @@ class ResNet(nnx.Module):
         for stage in self.stages[: max(frozen_stages, 0)]:
             freeze(stage)
 
-    def __call__(self, images: jax.Array, sizes: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]`.
+    def __call__(
+        self, images: jax.Array, sizes: jax.Array, key: jax.Array | None = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]`; nothing here is random, so `key` is not read.
 
         Returns:
           Maps `[B, h, w, C]` of strides 8, 16, 32, and the valid sizes of each.

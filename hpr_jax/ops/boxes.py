@@ -1,5 +1,7 @@
 """Box formats, overlaps and the inverse of the sigmoid. Boxes are the last axis, of length 4."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -55,3 +57,12 @@ def generalized_iou(a: jax.Array, b: jax.Array, eps: float = 1e-6) -> jax.Array:
     high = jnp.maximum(a[..., 2:], b[..., 2:])
     enclosing = jnp.maximum(jnp.prod(jnp.maximum(high - low, 0.0), axis=-1), eps)
     return intersection / union - (enclosing - union) / enclosing
+
+
+def pixel_overlap(
+    overlap: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, b: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """`iou` or `generalized_iou` of normalised cxcywh boxes `[B, Q, 4]` in images of (height, width) `sizes` `[B, 2]`,
+    taken in pixels, where the guard against empty boxes is negligible: `[B, Q]`."""
+    scale = whwh(sizes)[:, None]
+    return overlap(cxcywh_to_xyxy(a) * scale, cxcywh_to_xyxy(b) * scale)
