@@ -67,6 +67,7 @@ def model_config(model: str) -> dict:
             "primary": "deformable",
             "auxiliaries": ("regional_attention", "dynamic_conv"),
             "merge": "learned_vector",
+            "merge_points": ("attention", "ffn"),
             "merge_initial": (1.0, 1.0, 1.0),
             "merge_xavier": False,
             "region": {
@@ -75,6 +76,8 @@ def model_config(model: str) -> dict:
                 "sampling_ratio": s["roi_sampling_ratio"],
                 "finest_scale": s["roi_finest_scale"],
             },
+            "global_attention": {"heads": s["num_heads"], "level": s["num_levels"] - 1, "temperature": 20.0},
+            "region_fc": {"hidden": 16},
             "dynamic_conv": {"hidden": s["dynamic_conv_feat_channels"]},
             "regional_attention": {
                 "heads": s["regional_attention_heads"],

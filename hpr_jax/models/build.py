@@ -11,11 +11,13 @@ from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.detector import Detector
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
+from hpr_jax.models.interactions import DeformableRefiner, GlobalAttention, InteractionFactory, PointRefiner
 from hpr_jax.models.neck import ChannelMapper
 from hpr_jax.models.queries import DistinctQueries, TopQueries
-from hpr_jax.models.refiner import DeformableRefiner, HybridRefiner, InteractionFactory, RefinerLayer, RegionSettings
-from hpr_jax.models.region import DynamicConv, RegionalAttention
+from hpr_jax.models.refiner import HybridRefiner, RefinerLayer, RegionSettings
+from hpr_jax.models.region import DynamicConv, RegionalAttention, RegionFC
 from hpr_jax.models.resnet import ResNet
+from hpr_jax.models.swin import SwinTransformer
 
 Config = Mapping[str, Any]
 
@@ -92,16 +94,17 @@ def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> TopQuer
 
 def interactions(config: Config) -> dict[str, InteractionFactory]:
     """The refiners that settings can name, by name."""
-    channels, refiner = config["channels"], config["refiner"]
+    channels, refiner, levels = config["channels"], config["refiner"], config["levels"]
     size = refiner["region"]["output_size"]
     return {
-        "deformable": lambda rngs: DeformableRefiner(
-            channels, config["heads"], config["levels"], config["points"], rngs=rngs
-        ),
-        "dynamic_conv": lambda rngs: DynamicConv(channels, refiner["dynamic_conv"]["hidden"], size, rngs=rngs),
+        "deformable": lambda rngs: DeformableRefiner(channels, config["heads"], levels, config["points"], rngs=rngs),
+        "dynamic_conv": lambda rngs: DynamicConv(channels, region_size=size, rngs=rngs, **refiner["dynamic_conv"]),
         "regional_attention": lambda rngs: RegionalAttention(
             channels, region_size=size, rngs=rngs, **refiner["regional_attention"]
         ),
+        "global_attention": lambda rngs: GlobalAttention(channels, levels=levels, rngs=rngs, **refiner["global_attention"]),
+        "region_fc": lambda rngs: RegionFC(channels, region_size=size, rngs=rngs, **refiner["region_fc"]),
+        "point": lambda rngs: PointRefiner(channels, rngs=rngs),
     }
 
 
@@ -123,6 +126,7 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
             config["heads"],
             config["hidden"],
             merge=refiner["merge"],
+            merge_points=refiner["merge_points"],
             merge_initial="xavier" if refiner["merge_xavier"] else tuple(refiner["merge_initial"]),
             rngs=rngs,
         )
@@ -139,11 +143,11 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
     )
 
 
-def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet:
-    settings = {key: value for key, value in config.items() if key != "kind"}
-    if config["kind"] != "resnet":
-        raise UserError(f"model.backbone.kind is {config['kind']!r}; known is 'resnet'.")
-    return ResNet(rngs=rngs, **settings)
+def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet | SwinTransformer:
+    kinds = {"resnet": ResNet, "swin": SwinTransformer}
+    if config["kind"] not in kinds:
+        raise UserError(f"config.model.backbone.kind is {config['kind']!r}; known are {', '.join(kinds)}.")
+    return kinds[config["kind"]](rngs=rngs, **{key: value for key, value in config.items() if key != "kind"})
 
 
 def _copy(module):

@@ -1,14 +1,14 @@
 """The hybrid proposal refiner: a decoder layer in which several refiners work on the same queries (HPR section 3.1).
 
 Each refiner is a path of its own through the layer: self-attention, an interaction with the image (deformable attention,
-dynamic convolution, regional attention, ...), an FFN. Behind the self-attention and behind the FFN the primary path takes
-a merge of all paths; the auxiliary paths end in branches that are supervised but not passed on.
+dynamic convolution, regional attention, ...), an FFN. Behind the self-attention and behind the FFN (or where settings say)
+the primary path takes a merge of all paths; the auxiliary paths end in branches that are supervised but not passed on.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import flax.struct
 import jax
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
+from hpr_jax.models.attention import MultiHeadAttention
 from hpr_jax.models.encoder import Pyramid
 from hpr_jax.models.heads import DecoderHeads
+from hpr_jax.models.interactions import InteractionFactory
 from hpr_jax.models.layers import MLP, FeedForward, Frozen, layer_norm, stack, xavier_linear
 from hpr_jax.models.position import box_encoding
 from hpr_jax.models.surroundings import Surroundings
@@ -28,38 +29,9 @@ from hpr_jax.ops.roi_align import roi_align
 
 MergeKind = Literal["fixed", "learned_scalar", "learned_vector"]
 MERGES = get_args(MergeKind)
-
-
-class Interaction(Protocol):
-    """How a refiner looks at the image: queries and their positions `[B, Q, C]` -> `[B, Q, C]`, residual included."""
-
-    needs_regions: bool
-
-    def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array: ...
-
-
-InteractionFactory = Callable[[nnx.Rngs], Interaction]
-
-
-class DeformableRefiner(nnx.Module):
-    """Deformable attention around the reference boxes, the refiner of all base detectors."""
-
-    needs_regions = False
-
-    def __init__(self, channels: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs):
-        self.attention = DeformableAttention(channels, heads, levels, points, rngs=rngs)
-
-    def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
-        memory = surroundings.memory
-        return self.attention(
-            query,
-            position,
-            memory.tokens,
-            memory.valid,
-            memory.spatial_shapes,
-            memory.level_sizes,
-            surroundings.reference_boxes,
-        )
+# Behind which parts of a path features may be merged.
+MergePoint = Literal["attention", "interaction", "ffn"]
+MERGE_POINTS = get_args(MergePoint)
 
 
 class Merge(nnx.Module):
@@ -100,7 +72,7 @@ class Merge(nnx.Module):
 
 
 class RefinerPath(nnx.Module):
-    """The parts that a path has to itself."""
+    """The parts that a path has to itself: self-attention, interaction and FFN, each followed by its norm."""
 
     def __init__(self, make: InteractionFactory, channels: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
         self.attention = MultiHeadAttention(channels, heads, rngs=rngs)
@@ -110,10 +82,6 @@ class RefinerPath(nnx.Module):
         self.ffn = FeedForward(channels, hidden, rngs=rngs)
         self.norm3 = layer_norm(channels, rngs=rngs)
 
-    def interact(self, x: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
-        """From behind the self-attention to in front of the last norm."""
-        return self.ffn(self.norm2(self.interaction(self.norm1(x), position, surroundings)))
-
 
 class RefinerLayer(nnx.Module):
     """One decoder layer of a primary and any number of auxiliary refiners; without auxiliaries the plain layer.
@@ -122,6 +90,7 @@ class RefinerLayer(nnx.Module):
       primary: makes the primary interaction.
       auxiliaries: make the auxiliary interactions, in the order of their branches.
       merge, merge_initial: see `Merge`.
+      merge_points: behind which parts the primary path takes a merge of all.
     """
 
     def __init__(
@@ -134,16 +103,23 @@ class RefinerLayer(nnx.Module):
         *,
         merge: MergeKind,
         merge_initial: Sequence[float] | Literal["xavier"],
+        merge_points: Sequence[MergePoint],
         rngs: nnx.Rngs,
     ):
+        for point in merge_points:
+            if point not in MERGE_POINTS:
+                raise UserError(f"config.model.refiner.merge_points names {point!r}; known are {', '.join(MERGE_POINTS)}.")
         self.primary = RefinerPath(primary, channels, heads, hidden, rngs=rngs)
         self.auxiliaries = nnx.List([RefinerPath(make, channels, heads, hidden, rngs=rngs) for make in auxiliaries])
-        self.merge_attention = nnx.data(None)
-        self.merge_ffn = nnx.data(None)
-        if auxiliaries:
-            paths = 1 + len(auxiliaries)
-            self.merge_attention = Merge(paths, channels, merge, merge_initial, rngs=rngs)
-            self.merge_ffn = Merge(paths, channels, merge, merge_initial, rngs=rngs)
+
+        def make_merge(point):
+            if not auxiliaries or point not in merge_points:
+                return nnx.data(None)
+            return Merge(1 + len(auxiliaries), channels, merge, merge_initial, rngs=rngs)
+
+        self.merge_attention = make_merge("attention")
+        self.merge_interaction = make_merge("interaction")
+        self.merge_ffn = make_merge("ffn")
 
     def __call__(
         self, query: jax.Array, position: jax.Array, mask: jax.Array | None, surroundings: Surroundings
@@ -154,12 +130,16 @@ class RefinerLayer(nnx.Module):
           The refined queries `[B, Q, C]` and the auxiliary branches `[branches, B, Q, C]`.
         """
         paths = [self.primary, *self.auxiliaries]
+
+        def merged(merge, xs):
+            return xs if merge is None else [merge(xs), *xs[1:]]
+
         xs = [query + path.attention.self_attention(query, position, mask) for path in paths]
-        if self.merge_attention is not None:
-            xs[0] = self.merge_attention(xs)
-        xs = [path.interact(x, position, surroundings) for path, x in zip(paths, xs)]
-        if self.merge_ffn is not None:
-            xs[0] = self.merge_ffn(xs)
+        xs = merged(self.merge_attention, xs)
+        xs = [path.interaction(path.norm1(x), position, surroundings) for path, x in zip(paths, xs)]
+        xs = merged(self.merge_interaction, xs)
+        xs = [path.ffn(path.norm2(x)) for path, x in zip(paths, xs)]
+        xs = merged(self.merge_ffn, xs)
         refined, *branches = [path.norm3(x) for path, x in zip(paths, xs)]
         return refined, jnp.stack(branches) if branches else jnp.zeros((0, *query.shape), query.dtype)
 

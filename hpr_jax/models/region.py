@@ -1,6 +1,7 @@
-"""The two region refiners of HPR: dynamic convolution and regional cross-attention (paper section 3.1).
+"""Refiners that look at each query's region: the two of HPR, dynamic convolution and regional cross-attention (paper
+section 3.2), and the fully connected layers of Faster R-CNN.
 
-Both read the `[B, Q, bins, C]` features that RoIAlign takes from the memory at each query's reference box.
+All read the `[B, Q, bins, C]` features that RoIAlign takes from the memory at each query's reference box.
 """
 
 import jax
@@ -65,3 +66,18 @@ class RegionalAttention(nnx.Module):
         x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
         x = jax.nn.relu(self.norm(self.project(x.reshape(batch, queries, -1))))
         return query + x
+
+
+class RegionFC(nnx.Module):
+    """Two fully connected layers on the region, which take the place of the query (Faster R-CNN, Ren et al. 2015)."""
+
+    needs_regions = True
+
+    def __init__(self, channels: int, hidden: int, region_size: int, *, rngs: nnx.Rngs):
+        self.expand = xavier_linear(region_size**2 * channels, hidden, rngs=rngs)
+        self.contract = xavier_linear(hidden, channels, rngs=rngs)
+
+    def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
+        """`[B, Q, C]` -> `[B, Q, C]`; of the query nothing is kept."""
+        regions = surroundings.regions.reshape(*query.shape[:2], -1)
+        return jax.nn.relu(self.contract(jax.nn.relu(self.expand(regions))))
