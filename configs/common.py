@@ -4,10 +4,20 @@ from ml_collections import ConfigDict
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+# Published Deformable DETR and DINO weights were trained with this slip of a digit in red.
+DINO_STD = (58.335, 57.12, 57.375)
+
+# Length of each schedule, and the milestones at which the learning rate falls: in steps of 16 images (of 118,287), and
+# in epochs for the recipes that count in them.
+STEPS = {"1x": (88_000, (80_000,)), "2x": (176_000, (117_300, 161_300)), "3x": (264_000, (205_300, 249_300))}
+EPOCHS = {"1x": (12, (11,)), "2x": (24, (16, 22))}
+
+# Variants of every detector that train from scratch, on a CPU if need be.
+FROM_SCRATCH = ("small", "demo")
 
 
 def base() -> ConfigDict:
-    """What all official R50 recipes have in common (paper section 4.1 and its configs)."""
+    """What all official recipes have in common (paper section 4 and its configs), with ResNet-50."""
     config = ConfigDict()
     config.model = {
         "channels": 256,
@@ -22,13 +32,18 @@ def base() -> ConfigDict:
         "backbone": resnet(),
         "neck": {"groups": 32, "bias": False},
         "encoder": {"layers": 6, "position_temperature": 20.0, "position_offset": 0.0},
+        # The best 900 proposals, with learned content; queries: at most so many positive denoising queries, 0 for none;
         # views_per_chunk: the views on one GPU of the official run (2 images, weak and strong).
+        "queries": {"kind": "top", "count": 900},
         "denoising": {"queries": 100, "label_noise": 0.5, "box_noise": 1.0, "views_per_chunk": 4},
         "refiner": {
             "layers": 6,
+            # Refiners: deformable, dynamic_conv, regional_attention, global_attention, region_fc, point.
             "primary": "deformable",
             "auxiliaries": ("regional_attention", "dynamic_conv"),
+            # fixed, learned_scalar or learned_vector weights, of the features behind: attention, interaction, ffn.
             "merge": "learned_vector",
+            "merge_points": ("attention", "ffn"),
             # Initial weight of each path, the primary one first; (): one for all.
             "merge_initial": (),
             # Draw the merge weights at random instead, as the initialisation of the published DDQ models does.
@@ -36,6 +51,9 @@ def base() -> ConfigDict:
             "region": {"strides": (8, 16, 32, 64), "output_size": 7, "sampling_ratio": 2, "finest_scale": 56.0},
             "dynamic_conv": {"hidden": 64},
             "regional_attention": {"heads": 8, "samples": 5, "temperature": 20.0},
+            # Level of the pyramid, from the finest (0) on, that global attention reads.
+            "global_attention": {"heads": 8, "level": 2, "temperature": 20.0},
+            "region_fc": {"hidden": 1024},
         },
     }
     config.loss = {"branch_weight": 0.5}
@@ -57,14 +75,19 @@ def base() -> ConfigDict:
     config.augmentation = detr_augmentation()
     config.train = {
         "batch_size": 16,
+        # Length: in steps or, if that is 0, in epochs; evaluate_every and the optimizer's milestones count the same unit.
         "steps": 0,
+        "epochs": 0,
         "seed": 0,
         "log_every": 50,
         "checkpoint_every": 1000,
         "keep_checkpoints": 2,
         "evaluate_every": 8000,
-        # .npz with official names: a whole detector, or a backbone alone (names below `backbone.`).
+        # Weights to start from: a checkpoint or workdir of this project, or a .pth or .npz file with official names, of a
+        # whole detector or of a backbone alone. Another number of classes is fine.
         "initial_weights": "",
+        # Train with the padding as part of the image, as the LSJ configs of Align DETR do (`use_lsj`).
+        "padding_is_image": False,
     }
     config.optimizer = {
         "learning_rate": 1e-4,
@@ -94,9 +117,26 @@ def resnet() -> dict:
     }
 
 
-def detr_augmentation() -> dict:
-    """Flip, then one of: resize; resize, crop, resize (DETR, Carion et al. 2020, section A.4)."""
+def swin_l() -> dict:
+    """Swin-L for weights pre-trained on ImageNet-22K at 384 pixels (Liu et al. 2021)."""
     return {
+        "kind": "swin",
+        "embed_channels": 192,
+        "depths": (2, 2, 18, 2),
+        "heads": (6, 12, 24, 48),
+        "window": 12,
+        "drop_path": 0.2,
+        "frozen_stages": -1,
+        "remat": True,
+    }
+
+
+def detr_augmentation() -> dict:
+    """Flip, then one of: resize; resize, crop, resize (DETR, Carion et al. 2020, section A.4). Strong views: the paper's
+    data re-augmentation (section 3.2)."""
+    return {
+        "kind": "detr",
+        "strong_views": True,
         "flip": 0.5,
         "sides": tuple(range(480, 801, 32)),
         "max_side": 1333,
@@ -106,7 +146,72 @@ def detr_augmentation() -> dict:
     }
 
 
-def from_scratch(config: ConfigDict, *, base_channels: int, blocks: tuple[int, ...]) -> None:
-    """A backbone that needs no pre-trained weights: all layers trained, GroupNorm over valid pixels, full learning rate."""
-    config.model.backbone.update(blocks=blocks, base_channels=base_channels, norm="group", frozen_stages=-1)
+def recipe(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None:
+    """An official recipe, `{r50|swin_l}_{1x|2x|3x}[_lsj]`; `in_epochs`: its ResNet-50 schedules without LSJ count epochs."""
+    name, _, jitter = variant.partition("_lsj")
+    lsj = variant.endswith("_lsj")
+    assert not jitter, variant
+    backbone, _, length = name.rpartition("_")
+    if backbone == "swin_l":
+        config.model.backbone = swin_l()
+        config.model.neck.bias = True
+        # As published: half of the strides that the maps have.
+        config.model.refiner.region.strides = (8, 16, 32, 64)
+    if lsj:
+        config.augmentation.update(kind="lsj", lsj={"side": 1024, "scale_range": (0.1, 2.0), "copy_paste": True})
+    if lsj or backbone == "swin_l":
+        config.model.denoising.views_per_chunk = 2
+    if in_epochs and backbone == "r50" and not lsj:
+        config.train.epochs, config.optimizer.milestones = EPOCHS[length]
+        config.train.evaluate_every = 1
+    else:
+        config.train.steps, config.optimizer.milestones = STEPS[length]
+
+
+def from_scratch(config: ConfigDict, variant: str) -> None:
+    """`small` or `demo`: a narrow detector whose backbone needs no pre-trained weights: all layers trained, GroupNorm over
+    valid pixels, full learning rate; weak augmentation alone."""
+    config.model.backbone.update(norm="group", frozen_stages=-1)
+    config.model.refiner.merge_xavier = False
+    config.model.pixel_std = IMAGENET_STD
     config.optimizer.backbone_multiplier = 1.0
+    config.augmentation.strong_views = False
+    {"small": _small, "demo": _demo}[variant](config)
+
+
+def _small(config: ConfigDict) -> None:
+    """For a few hundred images of about 320 to 480 pixels: a thirteenth of the parameters; about a second an image and
+    step on two CPU cores."""
+    model = config.model
+    model.backbone.update(base_channels=32, blocks=(2, 2, 2, 2))
+    model.update(channels=128, heads=4, hidden=512)
+    model.encoder.layers = model.refiner.layers = 2
+    model.neck.groups = 16
+    model.queries.count = 80
+    model.denoising.queries = min(model.denoising.queries, 30)
+    model.refiner.dynamic_conv.hidden = 32
+    model.refiner.regional_attention.update(heads=4, samples=3)
+    config.augmentation.update(sides=(320, 352, 384), max_side=512, crop_sides=(320, 360, 400), crop_range=(224, 384))
+    config.data.update(buckets=2, keep_empty=True)
+    config.train.update(batch_size=2, steps=6000, checkpoint_every=200, evaluate_every=1000, log_every=20)
+    config.optimizer.update(learning_rate=4e-4, weight_decay=1e-3, warmup_steps=100, milestones=(5000,))
+    config.evaluate.update(batch_size=4, side=352, max_side=512, detections=100, buckets=2)
+
+
+def _demo(config: ConfigDict) -> None:
+    """For 128-pixel images; a few minutes on two CPU cores."""
+    model = config.model
+    model.backbone.update(base_channels=16, blocks=(1, 1, 1, 1))
+    model.update(channels=64, heads=4, hidden=128)
+    model.encoder.layers = model.refiner.layers = 2
+    model.neck.groups = 8
+    model.queries.count = 20
+    model.denoising.queries = min(model.denoising.queries, 10)
+    model.refiner.region.output_size = 5
+    model.refiner.dynamic_conv.hidden = 16
+    model.refiner.regional_attention.update(heads=4, samples=2)
+    config.augmentation.update(sides=(128,), max_side=128, crop=0.0)
+    config.data.update(directory="runs/demo/data", buckets=1, keep_empty=True, threads=2)
+    config.train.update(batch_size=8, steps=1000, checkpoint_every=250, evaluate_every=500, log_every=20)
+    config.optimizer.update(learning_rate=1e-3, weight_decay=1e-3, warmup_steps=50, milestones=(800,))
+    config.evaluate.update(batch_size=8, side=128, max_side=128, detections=50, buckets=1)

@@ -120,13 +120,18 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the setting and what it must be.
     """
-    at_least_one = ("train.batch_size", "train.steps", "train.log_every", "train.checkpoint_every", "train.evaluate_every")
+    at_least_one = ("train.batch_size", "train.log_every", "train.checkpoint_every", "train.evaluate_every")
     at_least_one += ("train.keep_checkpoints", "data.buckets", "data.threads", "evaluate.batch_size", "evaluate.side")
     at_least_one += ("evaluate.max_side", "evaluate.detections", "evaluate.buckets", "augmentation.max_side")
     for key in at_least_one:
         section, name = key.split(".")
         if config[section][name] < 1:
             raise UserError(f"config.{key} is {config[section][name]}; it must be at least 1.")
+    if min(config.train.steps, config.train.epochs) < 0 or bool(config.train.steps) == bool(config.train.epochs):
+        raise UserError(
+            f"config.train.steps is {config.train.steps} and config.train.epochs is {config.train.epochs}; one of them "
+            "must be at least 1, and the other 0."
+        )
     for key in ("sides", "crop_sides", "crop_range"):
         if not config.augmentation[key] or min(config.augmentation[key]) < 1:
             raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")

@@ -1,5 +1,6 @@
 """Training: plan, loader, one jitted step, checkpoints, evaluation at intervals."""
 
+import dataclasses
 import functools
 import logging
 import time
@@ -25,8 +26,11 @@ from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import Evaluator, log_table
 from hpr_jax.logs import log_dropped_boxes, log_to_file
 from hpr_jax.losses.criterion import Criterion
+from hpr_jax.losses.dense import DenseLoss
+from hpr_jax.losses.matched import AlignedMatchedLoss
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
+from hpr_jax.ops.boxes import whwh
 from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.torch_import import load_weights_file
 from hpr_jax.types import Targets
@@ -57,17 +61,22 @@ StepNumbers = dict[str, jax.Array]
 
 @functools.lru_cache(maxsize=8)
 def make_train_step(
-    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int
+    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, padding_is_image: bool = False
 ) -> Callable[[TrainState, DeviceBatch, float], tuple[TrainState, StepNumbers]]:
     """One optimisation step: state, batch and learning rate -> state (the old one is donated) and numbers: every loss
-    term, `loss` and `gradient_norm`. Cached, so that a run resumed in the same process does not compile again."""
+    term, `loss` and `gradient_norm`. Cached, so that a run resumed in the same process does not compile again.
+
+    `padding_is_image`: see `on_canvas`."""
 
     def loss_of(params, frozen, batch, key):
         detector = nnx.merge(graph, params, frozen)
-        sizes = batch.targets.sizes
-        denoising = detector.denoiser.draw(key, batch.targets) if detector.denoiser is not None else None
-        outputs = detector(detector.normalize(batch.images, sizes), sizes, denoising=denoising, train=True)
-        terms = {name: jnp.sum(term) for name, term in criterion(outputs, batch.targets, denoising).items()}
+        images, targets = detector.normalize(batch.images, batch.targets.sizes), batch.targets
+        if padding_is_image:
+            targets = on_canvas(targets, images.shape[1:3])
+        draw_key, drop_key = jax.random.split(key)
+        denoising = detector.denoiser.draw(draw_key, targets) if detector.denoiser is not None else None
+        outputs = detector(images, targets.sizes, denoising=denoising, train=True, key=drop_key)
+        terms = {name: jnp.sum(term) for name, term in criterion(outputs, targets, denoising).items()}
         return sum(terms.values()), terms
 
     def step(state, batch, learning_rate):
@@ -87,15 +96,67 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
 
 
 def make_criterion(config: ConfigDict) -> Criterion:
-    """The losses that a config asks for."""
-    dense = config.loss.dense
-    return Criterion(
-        branch_weights=tuple((name, config.loss.branch_weight) for name in config.model.refiner.auxiliaries),
-        dense_positives=dense.positives,
-        dense_giou_weight=dense.giou_weight,
-        dense_alpha=dense.alpha,
-        dense_beta=dense.beta,
-    )
+    """The losses that a config asks for.
+
+    Raises:
+      UserError: they do not suit the model.
+    """
+    model, loss = config.model, config.loss
+    criterion = Criterion(branch_weights=tuple((name, loss.branch_weight) for name in model.refiner.auxiliaries))
+    if (model.queries.kind == "distinct") != ("dense" in loss):
+        raise UserError("config.loss.dense goes with config.model.queries.kind 'distinct', and only with it.")
+    if "dense" in loss:
+        criterion = dataclasses.replace(criterion, dense=DenseLoss(**loss.dense))
+    if "aligned" in loss:
+        aligned = loss.aligned
+        if len(aligned.repeats) != model.refiner.layers:
+            raise UserError(
+                f"config.loss.aligned.repeats lists {len(aligned.repeats)} layers, and config.model.refiner.layers is "
+                f"{model.refiner.layers}; give one number for each."
+            )
+        criterion = dataclasses.replace(
+            criterion,
+            matched=AlignedMatchedLoss(alpha=aligned.alpha, gamma=aligned.gamma, tau=aligned.tau),
+            repeats=tuple(aligned.repeats),
+            proposal_repeats=aligned.proposal_repeats,
+        )
+    return criterion
+
+
+def on_canvas(targets: Targets, shape: tuple[int, int]) -> Targets:
+    """Targets as if the padding belonged to the images, whose shape is then (height, width) `shape`. Some official recipes
+    train so; see `config.train.padding_is_image`."""
+    sizes = jnp.broadcast_to(jnp.array(shape, jnp.int32), targets.sizes.shape)
+    scale = whwh(targets.sizes) / whwh(sizes)
+    return targets.replace(boxes=targets.boxes * scale[:, None], sizes=sizes)
+
+
+def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
+    """A copy of the config whose length, milestones and evaluation interval count steps."""
+    config = config.copy_and_resolve_references()
+    if not config.train.steps:
+        config.train.steps = config.train.epochs * steps_per_epoch
+        config.train.evaluate_every *= steps_per_epoch
+        config.optimizer.milestones = tuple(milestone * steps_per_epoch for milestone in config.optimizer.milestones)
+    return config
+
+
+def warn_of_augmentation(config: ConfigDict) -> None:
+    """Says which augmentations of a recipe cannot be had.
+
+    Raises:
+      UserError: training without them would make no sense.
+    """
+    if config.augmentation.kind != "detr":
+        raise UserError(
+            f"config.augmentation.kind is {config.augmentation.kind!r}: large-scale jitter with copy-paste is not built "
+            "yet; use a variant without _lsj."
+        )
+    if config.augmentation.strong_views:
+        log.warning(
+            "The strong views of data re-augmentation (config.augmentation.strong_views) are not built yet: this run trains "
+            "on weakly augmented images alone, and will fall short of the published AP."
+        )
 
 
 def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
@@ -144,7 +205,7 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
     detector = nnx.jit(lambda key: build_detector(config.model, num_classes, rngs=nnx.Rngs(key)))(key)
     if config.train.initial_weights:
         load_weights_file(detector, Path(config.train.initial_weights))
-    elif config.model.backbone.norm == "frozen_batch":
+    elif config.model.backbone.get("norm") == "frozen_batch":
         log.warning(
             "The backbone's BatchNorm is frozen, which presumes pre-trained weights, and there are none: set "
             "--config.train.initial_weights, or use a variant that trains from scratch."
@@ -168,14 +229,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
       RunError: the loss is not finite.
     """
     check(config)
+    criterion = make_criterion(config)
+    warn_of_augmentation(config)
     whole_train_set, val_set = load_training_data(config)
     train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     plan = make_plan(config, train_set)
+    config = in_steps(config, plan.steps_per_epoch)
     # Nothing is written before the settings and the data have turned out usable.
     log_to_file(workdir / "train.log")
     report_data(whole_train_set, train_set, val_set)
     max_boxes = config.data.max_boxes or max(1, *(len(record.boxes) for record in train_set.records))
-    criterion = make_criterion(config)
     graph, state = initial_state(config, len(train_set.classes.names))
     log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
     log.info("batches of %d in the shapes %s", plan.batch_size, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
@@ -189,7 +252,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     loader = TrainLoader(train_set, plan, max_boxes)
     batches = train_batches(loader, start, max(start, steps), config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
-    step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed)
+    optimizer, settings = make_optimizer(config), config.train
+    step_function = make_train_step(graph, criterion, optimizer, settings.seed, settings.padding_is_image)
     run = _Run(config, workdir, checkpoints, evaluator, meta, start)
     try:
         metrics = run.loop(step_function, state, batches)

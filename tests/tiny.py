@@ -19,22 +19,31 @@ CLASSES = 3
 SIDE = 64
 
 
-def config(directory: Path | None = None):
-    """The demo variant, smaller still."""
-    c = load_config(f"{ROOT}/configs/ddq.py:demo")
-    c.model.update(channels=16, heads=2, hidden=24, points=2)
-    c.model.backbone.base_channels = 8
-    c.model.neck.groups = 4
-    c.model.queries.update(count=8, dense_ratio=1.5)
-    c.model.denoising.queries = 4
-    c.model.refiner.region.output_size = 3
-    c.model.refiner.dynamic_conv.hidden = 4
-    c.model.refiner.regional_attention.update(heads=2, samples=2)
+def config(directory: Path | None = None, model: str = "ddq"):
+    """The demo variant of a detector, smaller still."""
+    c = load_config(f"{ROOT}/configs/{model}.py:demo")
+    shrink(c)
     c.augmentation.update(sides=(SIDE,), max_side=SIDE)
     c.data.update(directory=str(directory), max_boxes=4, threads=1)
     c.train.update(batch_size=2, steps=4, log_every=2, checkpoint_every=2, evaluate_every=4)
     c.evaluate.update(batch_size=2, side=SIDE, max_side=SIDE, detections=10)
     return c
+
+
+def shrink(c):
+    """Makes the model tiny."""
+    c.model.update(channels=16, heads=2, hidden=24, points=2)
+    c.model.backbone.base_channels = 8
+    c.model.neck.groups = 4
+    c.model.queries.count = 8
+    if "dense_ratio" in c.model.queries:
+        c.model.queries.dense_ratio = 1.5
+    c.model.denoising.queries = min(c.model.denoising.queries, 4)
+    c.model.refiner.region.output_size = 3
+    c.model.refiner.dynamic_conv.hidden = 4
+    c.model.refiner.regional_attention.update(heads=2, samples=2)
+    c.model.refiner.global_attention.heads = 2
+    c.model.refiner.region_fc.hidden = 8
 
 
 @functools.cache

@@ -103,7 +103,10 @@ def assign(requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Arr
 
 
 def solve_on_host(
-    costs: Sequence[np.ndarray], query_valid: Sequence[np.ndarray], target_valid: np.ndarray, repeats: Sequence[Sequence[int]]
+    costs: Sequence[np.ndarray],
+    query_valid: Sequence[np.ndarray],
+    target_valid: np.ndarray,
+    repeats: Sequence[Sequence[int]],
 ) -> list[np.ndarray]:
     """NumPy side of `assign`; uses no JAX, as it runs inside a callback."""
     counts = target_valid.sum(axis=1)

@@ -1,0 +1,32 @@
+"""HPR-Align DETR: DINO with one-to-k matching and IoU-aware classification (Align DETR, Cai et al. 2023).
+
+    python -m hpr_jax.main --config configs/align_detr.py[:variant] --workdir runs/align --config.data.directory=DIR
+
+Recipes `{r50|swin_l}_{1x|2x|3x}[_lsj]`; published AP on COCO val2017: r50 1x/2x 52.1/52.7, with LSJ 1x/2x/3x
+52.7/54.6/55.2; swin_l 1x/2x 58.6/59.3, with LSJ 1x/2x/3x 58.8/59.6/60.0. From scratch: `small`, `demo`.
+"""
+
+import common
+from ml_collections import ConfigDict
+
+RECIPES = ("r50_1x", "r50_2x", "swin_l_1x", "swin_l_2x", "swin_l_3x")
+RECIPES += ("r50_1x_lsj", "r50_2x_lsj", "r50_3x_lsj", "swin_l_1x_lsj", "swin_l_2x_lsj", "swin_l_3x_lsj")
+VARIANTS = (*RECIPES, *common.FROM_SCRATCH)
+
+
+def get_config(variant: str = "r50_1x") -> ConfigDict:
+    """Config of a variant."""
+    config = common.base()
+    config.model.neck.bias = True
+    config.model.encoder.update(position_temperature=10_000.0, position_offset=-0.5)
+    config.model.backbone.frozen_stages = 0
+    # repeats: queries matched with one box, in each decoder layer; proposal_repeats: in the encoder. alpha: exponent of the
+    # score against the IoU in a class target; gamma: focus on hard negatives; tau: how fast the weight of ranks falls.
+    config.loss.aligned = {"repeats": (2, 2, 2, 2, 2, 1), "proposal_repeats": 2, "alpha": 0.25, "gamma": 2.0, "tau": 1.5}
+    if variant in common.FROM_SCRATCH:
+        common.from_scratch(config, variant)
+        config.loss.aligned.repeats = (2, 1)
+    else:
+        common.recipe(config, variant, in_epochs=True)
+        config.train.padding_is_image = config.model.backbone.kind == "swin" or config.augmentation.kind == "lsj"
+    return config
