@@ -177,10 +177,15 @@ def entries(detector: Detector, state: nnx.State | None = None) -> list[Entry]:
             stacked=stacked,
             conv1x1=is_conv and path[-1] == "kernel" and len(variable.shape) == 2,
             merge_columns=columns if re.search(r"\.merge_(attention|ffn)\.", dotted) else None,
-            of_classes=_OF_CLASSES.search(dotted) is not None,
+            of_classes=of_classes(dotted),
         )
 
     return [entry(path, variable) for path, variable in flat]
+
+
+def of_classes(dotted: str) -> bool:
+    """Whether the shape of our variable at this path depends on the number of classes."""
+    return _OF_CLASSES.search(dotted) is not None
 
 
 def dotted_path(path: tuple) -> str:

@@ -24,6 +24,7 @@ from hpr_jax.data.plan import TrainPlan, choose_buckets
 from hpr_jax.data.transforms import draw_weak
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import Evaluator, log_table
+from hpr_jax.initial_weights import load_initial_weights
 from hpr_jax.logs import log_dropped_boxes, log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
@@ -32,7 +33,6 @@ from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
 from hpr_jax.ops.boxes import whwh
 from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
-from hpr_jax.torch_import import load_weights_file
 from hpr_jax.types import Targets
 
 log = logging.getLogger("hpr_jax")
@@ -204,7 +204,7 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
     key = jax.random.key(config.train.seed, impl="rbg")
     detector = nnx.jit(lambda key: build_detector(config.model, num_classes, rngs=nnx.Rngs(key)))(key)
     if config.train.initial_weights:
-        load_weights_file(detector, Path(config.train.initial_weights))
+        load_initial_weights(detector, Path(config.train.initial_weights))
     elif config.model.backbone.get("norm") == "frozen_batch":
         log.warning(
             "The backbone's BatchNorm is frozen, which presumes pre-trained weights, and there are none: set "

@@ -1,13 +1,23 @@
-"""Strictness of the weight import; parity shows that the weights land where they belong."""
+"""Strictness and completeness of the weight import; parity shows that the weights land where they belong."""
 
+import json
+import math
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 import reference
+import test_swin
+import tiny
 from flax import nnx
 
+from hpr_jax.backbone_names import OUTPUT_NORMS, as_official_backbone
+from hpr_jax.checkpoint import abstract_detector
+from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
-from hpr_jax.torch_import import load_official, load_weights_file, to_official
+from hpr_jax.torch_import import IGNORED, entries, load_official, official_buffers, to_official
 
 
 def tensors():
@@ -51,20 +61,100 @@ def test_second_names_must_agree():
         load_official(fresh(), twice)
 
 
-def test_backbone_files(tmp_path):
+FULL_SIZE = {
+    "deformable_detr": "deformable_detr.py:r50_1x",
+    "dino": "dino.py:r50_1x",
+    "align_detr": "align_detr.py:r50_1x",
+    "ddq": "ddq.py:r50_1x",
+    "dino_swinl": "dino.py:swin_l_1x",
+    "align_detr_swinl": "align_detr.py:swin_l_1x",
+    "ddq_swinl": "ddq.py:swin_l_1x",
+}
+
+
+@pytest.mark.parametrize("model", FULL_SIZE)
+def test_full_size_models_have_the_official_weights(model):
+    """Name by name and shape by shape, so that the numbers of parameters are equal, too."""
+    official = json.loads((Path(tiny.ROOT) / "tests/data/reference/state_dict_shapes.json").read_text())[model]
+    wanted = {name: tuple(shape) for name, shape in official.items() if not IGNORED.search(name)}
+    config = load_config(f"{tiny.ROOT}/configs/{FULL_SIZE[model]}").model
+    detector = abstract_detector(config, 80)
+    flat = dict(nnx.to_flat_state(nnx.state(detector)))
+    ours = {}
+    for entry in entries(detector):
+        tensors = entry.to_official(np.broadcast_to(np.float32(0), flat[entry.path].shape))
+        ours |= {name: tensor.shape for name, tensor in zip(entry.names, tensors)}
+    assert ours == wanted
+    assert sum(v.get_value().size for v in flat.values()) == sum(math.prod(shape) for shape in wanted.values())
+    # What strict loading of the official code asks for beside.
+    tables = {name: np.broadcast_to(np.float32(0), s) for name, s in ours.items() if name.endswith("position_bias_table")}
+    buffers = official_buffers(tables)
+    assert {name for name in official if name.endswith("relative_position_index")} == set(buffers)
+    assert all(list(buffer.shape) == official[name] for name, buffer in buffers.items())
+
+
+def swin_detector():
+    """A detector around the reference's small Swin."""
+    config = tiny.config(model="dino").model
+    config.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2, 4, 2), "heads": (1, 2, 4, 8), "window": 4}
+    return abstract_detector(config, tiny.CLASSES)
+
+
+def test_both_namings_of_swin_are_the_same_backbone():
+    """Features of mmdet's naming are checked in test_swin."""
+    arrays, filled = reference.arrays("backbone_swin"), {}
+    for naming in ("mmdet", "original"):
+        tensors = {name.removeprefix(f"{naming}."): t for name, t in arrays.items() if name.startswith(f"{naming}.")}
+        detector = swin_detector()
+        load_official(detector, as_official_backbone(tensors, naming), only="backbone.", optional=OUTPUT_NORMS)
+        filled[naming] = nnx.to_flat_state(nnx.state(detector.backbone))
+    for (path, mmdet), (_, original) in zip(filled["mmdet"], filled["original"]):
+        if path[0] == "norms":
+            # The classifier that the original comes from has none.
+            assert isinstance(original.get_value(), jax.ShapeDtypeStruct)
+        else:
+            np.testing.assert_array_equal(mmdet.get_value(), original.get_value(), err_msg=str(path))
+    model = test_swin.model()
+    for (path, variable), (_, expected) in zip(filled["mmdet"], nnx.to_flat_state(nnx.state(model))):
+        np.testing.assert_array_equal(variable.get_value(), expected.get_value(), err_msg=str(path))
+    tensors = {name: t for name, t in arrays.items() if name.endswith("relative_position_bias_table")}
+    for name, index in official_buffers(tensors).items():
+        np.testing.assert_array_equal(index, arrays[name], err_msg=name)
+
+
+NAMINGS = {
+    "mmdet": lambda name: name,
+    "torchvision": lambda name: name.removeprefix("backbone."),
+    "SoCo": lambda name: "encoder." + name.removeprefix("backbone."),
+    "SoCo with stray prefix": lambda name: "module.encoder." + name.removeprefix("backbone."),
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_namings_of_resnet(naming):
     backbone = {name: t for name, t in tensors().items() if name.startswith("backbone.")}
-    np.savez(tmp_path / "backbone.npz", **backbone)
-    np.savez(tmp_path / "all.npz", **tensors())
+    renamed = {NAMINGS[naming](name): tensor for name, tensor in backbone.items()}
+    renamed |= {"torchvision": {"fc.weight": np.zeros((10, 8)), "fc.bias": np.zeros(10)}}.get(naming, {})
+    renamed |= {"neck.lateral_convs.0.conv.weight": np.zeros(1)} if naming.startswith("SoCo") else {}
     detector = fresh()
-    load_weights_file(detector, tmp_path / "all.npz")
-    load_weights_file(detector, tmp_path / "backbone.npz")
-    np.testing.assert_array_equal(to_official(detector)["backbone.conv1.weight"], backbone["backbone.conv1.weight"])
+    load_official(detector, as_official_backbone(renamed, "file"), only="backbone.")
+    flat = dict(nnx.to_flat_state(nnx.state(detector)))
+    for entry in entries(detector):
+        if entry.path[0] == "backbone":
+            (back,) = entry.to_official(flat[entry.path].get_value())
+            np.testing.assert_array_equal(back, backbone[entry.names[0]])
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive"])
-def test_files_that_hold_no_arrays(tmp_path, content):
-    (tmp_path / "w.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"not an .npz file"):
-        load_weights_file(fresh(), tmp_path / "w.npz")
-    with pytest.raises(UserError, match="does not exist"):
-        load_weights_file(fresh(), tmp_path / "nothing.npz")
+def test_a_file_without_a_backbone():
+    with pytest.raises(UserError, match=r"w.pth holds neither a detector nor a ResNet or Swin backbone; .* like lstm"):
+        as_official_backbone({"lstm.weight": np.zeros(1)}, "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"), [({"primary": "dynamic_conv"}, "DynamicConv"), ({"auxiliaries": ("point",)}, "point")]
+)
+def test_refiners_without_official_weights(setting, named):
+    config = tiny.config().model
+    config.refiner.update(auxiliaries=(), **setting) if "primary" in setting else config.refiner.update(setting)
+    with pytest.raises(UserError, match=named):
+        entries(abstract_detector(config, tiny.CLASSES))

@@ -1,0 +1,33 @@
+"""What the command line tools share: errors as sentences, exit codes."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from hpr_jax.errors import RunError, UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises instead of printing its usage."""
+
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def run_command(run: Callable[[], None]) -> int:
+    """Runs a tool; answers errors with one sentence, and returns the exit code."""
+    try:
+        run()
+    except UserError as error:
+        print(f"hpr_jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"hpr_jax: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"hpr_jax: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hpr_jax: stopped.", file=sys.stderr)
+        return 130
+    return 0
