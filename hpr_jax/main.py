@@ -1,44 +1,41 @@
 """Command line.
 
-python -m hpr_jax.main --config configs/ddq.py[:variant] --workdir DIR [--mode train|evaluate|predict]
-    [--config.section.key=value ...]
+python -m hpr_jax.main --config configs/ddq.py[:variant] --workdir DIR
+    [--mode train|evaluate|predict|describe] [--config.section.key=value ...]
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from hpr_jax.command_line import CommandParser, run_command
 from hpr_jax.config import load_config, override, suggestion
-from hpr_jax.errors import RunError, UserError
+from hpr_jax.errors import UserError
 from hpr_jax.logs import log_to_console
 
-MODES = ("train", "evaluate", "predict")
+MODES = ("train", "evaluate", "predict", "describe")
 
 USAGE = """%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.KEY=VALUE ...]
        %(prog)s --mode evaluate --workdir DIR [--checkpoint DIR] [--output DIR] [--config.SECTION.KEY=VALUE ...]
-       %(prog)s --mode predict --workdir DIR [--checkpoint DIR] [--output DIR] [--threshold T] IMAGE_OR_FOLDER ..."""
+       %(prog)s --mode predict --workdir DIR [--checkpoint DIR] [--output DIR] [--threshold T] IMAGE_OR_FOLDER ...
+       %(prog)s --mode describe --config FILE.py[:VARIANT] [--classes K] [--config.SECTION.KEY=VALUE ...]
+       %(prog)s --mode describe --workdir DIR [--checkpoint DIR]"""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage."""
-
-    def error(self, message):
-        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m hpr_jax.main",
         usage=USAGE,
-        description="Trains, evaluates and runs HPR detectors.",
+        description="Trains, evaluates, runs and describes HPR detectors.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="config file, with a variant behind a colon; needed for training")
     parser.add_argument("--workdir", type=Path, help="folder of the run: checkpoints, metrics, log")
-    parser.add_argument("--mode", default="train", help="train (default), evaluate or predict")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint to evaluate or predict with; default: the workdir's")
+    parser.add_argument("--mode", default="train", help="train (default), evaluate, predict or describe")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint to use, except in training; default: the workdir's")
     parser.add_argument("--output", type=Path, help="folder of the results; default: WORKDIR/evaluation or /predictions")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that predict keeps (default 0.3)")
+    parser.add_argument("--classes", type=int, default=80, help="classes of a config's detector to describe (default 80)")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.add_argument("inputs", nargs="*", type=Path, help="images and folders of images, for predict")
     return parser
@@ -61,7 +58,7 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, s
     return rest, overrides
 
 
-def _check(arguments: argparse.Namespace, unknown: list[str], parser: _Parser) -> None:
+def _check(arguments: argparse.Namespace, unknown: list[str], parser: CommandParser) -> None:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"There is no option {unknown[0]}; {suggestion(unknown[0].partition('=')[0], options)}")
@@ -69,9 +66,15 @@ def _check(arguments: argparse.Namespace, unknown: list[str], parser: _Parser) -
         raise UserError(f"There is no mode {arguments.mode!r}; {suggestion(arguments.mode, MODES)}")
     if arguments.mode == "train" and not arguments.config:
         raise UserError("Training needs --config FILE.py[:VARIANT].")
-    if arguments.mode == "train" and arguments.inputs:
-        raise UserError(f"Training takes no inputs, and got {arguments.inputs[0]}.")
-    if not arguments.workdir and (arguments.mode == "train" or not (arguments.checkpoint and arguments.output)):
+    if arguments.mode in ("train", "describe") and arguments.inputs:
+        what = "Training" if arguments.mode == "train" else "Describing"
+        raise UserError(f"{what} takes no inputs, and got {arguments.inputs[0]}.")
+    if arguments.mode == "describe":
+        if not (arguments.config or arguments.workdir or arguments.checkpoint):
+            raise UserError("Describing needs --config FILE.py[:VARIANT], or a checkpoint's --workdir or --checkpoint DIR.")
+        if arguments.classes < 1:
+            raise UserError(f"--classes is {arguments.classes}; it must be at least 1.")
+    elif not arguments.workdir and (arguments.mode == "train" or not (arguments.checkpoint and arguments.output)):
         raise UserError("Give --workdir DIR, the folder of the run.")
     if arguments.workdir and arguments.workdir.exists() and not arguments.workdir.is_dir():
         raise UserError(f"The workdir {arguments.workdir} is a file; give a folder.")
@@ -103,6 +106,13 @@ def run(command_line: list[str]) -> None:
 
         train(config, arguments.workdir)
         return
+    if arguments.mode == "describe":
+        from hpr_jax.describe import describe
+
+        # A config describes a run that is yet to be, whatever its workdir.
+        checkpoint = arguments.checkpoint or (None if config is not None else arguments.workdir)
+        describe(config, arguments.classes, checkpoint, overrides)
+        return
     checkpoint = arguments.checkpoint or arguments.workdir
     if arguments.mode == "evaluate":
         from hpr_jax.evaluate import evaluate
@@ -116,21 +126,7 @@ def run(command_line: list[str]) -> None:
 
 
 def main() -> int:
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"hpr_jax: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"hpr_jax: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"hpr_jax: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("hpr_jax: stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def forward_and_backward(arguments) -> dict[str, float]:
     def step(params, rest, image, targets, key):
         def loss(params):
             detector = nnx.merge(graph, params, rest)
-            denoising = detector.denoiser.draw(key, targets)
-            outputs = detector(detector.normalize(image, size), size, denoising=denoising, train=True)
+            denoising = detector.denoiser.draw(key, targets) if detector.denoiser is not None else None
+            outputs = detector(detector.normalize(image, size), size, denoising=denoising, train=True, key=key)
             return sum(jnp.sum(term) for term in criterion(outputs, targets, denoising).values())
 
         return jax.value_and_grad(loss)(params)
@@ -105,18 +105,22 @@ def matcher(arguments) -> dict[str, float]:
     """Host time of one step's matching: all layers, branches and dense queries of one image in one call."""
     from hpr_jax.config import load_config
     from hpr_jax.losses.assignment import solve_on_host
+    from hpr_jax.train import make_criterion
 
     config = load_config(arguments.config)
-    problems = 1 + config.model.refiner.layers * (1 + len(config.model.refiner.auxiliaries))
-    queries = config.model.queries.count
-    dense = int(queries * config.model.queries.dense_ratio)
+    criterion, queries = make_criterion(config), config.model.queries
+    layers, branches = config.model.refiner.layers, 1 + len(config.model.refiner.auxiliaries)
+    requests = [(queries.count, (criterion.proposal_repeats, *(criterion.repeats or (1,) * layers) * branches))]
+    if queries.kind == "distinct":
+        dense = int(queries.count * queries.dense_ratio)
+        requests.append((dense, (criterion.dense.positives,) * (1 + layers * branches)))
     rng = np.random.default_rng(0)
-    costs = [rng.normal(size=(problems, 1, q, arguments.objects)).astype(np.float32) for q in (queries, dense)]
+    costs = [rng.normal(size=(len(repeats), 1, count, arguments.objects)).astype(np.float32) for count, repeats in requests]
     valid = [np.ones(cost.shape[:3], bool) for cost in costs]
     seconds = []
     for _ in range(10 * arguments.repeats):
         start = time.perf_counter()
-        solve_on_host(costs, valid, np.ones((1, arguments.objects), bool), (1, config.loss.dense.positives))
+        solve_on_host(costs, valid, np.ones((1, arguments.objects), bool), [repeats for _, repeats in requests])
         seconds.append(time.perf_counter() - start)
     return {"seconds": float(np.median(seconds))}
 

@@ -80,7 +80,7 @@ def test_wrong_overrides(key, text, sentence):
 
 def test_wrong_files_and_variants(tmp_path):
     with pytest.raises(UserError, match="did you mean 'r50_1x'"):
-        load_config(f"{DDQ}:r50_2x")
+        load_config(f"{DDQ}:r50_1")
     with pytest.raises(UserError, match=r"did you mean.*ddq\.py"):
         load_config(f"{tiny.ROOT}/configs/dqq.py")
     with pytest.raises(UserError, match=r"did you mean.*configs/ddq\.py"):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 from flax import nnx
 
@@ -77,22 +76,6 @@ def test_a_plain_detector_has_no_branches():
     outputs = jax.eval_shape(lambda d, x, s: d(x, s), detector, *padded(IMAGES, (64, 64)))
     assert outputs.branches == {}
     assert outputs.primary.matching.logits.shape == (2, 4, 8, tiny.CLASSES)
-
-
-@pytest.mark.parametrize(
-    ("setting", "sentence"),
-    [
-        ({"auxiliaries": ("dynamic_convolution",)}, "dynamic_convolution"),
-        ({"auxiliaries": ("deformable", "dynamic_conv")}, "twice"),
-        ({"merge_initial": (1.0, 1.0)}, "3 paths got 2"),
-        ({"merge": "learned_vectr"}, "learned_vector"),
-    ],
-)
-def test_ill_formed_refiners_get_a_sentence(setting, sentence):
-    config = tiny.config().model
-    config.refiner.update(setting)
-    with pytest.raises(ValueError, match=sentence):
-        nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))
 
 
 def test_one_layer_of_a_stack():

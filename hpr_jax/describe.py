@@ -1,0 +1,417 @@
+"""What a detector costs: parameters and FLOPs by module, the static shapes, and the memory that it takes.
+
+All of it follows from shapes: no data is read, no weights are made, nothing runs on the device, nothing is written.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from hpr_jax.checkpoint import abstract_detector, checkpoint_config, load_detector
+from hpr_jax.config import check
+from hpr_jax.data.coco import Classes, CocoDataset, Record
+from hpr_jax.data.plan import Shape, choose_buckets, smallest_bucket
+from hpr_jax.data.transforms import whole
+from hpr_jax.evaluate import make_detect
+from hpr_jax.models.detector import Detector
+from hpr_jax.models.encoder import Pyramid, flatten
+from hpr_jax.models.layers import layer
+from hpr_jax.models.refiner import MERGE_POINTS, DecoderInput, HybridRefiner, RefinerLayer
+from hpr_jax.models.surroundings import Surroundings
+from hpr_jax.train import DeviceBatch, TrainState, make_criterion, make_optimizer, make_plan, make_train_step
+from hpr_jax.types import Targets
+
+# (height, width) of common photographs, and how many of a thousand have it: about as in COCO, by assumption.
+PHOTOGRAPHS = {
+    (480, 640): 290,
+    (427, 640): 220,
+    (640, 480): 100,
+    (375, 500): 100,
+    (640, 427): 80,
+    (360, 640): 50,
+    (333, 500): 50,
+    (500, 375): 40,
+    (640, 640): 40,
+    (500, 333): 30,
+}
+# Room for ground-truth boxes where config.data.max_boxes leaves it to the data; the fullest image of COCO has 93.
+MAX_BOXES = 100
+
+COUNTED = """\
+GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
+weighted sums over sampled features among them; gathers, norms, activations and the selection of queries do not count. Box
+offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
+ASSUMED = """\
+Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
+Queries: matching + denoising + dense ones; {0} boxes an image at most ({1})."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A row of the first table: parameters (numbers) and floating-point operations of one image.
+
+    Attributes:
+      within: the row that this one is a part of, or "".
+    """
+
+    name: str
+    trained: int
+    frozen: int
+    flops: int
+    within: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticShapes:
+    """What a bucket makes of the detector's static sizes, for one image.
+
+    Attributes:
+      levels: (height, width) of each level of the feature pyramid.
+      matching, denoising, dense: numbers of queries.
+    """
+
+    image: Shape
+    levels: tuple[Shape, ...]
+    matching: int
+    denoising: int
+    dense: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(h * w for h, w in self.levels)
+
+
+def product_flops(jaxpr: Any) -> int:
+    """Twice the multiply-adds of all matrix products and convolutions in a jaxpr and those inside it.
+
+    The body of a scan counts as often as it runs, the dearest branch of a conditional counts, and the body of a while loop
+    counts once, as nothing says how often it runs; the detector's while loops have no products.
+    """
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
+    inner = [product_flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters: of loops, branches, and functions that are called."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            # Closed ones hold theirs in an attribute.
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def _trace(function: Callable, *inputs: Any) -> tuple[int, Any]:
+    """FLOPs and abstract outputs of a function of abstract inputs."""
+    jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*inputs)
+    return product_flops(jaxpr.jaxpr), outputs
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _elements(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part(name: str, modules: Iterable[nnx.Module | None], flops: int, within: str = "") -> Part:
+    modules = [module for module in modules if module is not None]
+    trained = sum(_elements(nnx.state(module, nnx.Param)) for module in modules)
+    everything = sum(_elements(nnx.state(module)) for module in modules)
+    return Part(name, trained, everything - trained, flops, within)
+
+
+def parts_of(detector: Detector, shape: Shape, primary: str = "primary") -> list[Part]:
+    """Parameters, and FLOPs of the detections in one image, module by module.
+
+    Args:
+      detector: may be abstract.
+      shape: (height, width) of the image.
+      primary: name of the refiner's primary path.
+    """
+    sizes = _array(1, 2, dtype=jnp.int32)
+    backbone, (maps, map_sizes) = _trace(lambda m, *x: m(*x, None), detector.backbone, _array(1, *shape, 3), sizes)
+    neck, (maps, map_sizes) = _trace(lambda m, *x: m(*x), detector.neck, maps, map_sizes)
+    encoder, memory = _trace(lambda m, *x: m(flatten(*x)), detector.encoder, maps, map_sizes, sizes)
+    query_init, (matching, _) = _trace(lambda m, x: m(x, with_dense=False), detector.query_init, memory)
+    count = matching.content.shape[1]
+    queries = DecoderInput(
+        content=matching.content,
+        reference_boxes=matching.proposals.boxes,
+        mask=_array(1, count, count, dtype=bool),
+        twins=matching.twins,
+        num_denoising=0,
+        num_matching=count,
+        num_dense=0,
+    )
+    refiner, decoded = _trace(lambda m, *x: m(*x), detector.refiner, queries, memory, detector.heads)
+    heads, _ = _trace(
+        lambda m, hidden, boxes: m.predict(hidden, boxes[:-1], 0), detector.heads, decoded.hidden, decoded.reference_boxes
+    )
+    inside = _refiner_parts(detector.refiner, queries, memory, refiner, primary)
+    return [
+        _part("backbone", [detector.backbone], backbone),
+        _part("neck", [detector.neck], neck),
+        _part("encoder", [detector.encoder], encoder),
+        _part("query_init", [detector.query_init], query_init),
+        _part("denoiser", [detector.denoiser], 0),
+        _part("refiner", [detector.refiner], sum(part.flops for part in inside)),
+        *inside,
+        _part("heads", [detector.heads], heads),
+        _part("branch_heads", [detector.branch_heads], 0),
+    ]
+
+
+def total(parts: Sequence[Part]) -> Part:
+    """The sum of the parts."""
+    parts = [part for part in parts if not part.within]
+    return Part("total", *(sum(getattr(part, field) for part in parts) for field in ("trained", "frozen", "flops")))
+
+
+def _refiner_parts(refiner: HybridRefiner, queries: DecoderInput, memory: Pyramid, flops: int, primary: str) -> list[Part]:
+    """The paths of the refiner, their merges, and the rest; `flops` are those of all that the refiner computes."""
+    layers = refiner.layers
+    single: RefinerLayer = jax.eval_shape(lambda layers: layer(layers, 0), layers)
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    content, mask, boxes = queries.content, queries.mask, queries.reference_boxes
+    roi_align, regions = _trace(lambda m, *x: m.regions(*x), refiner, memory, boxes)
+    surroundings = Surroundings(memory, boxes, regions)
+
+    def path_flops(path):
+        """Of a path's parts in all layers, in the order of MERGE_POINTS."""
+        attention, _ = _trace(lambda m, x, mask: m.self_attention(x, x, mask), path.attention, content, mask)
+        interaction, _ = _trace(lambda m, x, around: m(x, x, around), path.interaction, content, surroundings)
+        ffn, _ = _trace(lambda m, x: m(x), path.ffn, content)
+        return [depth * part for part in (attention, interaction, ffn)]
+
+    paths = [single.primary, *single.auxiliaries]
+    computed = [path_flops(path) for path in paths]
+    # What auxiliary paths do behind the last merge is for their branches alone, which only training reads.
+    merged = [getattr(single, f"merge_{point}") is not None for point in MERGE_POINTS]
+    read = max((place + 1 for place, here in enumerate(merged) if here), default=0)
+    used = [sum(computed[0]), *(sum(parts[:read]) for parts in computed[1:])]
+    needing = [path.interaction.needs_regions for path in paths]
+    sampling = depth * roi_align * any(needing)
+    sampling_used = sampling * (needing[0] or read > MERGE_POINTS.index("interaction"))
+
+    names = [f"{primary} (primary)", *refiner.branches]
+    rest = [refiner.position, refiner.norm, refiner.branch_norms]
+    return [
+        *(_part(*row, "refiner") for row in zip(names, ([p] for p in (layers.primary, *layers.auxiliaries)), used)),
+        _part("merges", [getattr(layers, f"merge_{point}") for point in MERGE_POINTS], 0, "refiner"),
+        _part("RoIAlign", [], sampling_used, "refiner"),
+        _part("positions, box offsets, norms", rest, flops - sampling - sum(map(sum, computed)), "refiner"),
+    ]
+
+
+def photographs(at_least: int = 1) -> CocoDataset:
+    """A data set of photographs of common sizes, which has sizes alone; `at_least` so many."""
+    sizes = [size for size, count in PHOTOGRAPHS.items() for _ in range(count)]
+    sizes *= -(-at_least // len(sizes))
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+    records = tuple(Record(index, Path(), height, width, *nothing) for index, (height, width) in enumerate(sizes))
+    return CocoDataset(Path(), Classes((), ()), records, ())
+
+
+def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:
+    """Buckets of evaluation, smallest first, and the share of photographs in each."""
+    settings = config.evaluate
+    sizes = [geometry.size for geometry in whole(photographs().sizes, settings.side, settings.max_side)]
+    return _shares(choose_buckets(np.array(sizes), settings.buckets), sizes)
+
+
+def training_buckets(config: ConfigDict) -> dict[Shape, float]:
+    """Buckets of training, smallest first, and the share of views in each in one epoch."""
+    plan = make_plan(config, photographs(config.train.batch_size))
+    return _shares(plan.buckets, [geometry.size for geometry in plan.draw(np.random.default_rng(config.train.seed))])
+
+
+def _shares(buckets: Sequence[Shape], sizes: Sequence[Shape]) -> dict[Shape, float]:
+    used = [smallest_bucket(buckets, size) for size in sizes]
+    return {bucket: used.count(bucket) / len(used) for bucket in buckets}
+
+
+def static_shapes(detector: Detector, image: Shape, max_boxes: int | None = None) -> StaticShapes:
+    """Sizes for one image of (height, width) `image`; in training if there is room for `max_boxes` boxes."""
+
+    def run(detector, images, sizes, targets):
+        memory = flatten(*detector.neck(*detector.backbone(images, sizes, None)), sizes)
+        matching, dense = detector.query_init(memory, with_dense=targets is not None)
+        drawn = None
+        if targets is not None and detector.denoiser is not None:
+            drawn = detector.denoiser.draw(jax.random.key(0), targets).used
+        return memory, matching.content, drawn, dense and dense.content
+
+    targets = None if max_boxes is None else _targets(1, max_boxes)
+    sizes = _array(1, 2, dtype=jnp.int32)
+    memory, *queries = jax.eval_shape(run, detector, _array(1, *image, 3), sizes, targets)
+    return StaticShapes(image, memory.spatial_shapes, *(0 if kind is None else kind.shape[1] for kind in queries))
+
+
+def _targets(batch: int, max_boxes: int) -> Targets:
+    return Targets(
+        boxes=_array(batch, max_boxes, 4),
+        labels=_array(batch, max_boxes, dtype=jnp.int32),
+        valid=_array(batch, max_boxes, dtype=bool),
+        sizes=_array(batch, 2, dtype=jnp.int32),
+    )
+
+
+def inference_memory(config: ConfigDict, detector: Detector, image: Shape) -> dict[str, int]:
+    """Bytes of what inference on one batch of (height, width) `image` keeps in memory, by what it is."""
+    graph, state = nnx.split(detector)
+    batch = config.evaluate.batch_size
+    inputs = _array(batch, *image, 3, dtype=jnp.uint8), _array(batch, 2, dtype=jnp.int32)
+    detect = make_detect(graph, config.evaluate.detections)
+    return {"parameters": _bytes(state), "batch": _bytes(inputs), **compiled_memory(detect, state, *inputs)}
+
+
+def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_boxes: int) -> dict[str, int]:
+    """The same of one training step."""
+    graph, params, frozen = nnx.split(detector, nnx.Param, ...)
+    optimizer, settings = make_optimizer(config), config.train
+    moments = jax.eval_shape(optimizer.init, params)
+    state = TrainState(_array(dtype=jnp.int32), params, frozen, moments)
+    images = _array(settings.batch_size, *image, 3, dtype=jnp.uint8)
+    batch = DeviceBatch(images=images, targets=_targets(settings.batch_size, max_boxes))
+    step = make_train_step(graph, make_criterion(config), optimizer, settings.seed, settings.padding_is_image)
+    return {
+        "parameters": _bytes((params, frozen)),
+        "optimizer moments": _bytes(moments),
+        "batch": _bytes(batch),
+        **compiled_memory(step, state, batch, 0.0),
+        "gradients": _bytes(params),
+    }
+
+
+def compiled_memory(function: Callable, *inputs: Any) -> dict[str, int]:
+    """Bytes of the results that do not replace inputs, and of all temporaries, as XLA plans them; {} if it does not tell."""
+    memory = function.lower(*inputs).compile().memory_analysis()
+    if memory is None:
+        return {}
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {"results": results, "temporaries": memory.temp_size_in_bytes}
+
+
+def describe(
+    config: ConfigDict | None,
+    num_classes: int = 80,
+    checkpoint: Path | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
+
+    Args:
+      config: None for a checkpoint's own; else in its place, and its model must be the same.
+      num_classes: of a detector from a config alone.
+      checkpoint: a checkpoint's directory or a run's workdir, or None.
+      overrides: settings (dotted key, text) in place of a checkpoint's.
+
+    Raises:
+      UserError: nothing to describe, or settings that no detector or run can have.
+    """
+    if checkpoint is not None:
+        _, meta = load_detector(checkpoint)
+        config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
+    check(config)
+    make_criterion(config)
+    detector = abstract_detector(config.model, num_classes)
+    evaluation = evaluation_buckets(config)
+    # Nothing draws the images of other kinds yet.
+    training = training_buckets(config) if config.augmentation.kind == "detr" else {}
+    largest = list(evaluation)[-1]
+    _print_parts(parts_of(detector, largest, config.model.refiner.primary), largest)
+
+    max_boxes = config.data.max_boxes or MAX_BOXES
+    _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
+    if training:
+        _print_shapes("training", training, functools.partial(static_shapes, detector, max_boxes=max_boxes))
+    else:
+        print(f"\nNo shapes of training: config.augmentation.kind {config.augmentation.kind!r} is not built yet.")
+    source = "config.data.max_boxes" if config.data.max_boxes else "assumed: config.data.max_boxes is 0"
+    print(ASSUMED.format(max_boxes, source))
+
+    print("\nCompiling for the memory estimate, which may take minutes (Ctrl-C to leave).", flush=True)
+    height, width = largest
+    what = f"inference, {config.evaluate.batch_size} x {height}x{width}"
+    _print_memory(what, functools.partial(inference_memory, config, detector, largest))
+    if training:
+        height, width = largest = list(training)[-1]
+        what = f"one training step, {config.train.batch_size} x {height}x{width}"
+        _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
+
+
+def _print_table(rows: Iterable[Sequence[str]]) -> None:
+    """The first column is flush left, the others right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:])), sep="  ")
+
+
+def _print_parts(parts: Sequence[Part], image: Shape) -> None:
+    rows = [("module", "parameters", "trained", "frozen", "GFLOPs")]
+    for part in [*parts, total(parts)]:
+        counts = (f"{count:,}" for count in (part.trained + part.frozen, part.trained, part.frozen))
+        rows.append((f"  {part.name}" if part.within else part.name, *counts, f"{part.flops / 1e9:,.3f}"))
+    _print_table(rows)
+    print(COUNTED.format(*image))
+
+
+def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[Shape], StaticShapes]) -> None:
+    rows = [(f"{what}, height x width", "images", "levels", "tokens", "queries")]
+    for bucket, share in buckets.items():
+        shapes = shapes_of(bucket)
+        levels = " ".join(f"{h}x{w}" for h, w in shapes.levels)
+        queries = f"{shapes.matching} + {shapes.denoising} + {shapes.dense}"
+        rows.append((f"{bucket[0]}x{bucket[1]}", f"{share:.1%}", levels, f"{shapes.tokens:,}", queries))
+    print()
+    _print_table(rows)
+
+
+def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
+    backend = jax.default_backend()
+    print(f"\nMemory of {what}, on {backend}:", flush=True)
+    try:
+        sizes = estimate()
+    except jax.errors.JaxRuntimeError as error:
+        print(f"XLA cannot compile it: {str(error).splitlines()[0]}")
+        return
+    gradients = sizes.pop("gradients", 0)
+    rows = list(sizes.items())
+    analysed = "temporaries" in sizes
+    if gradients:
+        rows.append(("  gradients among them" if analysed else "gradients", gradients))
+    if analysed:
+        rows.append(("total", sum(sizes.values())))
+    _print_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows)
+    if not analysed:
+        print(f"The backend {backend} does not tell the size of activations and other temporaries.")

@@ -1,0 +1,94 @@
+"""Plain detectors against HPR at equal steps, several seeds each: one table of average precision.
+
+    python scripts/compare_refiners.py [--workdir runs/compare] [--models ddq dino] [--seeds 3] [--steps 400]
+        [--variant demo] [--data DIR]
+
+Every run is an ordinary training run in a folder of its own below the workdir. The script can be stopped at any time:
+started again it goes on where it was, leaves out what is finished, and prints the table of what there is after each run.
+Without --data it trains on drawn shapes.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"plain": ("--config.model.refiner.auxiliaries=()",), "HPR": ()}
+
+
+def finished(folder: Path, steps: int) -> dict[str, float] | None:
+    """The numbers of a run that is through, else None."""
+    try:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return None
+    ends = [row for row in rows if row["step"] == steps and "val/AP" in row]
+    if not ends:
+        return None
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    return {"AP": ends[-1]["val/AP"], "AP50": ends[-1]["val/AP50"], "speed": statistics.median(speeds)}
+
+
+def train(arguments, model: str, kind: str, seed: int, folder: Path) -> None:
+    """Starts a run, or goes on with it."""
+    steps = arguments.steps
+    command = [sys.executable, "-m", "hpr_jax.main", "--config", f"{ROOT}/configs/{model}.py:{arguments.variant}"]
+    command += ["--workdir", str(folder), f"--config.data.directory={arguments.data}", f"--config.train.seed={seed}"]
+    command += [f"--config.train.steps={steps}", f"--config.train.evaluate_every={steps}", *KINDS[kind]]
+    command += [f"--config.optimizer.milestones=({steps * 4 // 5},)"]
+    subprocess.run(command, check=True)
+
+
+def table(arguments) -> str:
+    """What is known so far, in Markdown."""
+    lines = [
+        f"| model | refiners | AP by seed, {arguments.steps} steps | mean AP | gain | mean AP50 | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in arguments.models:
+        means = {}
+        for kind in KINDS:
+            runs = [finished(folder_of(arguments, model, kind, seed), arguments.steps) for seed in range(arguments.seeds)]
+            runs = [run for run in runs if run]
+            if not runs:
+                continue
+            means[kind] = statistics.mean(run["AP"] for run in runs)
+            gain = f"{means['HPR'] - means['plain']:+.3f}" if len(means) == len(KINDS) else ""
+            by_seed = ", ".join(f"{run['AP']:.3f}" for run in runs)
+            ap50, speed = (statistics.mean(run[key] for run in runs) for key in ("AP50", "speed"))
+            lines.append(f"| {model} | {kind} | {by_seed} | {means[kind]:.3f} | {gain} | {ap50:.3f} | {speed:.1f} |")
+    return "\n".join(lines)
+
+
+def folder_of(arguments, model: str, kind: str, seed: int) -> Path:
+    return arguments.workdir / f"{arguments.variant}_{arguments.steps}_steps" / f"{model}_{kind}_{seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--models", nargs="+", default=["ddq", "dino"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--variant", default="demo")
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        arguments.data = arguments.workdir / "data"
+        if not arguments.data.exists():
+            subprocess.run([sys.executable, str(ROOT / "scripts" / "make_shapes.py"), str(arguments.data)], check=True)
+    for seed in range(arguments.seeds):
+        for model in arguments.models:
+            for kind in KINDS:
+                folder = folder_of(arguments, model, kind, seed)
+                if finished(folder, arguments.steps) is None:
+                    train(arguments, model, kind, seed, folder)
+                    print(table(arguments), flush=True)
+    print(table(arguments))
+
+
+if __name__ == "__main__":
+    main()
