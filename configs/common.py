@@ -155,7 +155,7 @@ def recipe(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None
     if backbone == "swin_l":
         config.model.backbone = swin_l()
         config.model.neck.bias = True
-        # As published: half of the strides that the maps have.
+        # As published: twice the strides of these maps; (4, 8, 16, 32) would be right.
         config.model.refiner.region.strides = (8, 16, 32, 64)
     if lsj:
         config.augmentation.update(kind="lsj", lsj={"side": 1024, "scale_range": (0.1, 2.0), "copy_paste": True})

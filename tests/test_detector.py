@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 
+from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
 from hpr_jax.models.detector import detections
 from hpr_jax.models.layers import layer
@@ -76,6 +78,51 @@ def test_a_plain_detector_has_no_branches():
     outputs = jax.eval_shape(lambda d, x, s: d(x, s), detector, *padded(IMAGES, (64, 64)))
     assert outputs.branches == {}
     assert outputs.primary.matching.logits.shape == (2, 4, 8, tiny.CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "sentence"),
+    [
+        ("backbone", {"kind": "swin"}, r"backbone.base_channels does not suit the kind 'swin'"),
+        ("backbone", {"kind": "vgg"}, r"known are resnet, swin"),
+        ("queries", {"kind": "distinct"}, r"needs config.model.queries.dense_ratio"),
+        ("queries", {"kind": "best"}, r"known are top and distinct"),
+    ],
+)
+def test_parts_that_do_not_exist_get_a_sentence(section, setting, sentence):
+    config = tiny.config(model="dino").model
+    config[section].update(setting)
+    with pytest.raises(UserError, match=sentence):
+        nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("model", ["deformable_detr", "dino", "align_detr", "ddq"])
+def test_heads_start_as_published(model):
+    """All layers from one head; DDQ's branches from the same, those of the others from heads of their own."""
+    detector = build_detector(tiny.config(model=model).model, tiny.CLASSES, rngs=nnx.Rngs(0))
+    kernel = detector.heads.matching.classes.kernel
+    np.testing.assert_array_equal(kernel[0], kernel[1])
+    np.testing.assert_array_equal(kernel[0], detector.query_init.head.classes.kernel)
+    branches = [heads.matching.classes.kernel for heads in detector.branch_heads]
+    assert [bool(jnp.all(branch == kernel)) for branch in branches] == [model == "ddq"] * 2
+    assert bool(jnp.all(branches[0] == branches[1])) == (model == "ddq")
+    assert (detector.denoiser is None) == (model == "deformable_detr")
+    assert (detector.heads.dense is None) == (model != "ddq")
+
+
+def test_more_queries_than_tokens():
+    """Queries without a token are seen by none, and give no detections."""
+    config = tiny.config(model="dino").model
+    config.queries.count = 100
+    detector = build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0))
+    images, sizes = padded(IMAGES[:1], (64, 64))
+    outputs = jax.jit(lambda d, x, s: d(d.normalize(x, s), s))(detector, images, sizes)
+    tokens = int(np.sum(np.prod(np.asarray(outputs.intermediates.level_sizes[0]), axis=-1)))
+    assert tokens < 100
+    valid = np.asarray(outputs.primary.matching.valid)
+    assert valid[:, 0].sum(axis=-1).tolist() == [tokens, tokens]
+    *_, found = detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 300)
+    assert np.asarray(found).sum() == tokens * tiny.CLASSES
 
 
 def test_one_layer_of_a_stack():

@@ -48,7 +48,10 @@ def choose_buckets(sizes: np.ndarray, count: int, cover: Sequence[Shape] = ()) -
     """
     sizes, cover = np.asarray(sizes, np.int64).reshape(-1, 2), np.asarray(cover, np.int64).reshape(-1, 2)
     shapes, index = np.unique(-(-np.concatenate([sizes, cover]) // GRID) * GRID, axis=0, return_inverse=True)
-    counts = np.bincount(index.ravel()[: len(sizes)], minlength=len(shapes))
+    # Covered sizes count as one image in a hundred: for nothing, they would be joined to a bucket larger than all images.
+    weights = np.ones(len(sizes) + len(cover), np.int64)
+    weights[len(sizes) :] = max(len(sizes) // 100, 1)
+    counts = np.bincount(index.ravel(), weights, minlength=len(shapes)).astype(np.int64)
     while len(shapes) > count:
         area = shapes.prod(axis=1)
         joined = np.maximum(shapes[:, None], shapes[None, :])

@@ -1,5 +1,6 @@
 """From a config to a detector: the one file of the models that reads configs."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,9 @@ def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> TopQuer
         return TopQueries(_copy(head), channels, queries=queries["count"], rngs=rngs)
     if queries["kind"] != "distinct":
         raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are top and distinct.")
+    for key in ("dense_ratio", "nms_threshold"):
+        if key not in queries:
+            raise UserError(f"config.model.queries.kind 'distinct' needs config.model.queries.{key}; see configs/ddq.py.")
     return DistinctQueries(
         _copy(head),
         _copy(head),
@@ -147,7 +151,11 @@ def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet | SwinTransformer:
     kinds = {"resnet": ResNet, "swin": SwinTransformer}
     if config["kind"] not in kinds:
         raise UserError(f"config.model.backbone.kind is {config['kind']!r}; known are {', '.join(kinds)}.")
-    return kinds[config["kind"]](rngs=rngs, **{key: value for key, value in config.items() if key != "kind"})
+    make, settings = kinds[config["kind"]], {key: value for key, value in config.items() if key != "kind"}
+    for key in settings:
+        if key not in inspect.signature(make.__init__).parameters:
+            raise UserError(f"config.model.backbone.{key} does not suit the kind {config['kind']!r}; see configs/common.py.")
+    return make(rngs=rngs, **settings)
 
 
 def _copy(module):
