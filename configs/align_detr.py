@@ -28,5 +28,4 @@ def get_config(variant: str = "r50_1x") -> ConfigDict:
         config.loss.aligned.repeats = (2, 1)
     else:
         common.recipe(config, variant, in_epochs=True)
-        config.train.padding_is_image = config.model.backbone.kind == "swin" or config.augmentation.kind == "lsj"
     return config

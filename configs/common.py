@@ -86,8 +86,6 @@ def base() -> ConfigDict:
         # Weights to start from: a checkpoint or workdir of this project, or a .pth or .npz file with official names, of a
         # whole detector or of a backbone alone. Another number of classes is fine.
         "initial_weights": "",
-        # Train with the padding as part of the image, as the LSJ configs of Align DETR do (`use_lsj`).
-        "padding_is_image": False,
     }
     config.optimizer = {
         "learning_rate": 1e-4,
@@ -100,6 +98,8 @@ def base() -> ConfigDict:
         "gamma": 0.1,
     }
     config.evaluate = {"batch_size": 1, "side": 800, "max_side": 1333, "detections": 300, "buckets": 6}
+    # Side of a square grey canvas that images lie on, and that counts as image; 0: none.
+    config.evaluate.canvas = 0
     # pycocotools (the reference), hotcoco (the same numbers, faster), or auto: the faster one if it is installed.
     config.evaluate.evaluator = "auto"
     return config
@@ -155,10 +155,13 @@ def recipe(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None
     if backbone == "swin_l":
         config.model.backbone = swin_l()
         config.model.neck.bias = True
-        # As published: twice the strides of these maps; (4, 8, 16, 32) would be right.
-        config.model.refiner.region.strides = (8, 16, 32, 64)
+        # As published, regions are taken with the strides of ResNet's maps (8, 16, 32, 64), twice those of Swin's;
+        # config.model.refiner.region.strides=(4,8,16,32) would be right.
     if lsj:
         config.augmentation.update(kind="lsj", lsj={"side": 1024, "scale_range": (0.1, 2.0), "copy_paste": True})
+        config.data.keep_empty = True
+        # As published: trained and tested on grey canvases that count as image, with or without `use_lsj`.
+        config.evaluate.update(side=1024, max_side=1024, canvas=1024)
     if lsj or backbone == "swin_l":
         config.model.denoising.views_per_chunk = 2
     if in_epochs and backbone == "r50" and not lsj:
@@ -212,8 +215,8 @@ def _demo(config: ConfigDict) -> None:
     model.refiner.regional_attention.update(heads=4, samples=2)
     config.augmentation.update(sides=(128,), max_side=128, crop=0.0)
     config.data.update(directory="runs/demo/data", buckets=1, keep_empty=True, threads=2)
-    # A step of DDQ, with its dense queries, takes twice the time and teaches more.
-    steps = 1000 if model.queries.kind == "distinct" else 2000
+    # What fits into the same time: queries that learn alone take cheap steps, and more of them, than dense or noisy ones.
+    steps = 1000 if model.queries.kind == "distinct" else 2000 if model.denoising.queries else 3000
     config.train.update(batch_size=8, steps=steps, checkpoint_every=250, evaluate_every=steps // 2, log_every=20)
     config.optimizer.update(learning_rate=1e-3, weight_decay=1e-3, warmup_steps=50, milestones=(steps * 4 // 5,))
     config.evaluate.update(batch_size=8, side=128, max_side=128, detections=50, buckets=1)

@@ -137,8 +137,10 @@ def load_detector(path: Path) -> tuple[Detector, Meta]:
             restored = reader.restore(
                 path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))
             )
-    except KeyError as error:
-        raise UserError(f"The checkpoint {path} is of another version: its config has no {error}.") from error
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"The checkpoint {path} is of another version of this project: {error}.") from error
     except (ValueError, OSError) as error:
         raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
     nnx.replace_by_pure_dict(state, restored.model)

@@ -14,6 +14,23 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
+def split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separates `--config.a.b=value` and `--config.a.b value` from the other arguments."""
+    rest, overrides = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(waiting, None)
+            if value is None:
+                raise UserError(f"--config.{key} has no value.")
+        overrides.append((key, value))
+    return rest, overrides
+
+
 def run_command(run: Callable[[], None]) -> int:
     """Runs a tool; answers errors with one sentence, and returns the exit code."""
     try:

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from hpr_jax.errors import UserError
 
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
+# Lists of names, which can be told from lists of numbers even when they are empty.
+NAMES = ("model.refiner.auxiliaries", "model.refiner.merge_points")
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -98,8 +100,10 @@ def _parse(key: str, text: str, old: Any) -> Any:
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(old, tuple):
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
         items = value if isinstance(value, tuple | list) else (value,)
-        wanted = str if any(isinstance(item, str) for item in old) else int | float
+        wanted = str if key in NAMES else int | float
         if all(isinstance(item, wanted) and not isinstance(item, bool) for item in items):
             return tuple(items)
     elif isinstance(old, bool):
@@ -111,6 +115,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
     elif isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     kind = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(old)]
+    kind = "a list of names" if key in NAMES else kind
     raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
 
 
@@ -135,6 +140,9 @@ def check(config: ConfigDict) -> None:
     for key in ("sides", "crop_sides", "crop_range"):
         if not config.augmentation[key] or min(config.augmentation[key]) < 1:
             raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")
+    canvas = config.evaluate.canvas
+    if canvas and canvas < config.evaluate.max_side:
+        raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least config.evaluate.max_side.")
     evaluator = config.evaluate.evaluator
     if evaluator not in EVALUATORS:
         raise UserError(f"config.evaluate.evaluator is {evaluator!r}; {suggestion(evaluator, EVALUATORS)}")

@@ -1,6 +1,7 @@
 """Official PyTorch checkpoints to checkpoints of this project, and back.
 
-python -m hpr_jax.convert --config configs/ddq.py[:variant] OFFICIAL.pth DIR [--annotations FILE.json]
+python -m hpr_jax.convert --config configs/ddq.py[:variant] OFFICIAL.pth DIR
+    [--annotations FILE.json] [--config.a.b=value ...]
 python -m hpr_jax.convert --to-torch CHECKPOINT OUT.pth
 """
 
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector, find_checkpoint, load_detector
-from hpr_jax.command_line import CommandParser, run_command
-from hpr_jax.config import check, load_config, to_plain
+from hpr_jax.command_line import CommandParser, run_command, split_overrides
+from hpr_jax.config import check, load_config, override, to_plain
 from hpr_jax.data.coco import COCO_CLASSES, Classes
 from hpr_jax.errors import UserError
 from hpr_jax.torch_file import find_tensors, read_checkpoint, write_checkpoint
@@ -25,10 +27,11 @@ from hpr_jax.torch_import import load_official, official_buffers, to_official
 _CLASS_LAYER = "bbox_head.cls_branches.0.weight"
 
 
-def from_torch(config_spec: str, source: Path, workdir: Path, annotations: Path | None = None) -> None:
-    """Writes the checkpoint `workdir/best` with the weights of an official file, and the config.
+def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Path | None = None) -> None:
+    """Writes the checkpoint `workdir/best` with the weights of an official file.
 
     Args:
+      config: of the model that the weights belong to.
       source: `.pth` file of one of the official models, of any number of classes.
       annotations: COCO annotation file whose categories are the classes; by default they come from the file's own meta
         data, or are COCO's 80.
@@ -36,7 +39,6 @@ def from_torch(config_spec: str, source: Path, workdir: Path, annotations: Path 
     Raises:
       UserError: a file that is no checkpoint, weights that are not those of the config's model, a folder in use.
     """
-    config = load_config(config_spec)
     check(config)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"{workdir} exists and is not an empty folder; choose another.")
@@ -94,9 +96,9 @@ def guess_classes(meta: Mapping[str, Any], count: int) -> Classes:
 
 
 def read_classes(annotations: Path) -> Classes:
-    """The categories of a COCO annotation file."""
+    """The categories of a COCO annotation file, in its order, by which the official code numbers them."""
     try:
-        categories = sorted(json.loads(annotations.read_text())["categories"], key=lambda category: category["id"])
+        categories = json.loads(annotations.read_text())["categories"]
         return Classes(tuple(str(c["name"]) for c in categories), tuple(int(c["id"]) for c in categories))
     except FileNotFoundError as error:
         raise UserError(f"The annotation file {annotations} does not exist.") from error
@@ -117,15 +119,19 @@ def run(command_line: list[str]) -> None:
     parser.add_argument("--to-torch", action="store_true", help="the other way: a checkpoint to a .pth file")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    command_line, overrides = split_overrides(command_line)
     arguments = parser.parse_args(command_line)
     if arguments.to_torch:
-        if arguments.config or arguments.annotations:
+        if arguments.config or arguments.annotations or overrides:
             raise UserError("--to-torch takes the config and the classes from the checkpoint; leave out the other options.")
         to_torch(arguments.source, arguments.target)
     elif not arguments.config:
         raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch.")
     else:
-        from_torch(arguments.config, arguments.source, arguments.target, arguments.annotations)
+        config = load_config(arguments.config)
+        for key, text in overrides:
+            override(config, key, text)
+        from_torch(config, arguments.source, arguments.target, arguments.annotations)
 
 
 if __name__ == "__main__":

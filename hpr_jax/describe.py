@@ -27,7 +27,8 @@ from hpr_jax.models.encoder import Pyramid, flatten
 from hpr_jax.models.layers import layer
 from hpr_jax.models.refiner import MERGE_POINTS, DecoderInput, HybridRefiner, RefinerLayer
 from hpr_jax.models.surroundings import Surroundings
-from hpr_jax.train import DeviceBatch, TrainState, make_criterion, make_optimizer, make_plan, make_train_step
+from hpr_jax.recipe import make_criterion, make_optimizer, make_plan
+from hpr_jax.train import DeviceBatch, TrainState, make_train_step
 from hpr_jax.types import Targets
 
 # (height, width) of common photographs, and how many of a thousand have it: about as in COCO, by assumption.
@@ -244,7 +245,7 @@ def photographs(at_least: int = 1) -> CocoDataset:
 def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:
     """Buckets of evaluation, smallest first, and the share of photographs in each."""
     settings = config.evaluate
-    sizes = [geometry.size for geometry in whole(photographs().sizes, settings.side, settings.max_side)]
+    sizes = [g.size for g in whole(photographs().sizes, settings.side, settings.max_side, settings.canvas)]
     return _shares(choose_buckets(np.array(sizes), settings.buckets), sizes)
 
 
@@ -302,7 +303,7 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     state = TrainState(_array(dtype=jnp.int32), params, frozen, moments)
     images = _array(settings.batch_size, *image, 3, dtype=jnp.uint8)
     batch = DeviceBatch(images=images, targets=_targets(settings.batch_size, max_boxes))
-    step = make_train_step(graph, make_criterion(config), optimizer, settings.seed, settings.padding_is_image)
+    step = make_train_step(graph, make_criterion(config), optimizer, settings.seed)
     return {
         "parameters": _bytes((params, frozen)),
         "optimizer moments": _bytes(moments),

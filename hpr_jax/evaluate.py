@@ -51,7 +51,7 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, dataset: CocoDataset, graph: nnx.GraphDef):
         settings = config.evaluate
-        geometries = whole(dataset.sizes, settings.side, settings.max_side)
+        geometries = whole(dataset.sizes, settings.side, settings.max_side, settings.canvas)
         buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
         plan = evaluation_plan(geometries, batch_size=settings.batch_size, buckets=buckets)
         self.loader = EvaluationLoader(dataset, plan, settings.batch_size)
@@ -64,13 +64,15 @@ class Evaluator:
         """Detects on every image and computes AP."""
         found: list[dict[str, Any]] = []
         batches = evaluation_batches(self.loader, self.threads)
-        for batch in tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False):
+        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False)
+        for batch, planned in zip(bar, self.loader.plan):
             for report in batch.reports:
                 log.warning("%s", report)
             arrays = jax.device_get(self.detect(state, batch.images, batch.sizes))
             for place, record in enumerate(batch.records):
                 if record is not None:
-                    scale = np.array([record.width, record.height] * 2) / np.tile(batch.sizes[place][::-1], 2)
+                    height, width = planned.slots[place].geometry.resized
+                    scale = np.array([record.width / width, record.height / height] * 2)
                     found += _coco_results(
                         record.image_id, self.dataset.classes, *(array[place] for array in arrays), scale=scale
                     )

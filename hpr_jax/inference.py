@@ -105,7 +105,7 @@ class ImageDetector:
         geometry, padded, sizes = self._prepare(image)
         boxes, scores, labels, valid = (a[0] for a in jax.device_get(self._detect(self._state, padded, sizes)))
         height, width = image.shape[:2]
-        scale = np.array([width, height] * 2) / np.array([geometry.size[1], geometry.size[0]] * 2)
+        scale = np.array([width / geometry.resized[1], height / geometry.resized[0]] * 2)
         names, ids = self.classes.names, self.classes.category_ids
         found = Detections(
             image=image,
@@ -125,7 +125,7 @@ class ImageDetector:
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
         settings = self.config.evaluate
-        (geometry,) = whole(np.array([image.shape[:2]]), settings.side, settings.max_side)
+        (geometry,) = whole(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
         resized, _, _ = apply(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), geometry)
         height, width = (-(-side // GRID) * GRID for side in geometry.size)
         padded = np.zeros((1, height, width, 3), np.uint8)

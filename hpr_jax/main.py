@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hpr_jax.command_line import CommandParser, run_command
+from hpr_jax.command_line import CommandParser, run_command, split_overrides
 from hpr_jax.config import load_config, override, suggestion
 from hpr_jax.errors import UserError
 from hpr_jax.logs import log_to_console
@@ -41,23 +41,6 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Separates `--config.a.b=value` and `--config.a.b value` from the other arguments."""
-    rest, overrides = [], []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if not argument.startswith("--config."):
-            rest.append(argument)
-            continue
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if not equals:
-            value = next(waiting, None)
-            if value is None:
-                raise UserError(f"--config.{key} has no value.")
-        overrides.append((key, value))
-    return rest, overrides
-
-
 def _check(arguments: argparse.Namespace, unknown: list[str], parser: CommandParser) -> None:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
@@ -86,7 +69,7 @@ def run(command_line: list[str]) -> None:
     Raises:
       UserError, RunError: with a sentence for the user.
     """
-    command_line, overrides = _split_overrides(command_line)
+    command_line, overrides = split_overrides(command_line)
     parser = _parser()
     arguments, unknown = parser.parse_known_intermixed_args(command_line)
     if arguments.version:

@@ -158,6 +158,11 @@ def entries(detector: Detector, state: nnx.State | None = None) -> list[Entry]:
         foreign.insert(0, f"{type(primary).__name__} as the primary one")
     if foreign:
         raise UserError(f"The official models have no refiner {foreign[0]!r}, so their weights fit no detector with one.")
+    layers = detector.refiner.layers
+    if len(branches) == 1 or (branches and (layers.merge_attention is None or layers.merge_ffn is None)):
+        raise UserError("The official models have both auxiliary refiners and merge behind attention and FFN, or are plain.")
+    if branches and layers.merge_interaction is not None:
+        raise UserError("The official models do not merge behind the interaction.")
     columns = (0, *(1 + _MERGE_ORDER.index(branch) for branch in branches))
     backbone = _SWIN_RULES if isinstance(detector.backbone, SwinTransformer) else _RESNET_RULES
     flat = nnx.to_flat_state(nnx.state(detector) if state is None else state)

@@ -1,6 +1,5 @@
 """Training: plan, loader, one jitted step, checkpoints, evaluation at intervals."""
 
-import dataclasses
 import functools
 import logging
 import time
@@ -20,19 +19,15 @@ from hpr_jax.checkpoint import Checkpoints, Meta
 from hpr_jax.config import check, differences, to_plain
 from hpr_jax.data.batching import Batch, TrainLoader, train_batches
 from hpr_jax.data.coco import CocoDataset, load_coco
-from hpr_jax.data.plan import TrainPlan, choose_buckets
-from hpr_jax.data.transforms import draw_weak
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import Evaluator, log_table
 from hpr_jax.initial_weights import load_initial_weights
 from hpr_jax.logs import log_dropped_boxes, log_to_file
 from hpr_jax.losses.criterion import Criterion
-from hpr_jax.losses.dense import DenseLoss
-from hpr_jax.losses.matched import AlignedMatchedLoss
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
-from hpr_jax.ops.boxes import whwh
 from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
+from hpr_jax.recipe import in_steps, make_criterion, make_optimizer, make_plan, warn_of_recipe
 from hpr_jax.types import Targets
 
 log = logging.getLogger("hpr_jax")
@@ -61,18 +56,14 @@ StepNumbers = dict[str, jax.Array]
 
 @functools.lru_cache(maxsize=8)
 def make_train_step(
-    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, padding_is_image: bool = False
+    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int
 ) -> Callable[[TrainState, DeviceBatch, float], tuple[TrainState, StepNumbers]]:
     """One optimisation step: state, batch and learning rate -> state (the old one is donated) and numbers: every loss
-    term, `loss` and `gradient_norm`. Cached, so that a run resumed in the same process does not compile again.
-
-    `padding_is_image`: see `on_canvas`."""
+    term, `loss` and `gradient_norm`. Cached, so that a run resumed in the same process does not compile again."""
 
     def loss_of(params, frozen, batch, key):
         detector = nnx.merge(graph, params, frozen)
         images, targets = detector.normalize(batch.images, batch.targets.sizes), batch.targets
-        if padding_is_image:
-            targets = on_canvas(targets, images.shape[1:3])
         draw_key, drop_key = jax.random.split(key)
         denoising = detector.denoiser.draw(draw_key, targets) if detector.denoiser is not None else None
         outputs = detector(images, targets.sizes, denoising=denoising, train=True, key=drop_key)
@@ -87,95 +78,6 @@ def make_train_step(
         return state.replace(step=state.step + 1, params=params, optimizer=moments), numbers
 
     return jax.jit(step, donate_argnums=0)
-
-
-def make_optimizer(config: ConfigDict) -> Optimizer:
-    """The optimizer that a config asks for."""
-    settings = config.optimizer
-    return Optimizer(settings.clip_norm, settings.weight_decay, settings.backbone_multiplier)
-
-
-def make_criterion(config: ConfigDict) -> Criterion:
-    """The losses that a config asks for.
-
-    Raises:
-      UserError: they do not suit the model.
-    """
-    model, loss = config.model, config.loss
-    criterion = Criterion(branch_weights=tuple((name, loss.branch_weight) for name in model.refiner.auxiliaries))
-    if (model.queries.kind == "distinct") != ("dense" in loss):
-        raise UserError("config.loss.dense goes with config.model.queries.kind 'distinct', and only with it.")
-    if "dense" in loss:
-        criterion = dataclasses.replace(criterion, dense=DenseLoss(**loss.dense))
-    if "aligned" in loss:
-        aligned = loss.aligned
-        if len(aligned.repeats) != model.refiner.layers:
-            raise UserError(
-                f"config.loss.aligned.repeats lists {len(aligned.repeats)} layers, and config.model.refiner.layers is "
-                f"{model.refiner.layers}; give one number for each."
-            )
-        criterion = dataclasses.replace(
-            criterion,
-            matched=AlignedMatchedLoss(alpha=aligned.alpha, gamma=aligned.gamma, tau=aligned.tau),
-            repeats=tuple(aligned.repeats),
-            proposal_repeats=aligned.proposal_repeats,
-        )
-    return criterion
-
-
-def on_canvas(targets: Targets, shape: tuple[int, int]) -> Targets:
-    """Targets as if the padding belonged to the images, whose shape is then (height, width) `shape`. Some official recipes
-    train so; see `config.train.padding_is_image`."""
-    sizes = jnp.broadcast_to(jnp.array(shape, jnp.int32), targets.sizes.shape)
-    scale = whwh(targets.sizes) / whwh(sizes)
-    return targets.replace(boxes=targets.boxes * scale[:, None], sizes=sizes)
-
-
-def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
-    """A copy of the config whose length, milestones and evaluation interval count steps."""
-    config = config.copy_and_resolve_references()
-    if not config.train.steps:
-        config.train.steps = config.train.epochs * steps_per_epoch
-        config.train.evaluate_every *= steps_per_epoch
-        config.optimizer.milestones = tuple(milestone * steps_per_epoch for milestone in config.optimizer.milestones)
-    return config
-
-
-def warn_of_augmentation(config: ConfigDict) -> None:
-    """Says which augmentations of a recipe cannot be had.
-
-    Raises:
-      UserError: training without them would make no sense.
-    """
-    if config.augmentation.kind != "detr":
-        raise UserError(
-            f"config.augmentation.kind is {config.augmentation.kind!r}: large-scale jitter with copy-paste is not built "
-            "yet; use a variant without _lsj."
-        )
-    if config.augmentation.strong_views:
-        log.warning(
-            "The strong views of data re-augmentation (config.augmentation.strong_views) are not built yet: this run trains "
-            "on weakly augmented images alone, and will fall short of the published AP."
-        )
-
-
-def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
-    """The batches of a run; its buckets suit the sizes of a trial epoch."""
-    sizes, batch_size = dataset.sizes, config.train.batch_size
-    if len(dataset) < batch_size:
-        raise UserError(
-            f"{dataset.annotations} has {len(dataset)} images to train on, fewer than config.train.batch_size "
-            f"{batch_size}; lower it, or set --config.data.keep_empty=True if images without objects shall count."
-        )
-    draw = functools.partial(draw_weak, sizes, config.augmentation.to_dict())
-    trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
-    # Whatever later epochs draw must fit, too; crops come in both orientations.
-    side, max_side = max(config.augmentation.sides), config.augmentation.max_side
-    crops, landscape = config.augmentation.crop > 0, sizes[:, 0] <= sizes[:, 1]
-    cover = [(min(side, max_side), max_side)] * bool(crops or landscape.any())
-    cover += [(max_side, min(side, max_side))] * bool(crops or not landscape.all())
-    buckets = choose_buckets(trial, config.data.buckets, cover)
-    return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed)
 
 
 def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
@@ -205,10 +107,10 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
     detector = nnx.jit(lambda key: build_detector(config.model, num_classes, rngs=nnx.Rngs(key)))(key)
     if config.train.initial_weights:
         load_initial_weights(detector, Path(config.train.initial_weights))
-    elif config.model.backbone.get("norm") == "frozen_batch":
+    elif config.model.backbone.get("norm") != "group":
         log.warning(
-            "The backbone's BatchNorm is frozen, which presumes pre-trained weights, and there are none: set "
-            "--config.train.initial_weights, or use a variant that trains from scratch."
+            "This backbone presumes pre-trained weights, and there are none: set --config.train.initial_weights, or use a "
+            "variant that trains from scratch."
         )
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
     moments = jax.jit(make_optimizer(config).init)(params)
@@ -230,7 +132,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """
     check(config)
     criterion = make_criterion(config)
-    warn_of_augmentation(config)
+    warn_of_recipe(config)
     whole_train_set, val_set = load_training_data(config)
     train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     plan = make_plan(config, train_set)
@@ -252,8 +154,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     loader = TrainLoader(train_set, plan, max_boxes)
     batches = train_batches(loader, start, max(start, steps), config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
-    optimizer, settings = make_optimizer(config), config.train
-    step_function = make_train_step(graph, criterion, optimizer, settings.seed, settings.padding_is_image)
+    step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed)
     run = _Run(config, workdir, checkpoints, evaluator, meta, start)
     try:
         metrics = run.loop(step_function, state, batches)

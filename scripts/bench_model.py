@@ -73,7 +73,7 @@ def forward_and_backward(arguments) -> dict[str, float]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from hpr_jax.train import make_criterion
+    from hpr_jax.recipe import make_criterion
     from hpr_jax.types import Targets
 
     config, detector, image, size = build(arguments)
@@ -105,7 +105,7 @@ def matcher(arguments) -> dict[str, float]:
     """Host time of one step's matching: all layers, branches and dense queries of one image in one call."""
     from hpr_jax.config import load_config
     from hpr_jax.losses.assignment import solve_on_host
-    from hpr_jax.train import make_criterion
+    from hpr_jax.recipe import make_criterion
 
     config = load_config(arguments.config)
     criterion, queries = make_criterion(config), config.model.queries

@@ -23,7 +23,8 @@ def finished(folder: Path, steps: int) -> dict[str, float] | None:
     """The numbers of a run that is through, else None."""
     try:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
+        # A run that was stopped may have left half a line; it goes on, and mends it.
         return None
     ends = [row for row in rows if row["step"] == steps and "val/AP" in row]
     if not ends:
@@ -37,7 +38,8 @@ def train(arguments, model: str, kind: str, seed: int, folder: Path) -> None:
     steps = arguments.steps
     command = [sys.executable, "-m", "hpr_jax.main", "--config", f"{ROOT}/configs/{model}.py:{arguments.variant}"]
     command += ["--workdir", str(folder), f"--config.data.directory={arguments.data}", f"--config.train.seed={seed}"]
-    command += [f"--config.train.steps={steps}", f"--config.train.evaluate_every={steps}", *KINDS[kind]]
+    command += [f"--config.train.steps={steps}", "--config.train.epochs=0", f"--config.train.evaluate_every={steps}"]
+    command += KINDS[kind]
     command += [f"--config.optimizer.milestones=({steps * 4 // 5},)"]
     subprocess.run(command, check=True)
 
@@ -64,7 +66,8 @@ def table(arguments) -> str:
 
 
 def folder_of(arguments, model: str, kind: str, seed: int) -> Path:
-    return arguments.workdir / f"{arguments.variant}_{arguments.steps}_steps" / f"{model}_{kind}_{seed}"
+    name = f"{arguments.variant}_{arguments.steps}_steps_of_{arguments.data.name}"
+    return arguments.workdir / name / f"{model}_{kind}_{seed}"
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data is None:
         arguments.data = arguments.workdir / "data"
-        if not arguments.data.exists():
+        if not (arguments.data / "annotations" / "instances_val2017.json").exists():
             subprocess.run([sys.executable, str(ROOT / "scripts" / "make_shapes.py"), str(arguments.data)], check=True)
     for seed in range(arguments.seeds):
         for model in arguments.models:

@@ -327,3 +327,16 @@ class TestLoading:
         ids = [record.image_id for batch in batches for record in batch.records if record is not None]
         assert sorted(ids) == [7, 17, 37, 47, 57]
         assert sum(len(batch.reports) for batch in batches) == 1
+
+
+def test_images_on_a_canvas():
+    """The whole image at the top left of a grey square, boxes with it."""
+    image = np.full((40, 80, 3), 250, np.uint8)
+    (geometry,) = whole(np.array([image.shape[:2]]), 64, 64, canvas=64)
+    boxes, labels = np.array([[40, 0, 80, 40]], np.float32), np.array([1], np.int32)
+    out, moved, _ = apply(image, boxes, labels, geometry)
+    assert geometry.resized == (32, 64)
+    assert out.shape == (64, 64, 3)
+    assert np.all(out[:32] == 250)
+    assert np.all(out[32:] == 114)
+    np.testing.assert_allclose(moved, [[32, 0, 64, 32]])

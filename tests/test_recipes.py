@@ -7,7 +7,7 @@ import tiny
 
 from hpr_jax.config import check, load_config
 from hpr_jax.errors import UserError
-from hpr_jax.train import in_steps, make_criterion, warn_of_augmentation
+from hpr_jax.recipe import in_steps, make_criterion, warn_of_recipe
 
 MODELS = ("deformable_detr", "dino", "align_detr", "ddq")
 ROWS = [
@@ -30,7 +30,7 @@ def load(model, name):
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_recipes_hold_the_official_values(row):
-    official, queries, length, milestones, warmup, rate, decay, images_per_gpu, padding_is_image = row
+    official, queries, length, milestones, warmup, rate, decay, images_per_gpu, use_lsj = row
     model, name = variant(official)
     config = load(model, name)
     check(config)
@@ -42,12 +42,18 @@ def test_recipes_hold_the_official_values(row):
     assert config.optimizer.learning_rate == float(rate)
     assert config.optimizer.weight_decay == float(decay)
     assert config.model.queries.count == int(queries)
-    assert config.train.padding_is_image == (padding_is_image == "yes")
+    # The valid size becomes the padded one: on canvases it is that already, and an image alone on its GPU has no padding.
+    lsj = name.endswith("_lsj")
+    assert use_lsj == "no" or lsj or images_per_gpu == "1"
+    assert config.evaluate.canvas == (1024 if lsj else 0)
+    assert config.data.keep_empty == lsj
+    assert config.data.min_side == 32
+    assert config.train.evaluate_every == (1 if unit == "epochs" else 8000)
     denoises = model != "deformable_detr"
     assert config.model.denoising.queries == (100 if denoises else 0)
     if denoises:
         assert config.model.denoising.views_per_chunk == 2 * int(images_per_gpu)
-    assert config.augmentation.kind == ("lsj" if name.endswith("_lsj") else "detr")
+    assert config.augmentation.kind == ("lsj" if lsj else "detr")
     assert config.augmentation.strong_views
 
 
@@ -76,7 +82,8 @@ def test_what_all_recipes_have_in_common(row):
     assert (m.channels, m.levels, m.hidden, m.encoder.layers, m.refiner.layers) == (256, 4, 2048, 6, 6)
     assert (o.backbone_multiplier, o.clip_norm, o.gamma, config.train.batch_size) == (0.1, 0.1, 0.1, 16)
     assert (m.denoising.label_noise, m.denoising.box_noise) == (0.5, 1.0)
-    assert (config.evaluate.detections, config.evaluate.side, config.evaluate.max_side) == (300, 800, 1333)
+    sides = (1024, 1024) if name.endswith("_lsj") else (800, 1333)
+    assert (config.evaluate.detections, config.evaluate.side, config.evaluate.max_side) == (300, *sides)
     assert config.loss.branch_weight == 0.5
     assert m.refiner.auxiliaries == ("regional_attention", "dynamic_conv")
     assert (m.refiner.merge, m.refiner.merge_points, m.refiner.merge_initial) == ("learned_vector", ("attention", "ffn"), ())
@@ -129,18 +136,23 @@ def test_lengths_in_epochs_become_steps():
     config = in_steps(load("dino", "r50_2x"), 100)
     assert (config.train.steps, config.train.evaluate_every) == (2400, 100)
     assert config.optimizer.milestones == (1600, 2200)
+    check(config)
     steps = load("ddq", "r50_1x")
     assert in_steps(steps, 100) == steps
 
 
 def test_what_is_not_built_is_said(caplog):
     with pytest.raises(UserError, match="large-scale jitter"):
-        warn_of_augmentation(load("ddq", "r50_1x_lsj"))
-    warn_of_augmentation(load("ddq", "r50_1x"))
+        warn_of_recipe(load("ddq", "r50_1x_lsj"))
+    warn_of_recipe(load("ddq", "r50_1x"))
     assert "strong views" in caplog.text
     caplog.clear()
-    warn_of_augmentation(load("ddq", "demo"))
+    quick = load("ddq", "demo")
+    warn_of_recipe(quick)
     assert not caplog.text
+    quick.train.update(steps=0, epochs=12)
+    warn_of_recipe(quick)
+    assert "must count epochs" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Refiners as settings: every ablation of the paper builds, trains and detects; so do other subsets and orders."""
+"""Refiners as settings: every ablation of the paper builds, trains and evaluates; so do other subsets and orders."""
 
 import re
 
@@ -11,10 +11,14 @@ from flax import nnx
 
 from hpr_jax.checkpoint import abstract_detector
 from hpr_jax.config import load_config
+from hpr_jax.data.coco import load_coco
+from hpr_jax.errors import UserError
+from hpr_jax.evaluate import Evaluator
 from hpr_jax.models.build import build_detector
 from hpr_jax.models.detector import detections
 from hpr_jax.models.refiner import Merge
-from hpr_jax.train import DeviceBatch, TrainState, make_criterion, make_optimizer, make_train_step
+from hpr_jax.recipe import make_criterion, make_optimizer
+from hpr_jax.train import DeviceBatch, TrainState, make_train_step
 
 ABLATIONS = tiny.ROOT / "configs" / "ablations.py"
 VARIANTS = re.findall(r'^    "(table\w+)":', ABLATIONS.read_text(), re.MULTILINE)
@@ -50,8 +54,8 @@ def detect(detector, images, sizes):
     return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
 
-def assert_trains_and_detects(c):
-    """Steps on one batch lower the loss and move every weight of the refiner; then detections come out."""
+def assert_trains_and_evaluates(c, dataset):
+    """Steps on one batch lower the loss and move every weight of the refiner; then it is evaluated on a data set."""
     graph, params, frozen = random_weights(c)
     before = jax.tree.map(np.array, nnx.to_pure_dict(params)["refiner"])
     optimizer = make_optimizer(c)
@@ -66,10 +70,18 @@ def assert_trains_and_detects(c):
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
     still = [jax.tree_util.keystr(key) for key, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
     assert not still, still
-    boxes, scores, _, valid = detect(nnx.merge(graph, state.params, state.frozen), batch.images, batch.targets.sizes)
-    assert valid.all()
-    assert np.all(np.isfinite(boxes))
-    assert np.ptp(scores) > 0
+    result = Evaluator(c, dataset, graph).run(nnx.merge_state(state.params, state.frozen))
+    assert 0 <= result.metrics["AP"] <= 1
+    assert len(result.detections) == 10 * len(dataset)
+    assert np.ptp([found["score"] for found in result.detections]) > 0
+    assert np.all(np.isfinite([found["bbox"] for found in result.detections]))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Three images of three classes."""
+    directory = tiny.write_coco(tmp_path_factory.mktemp("coco"))
+    return load_coco(directory, "val2017", "annotations/instances_val2017.json")
 
 
 def test_there_are_the_rows_of_three_tables():
@@ -77,21 +89,23 @@ def test_there_are_the_rows_of_three_tables():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_row_trains_and_detects(variant):
+def test_every_row_trains_and_evaluates(variant, dataset):
     full = load_config(f"{ABLATIONS}:{variant}")
     assert full.model.queries.count == 300
     assert not full.augmentation.strong_views
     keys = ("primary", "auxiliaries", "merge", "merge_points", "merge_initial")
-    assert_trains_and_detects(shallow(**{key: full.model.refiner[key] for key in keys}))
+    assert_trains_and_evaluates(shallow(**{key: full.model.refiner[key] for key in keys}), dataset)
 
 
-def test_all_refiners_at_once_in_another_order():
+def test_all_refiners_at_once_in_another_order(dataset):
     """As auxiliaries of another primary, with branches of their own."""
     auxiliaries = ("point", "deformable", "region_fc", "regional_attention", "global_attention")
-    assert_trains_and_detects(shallow(primary="dynamic_conv", auxiliaries=auxiliaries, merge="fixed"))
+    assert_trains_and_evaluates(shallow(primary="dynamic_conv", auxiliaries=auxiliaries, merge="fixed"), dataset)
 
 
-@pytest.mark.parametrize("refiner", ["deformable", "dynamic_conv", "regional_attention", "global_attention", "point"])
+@pytest.mark.parametrize(
+    "refiner", ["deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point"]
+)
 def test_padding_does_not_matter_to_any_refiner(refiner):
     graph, params, frozen = random_weights(shallow(primary=refiner, auxiliaries=()))
     detector = nnx.merge(graph, params, frozen)
@@ -118,10 +132,13 @@ def test_initial_weights_of_merges(kind):
     [
         ({"auxiliaries": ("dynamic_convolution",)}, "dynamic_convolution"),
         ({"primary": "deformabel"}, "deformabel"),
+        ({"layers": 0}, "refiner.layers is 0"),
+        ({"regional_attention": {"samples": 0}}, "refiner.regional_attention.samples is 0"),
         ({"auxiliaries": ("deformable", "dynamic_conv")}, "twice"),
-        ({"merge_initial": (1.0, 1.0)}, "3 paths got 2"),
+        ({"merge_initial": (1.0, 1.0)}, "merge_initial has 2 weights for 3 refiners"),
+        ({"merge_initial": (1.0, 1.0, 1.0), "merge_xavier": True}, "merge_xavier=False"),
         ({"merge": "learned_vectr"}, "learned_vector"),
-        ({"merge": "fixed", "merge_xavier": True}, "only if they are a learned_vector"),
+        ({"merge": "fixed", "merge_xavier": True}, "merge_xavier=False"),
         ({"merge_points": ("attention", "fnn")}, r"merge_points names 'fnn'; known are attention, interaction, ffn"),
         (
             {"primary": "global_attention", "global_attention": {"heads": 2, "level": 4, "temperature": 20.0}},
@@ -132,5 +149,5 @@ def test_initial_weights_of_merges(kind):
 def test_ill_formed_refiners_get_a_sentence(setting, sentence):
     config = tiny.config().model
     config.refiner.update(setting)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))

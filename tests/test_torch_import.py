@@ -151,10 +151,17 @@ def test_a_file_without_a_backbone():
 
 
 @pytest.mark.parametrize(
-    ("setting", "named"), [({"primary": "dynamic_conv"}, "DynamicConv"), ({"auxiliaries": ("point",)}, "point")]
+    ("setting", "named"),
+    [
+        ({"primary": "dynamic_conv", "auxiliaries": ()}, "DynamicConv"),
+        ({"auxiliaries": ("point",)}, "point"),
+        ({"auxiliaries": ("dynamic_conv",)}, "both auxiliary refiners"),
+        ({"merge_points": ("ffn",)}, "both auxiliary refiners and merge behind attention and FFN"),
+        ({"merge_points": ("attention", "interaction", "ffn")}, "do not merge behind the interaction"),
+    ],
 )
 def test_refiners_without_official_weights(setting, named):
     config = tiny.config().model
-    config.refiner.update(auxiliaries=(), **setting) if "primary" in setting else config.refiner.update(setting)
+    config.refiner.update(setting)
     with pytest.raises(UserError, match=named):
         entries(abstract_detector(config, tiny.CLASSES))

@@ -17,7 +17,8 @@ from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import evaluate
 from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.predict import predict
-from hpr_jax.train import make_plan, train
+from hpr_jax.recipe import make_plan
+from hpr_jax.train import train
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,23 @@ def test_a_detector_from_a_config():
     assert detector.config.evaluate.detections == 3
     with pytest.raises(UserError, match=r"did you mean config.evaluate.detections"):
         hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", overrides={"evaluate.detection": 3})
+
+
+def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
+    """With drop path; a checkpoint of a run that counts epochs can be evaluated, also on canvases."""
+    config = tiny.config(coco, model="dino")
+    config.model.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
+    config.model.backbone.update(drop_path=0.5, frozen_stages=-1, remat=True)
+    config.train.update(steps=0, epochs=1, evaluate_every=1)
+    config.optimizer.milestones = (1,)
+    metrics = train(config, tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if "val/AP" in line] == [3]
+    assert evaluate(tmp_path, tmp_path / "same").metrics["AP"] == metrics["AP"]
+    result = evaluate(tmp_path, tmp_path / "canvas", [("evaluate.canvas", "96"), ("evaluate.buckets", "3")])
+    # 60x48 pixels become 64x51 of 96x96; what lies further away was found on the grey.
+    corners = np.array([found["bbox"] for found in result.detections])
+    assert np.all(corners[:, :2] + corners[:, 2:] <= [96 * 60 / 64 + 0.1, 96 * 48 / 51 + 0.1])
+    assert np.max(corners[:, 0] + corners[:, 2]) > 60
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(coco, tmp_path):

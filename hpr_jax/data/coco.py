@@ -32,10 +32,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The classes of a data set, in the order of their category ids (which may have gaps)."""
+    """The classes of a data set, in the order of their labels; category ids may have gaps."""
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
+
+    def as_set(self) -> set[tuple[int, str]]:
+        """Category ids and names, whatever their order."""
+        return set(zip(self.category_ids, self.names))
 
 
 _COCO_NAMES = (
@@ -130,7 +134,10 @@ def _parse(content: dict, path: Path, folder: Path, classes: Classes | None) -> 
         raise UserError(f"The annotation file {path} lists no categories.")
     if len(set(own.category_ids)) != len(own.category_ids):
         raise UserError(f"The annotation file {path} lists a category id twice.")
-    if classes is not None and classes != own:
+    if classes is not None and classes.as_set() == own.as_set():
+        # Models converted from elsewhere may number them in another order.
+        own = classes
+    elif classes is not None:
         raise UserError(f"The categories of {path} ({_show(own)}) are not those that the model knows ({_show(classes)}).")
     label_of = {category: label for label, category in enumerate(own.category_ids)}
 

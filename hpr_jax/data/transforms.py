@@ -16,19 +16,30 @@ import numpy as np
 cv2.setNumThreads(0)
 
 
+# Of canvases, as in the official large-scale jitter.
+GREY = 114
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """What happens to one image.
 
     Attributes:
       window: (left, top, right, bottom) of the part that is used, in pixels of the original.
-      size: (height, width) that the window is resized to.
-      flip: mirrored left to right at the end.
+      size: (height, width) of the result.
+      flip: mirrored left to right.
+      content: (height, width) that the window is resized to, at the top left of a grey canvas of `size`; None: all of it.
     """
 
     window: tuple[int, int, int, int]
     size: tuple[int, int]
     flip: bool = False
+    content: tuple[int, int] | None = None
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(height, width) that the window is resized to."""
+        return self.content or self.size
 
 
 class UnreadableImageError(Exception):
@@ -84,10 +95,14 @@ def fit(heights: np.ndarray, widths: np.ndarray, sides: np.ndarray, max_side: fl
     return np.maximum((size + 0.5).astype(np.int64), 1)
 
 
-def whole(sizes: np.ndarray, side: int, max_side: int) -> list[Geometry]:
-    """Geometries of evaluation: the whole image, resized. `sizes` is (height, width) `[M, 2]`."""
-    targets = fit(sizes[:, 0], sizes[:, 1], np.float64(side), max_side)
-    return [Geometry((0, 0, int(w), int(h)), (int(th), int(tw))) for (h, w), (th, tw) in zip(sizes, targets)]
+def whole(sizes: np.ndarray, side: int, max_side: int, canvas: int = 0) -> list[Geometry]:
+    """Geometries of evaluation: the whole image, resized, on a square grey canvas of side `canvas` if that is not 0.
+    `sizes` is (height, width) `[M, 2]`."""
+    targets = [(int(h), int(w)) for h, w in fit(sizes[:, 0], sizes[:, 1], np.float64(side), max_side)]
+    windows = [(0, 0, int(w), int(h)) for h, w in sizes]
+    if canvas:
+        return [Geometry(window, (canvas, canvas), content=target) for window, target in zip(windows, targets)]
+    return [Geometry(window, target) for window, target in zip(windows, targets)]
 
 
 def draw_weak(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator) -> list[Geometry]:
@@ -138,7 +153,7 @@ def apply(
       The new image, and the boxes and labels of what remains in it, clipped to it.
     """
     left, top, right, bottom = geometry.window
-    height, width = geometry.size
+    height, width = geometry.resized
     image = cv2.resize(image[top:bottom, left:right], (width, height), interpolation=cv2.INTER_LINEAR)
     scale = np.array([width / (right - left), height / (bottom - top)] * 2, np.float32)
     boxes = (boxes - np.array([left, top] * 2, np.float32)) * scale
@@ -147,4 +162,8 @@ def apply(
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
     boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
     remains = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    if geometry.content is not None:
+        canvas = np.full((*geometry.size, 3), GREY, np.uint8)
+        canvas[:height, :width] = image
+        image = canvas
     return image, boxes[remains], labels[remains]

@@ -29,6 +29,7 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
     Raises:
       UserError: a setting that names nothing known, or settings that do not fit one another.
     """
+    _check_counts(config)
     channels, levels, strides = config["channels"], config["levels"], config["refiner"]["region"]["strides"]
     backbone = _backbone(config["backbone"], rngs)
     if levels < len(backbone.out_channels) or levels != len(strides):
@@ -118,9 +119,14 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
     names = (refiner["primary"], *refiner["auxiliaries"])
     for name in names:
         if name not in known:
-            raise UserError(f"model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
+            raise UserError(f"config.model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
     if len(set(names)) != len(names):
-        raise UserError(f"model.refiner names a refiner twice: {', '.join(names)}.")
+        raise UserError(f"config.model.refiner names a refiner twice: {', '.join(names)}.")
+    if refiner["merge_xavier"] and (refiner["merge_initial"] or refiner["merge"] != "learned_vector"):
+        raise UserError(
+            "config.model.refiner.merge_xavier draws the weights of a learned_vector at random; for other merges and "
+            "initial weights set --config.model.refiner.merge_xavier=False."
+        )
 
     def make_layer(rngs):
         return RefinerLayer(
@@ -156,6 +162,26 @@ def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet | SwinTransformer:
         if key not in inspect.signature(make.__init__).parameters:
             raise UserError(f"config.model.backbone.{key} does not suit the kind {config['kind']!r}; see configs/common.py.")
     return make(rngs=rngs, **settings)
+
+
+def _check_counts(config: Config) -> None:
+    """Sizes below one."""
+    refiner = config["refiner"]
+    sections = {
+        "": config,
+        "encoder.": config["encoder"],
+        "queries.": config["queries"],
+        "refiner.": refiner,
+        **{f"refiner.{key}.": value for key, value in refiner.items() if isinstance(value, Mapping)},
+    }
+    counts = ("channels", "heads", "levels", "points", "hidden", "layers", "count", "samples")
+    for prefix, section in sections.items():
+        for key in (*counts, "output_size", "sampling_ratio", "temperature", "position_temperature"):
+            if key in section and section[key] <= 0:
+                raise UserError(f"config.model.{prefix}{key} is {section[key]}; it must be at least 1.")
+    denoising = config["denoising"]
+    if denoising["queries"] < 0 or denoising["views_per_chunk"] < 1:
+        raise UserError("config.model.denoising.queries must be at least 0, and views_per_chunk at least 1.")
 
 
 def _copy(module):

@@ -74,7 +74,7 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         if channels % groups:
-            raise UserError(f"GroupNorm: {channels} channels do not divide into {groups} groups.")
+            raise UserError(f"{channels} channels do not divide into {groups} groups; see config.model.neck.groups.")
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.groups = groups

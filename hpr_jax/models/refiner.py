@@ -39,8 +39,8 @@ class Merge(nnx.Module):
 
     Args:
       kind: `fixed` weights, a learned weight per path, or a learned weight per channel and path.
-      initial: a weight per path (primary first; none: one for all), or `"xavier"`: drawn at random as the published DDQ
-        models do, whose Xavier initialisation overwrites the weights (+-0.15 at 256 channels).
+      initial: a weight per path (primary first; none: one for all), or, for vectors, `"xavier"`: drawn at random as the
+        published DDQ models do, whose Xavier initialisation overwrites the weights (+-0.15 at 256 channels).
     """
 
     def __init__(
@@ -55,13 +55,11 @@ class Merge(nnx.Module):
         if kind not in MERGES:
             raise UserError(f"config.model.refiner.merge is {kind!r}; known are {', '.join(MERGES)}.")
         if initial == "xavier":
-            if kind != "learned_vector":
-                raise UserError('Merge weights can be drawn by "xavier" only if they are a learned_vector.')
             weights = nnx.initializers.xavier_uniform()(rngs.params(), (channels, paths))
         else:
             initial = initial or (1.0,) * paths
             if len(initial) != paths:
-                raise UserError(f"Merge of {paths} paths got {len(initial)} initial weights.")
+                raise UserError(f"config.model.refiner.merge_initial has {len(initial)} weights for {paths} refiners.")
             weights = jnp.array(initial, jnp.float32)
             if kind == "learned_vector":
                 weights = jnp.tile(weights, (channels, 1))

@@ -111,6 +111,11 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        if len(blocks) < 2 or min(blocks) < 1 or base_channels < 1 or frozen_stages > len(blocks):
+            raise UserError(
+                f"config.model.backbone has {tuple(blocks)} blocks, {base_channels} base_channels and {frozen_stages} "
+                "frozen_stages; a ResNet needs two stages or more, of at least a block and a channel, to freeze some of."
+            )
         self.stem = Conv(3, base_channels, 7, 2, rngs=rngs)
         self.stem_norm = make_norm(norm, base_channels, rngs=rngs)
         stages, inputs = [], base_channels
