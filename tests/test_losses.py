@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 def test_assignment_is_the_cheapest():
     cost = RNG.normal(size=(2, 3, 5, 3)).astype(np.float32)
     valid = jnp.array([[True] * 3, [True, True, False], [False] * 3])
-    (assigned,) = assign([Request(jnp.asarray(cost), jnp.ones((2, 3, 5), bool))], valid)
+    (assigned,) = assign([Request(jnp.asarray(cost), jnp.ones((2, 3, 5), bool), (1, 1))], valid)
     assigned = np.asarray(assigned)
     for problem, image in np.ndindex(2, 3):
         count = int(valid[image].sum())

@@ -43,6 +43,7 @@ def random_weights(c):
         shape = variable.shape
         fan_in = np.prod(shape[-2:-1]) if path[-1] in ("kernel", "embedding") else 100
         value = rng.normal(size=shape) * fan_in**-0.5 + (path[-1] in ("scale", "weights"))
+        value = np.abs(value) + 1 if path[-1] == "variance" else value
         filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
     nnx.update(detector, nnx.from_flat_state(filled))
     return nnx.split(detector, nnx.Param, ...)

@@ -172,7 +172,7 @@ def _check_counts(config: Config) -> None:
         "encoder.": config["encoder"],
         "queries.": config["queries"],
         "refiner.": refiner,
-        **{f"refiner.{key}.": value for key, value in refiner.items() if isinstance(value, Mapping)},
+        **{f"refiner.{key}.": value for key, value in refiner.items() if hasattr(value, "items")},
     }
     counts = ("channels", "heads", "levels", "points", "hidden", "layers", "count", "samples")
     for prefix, section in sections.items():
