@@ -109,7 +109,8 @@ class ImageDetector:
         names, ids = self.classes.names, self.classes.category_ids
         found = Detections(
             image=image,
-            boxes=(boxes[valid] * scale).astype(np.float32),
+            # On a canvas, boxes may reach out of the image.
+            boxes=np.clip(boxes[valid] * scale, 0, [width, height] * 2).astype(np.float32),
             scores=scores[valid],
             labels=labels[valid],
             names=[names[label] for label in labels[valid]],
