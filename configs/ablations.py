@@ -3,7 +3,8 @@
     python -m hpr_jax.main --config configs/ablations.py:table6_attention_ffn --workdir runs/t6 --config.data.directory=DIR
 
 All change settings of one base model (paper section 4.2): Deformable DETR with ResNet-50, 300 queries, 12 epochs, weak
-augmentation. Published AP on COCO val2017 behind each. The same settings, `config.model.refiner.*`, work in every detector.
+augmentation. Published AP on COCO val2017 behind each. The same settings, `config.model.refiner.*`, work in every
+detector; in DDQ set merge_xavier=False with those of table 7.
 """
 
 import deformable_detr

@@ -23,9 +23,7 @@ def get_config(variant: str = "r50_1x") -> ConfigDict:
     # repeats: queries matched with one box, in each decoder layer; proposal_repeats: in the encoder. alpha: exponent of the
     # score against the IoU in a class target; gamma: focus on hard negatives; tau: how fast the weight of ranks falls.
     config.loss.aligned = {"repeats": (2, 2, 2, 2, 2, 1), "proposal_repeats": 2, "alpha": 0.25, "gamma": 2.0, "tau": 1.5}
+    common.set_variant(config, variant, in_epochs=True)
     if variant in common.FROM_SCRATCH:
-        common.from_scratch(config, variant)
         config.loss.aligned.repeats = (2, 1)
-    else:
-        common.recipe(config, variant, in_epochs=True)
     return config

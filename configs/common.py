@@ -146,12 +146,18 @@ def detr_augmentation() -> dict:
     }
 
 
-def recipe(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None:
-    """An official recipe, `{r50|swin_l}_{1x|2x|3x}[_lsj]`; `in_epochs`: its ResNet-50 schedules without LSJ count epochs."""
-    name, _, jitter = variant.partition("_lsj")
+def set_variant(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None:
+    """One of `FROM_SCRATCH`, or an official recipe `{r50|swin_l}_{1x|2x|3x}[_lsj]`; `in_epochs`: ResNet-50 schedules without
+    LSJ count epochs."""
+    if variant in FROM_SCRATCH:
+        _from_scratch(config, variant)
+    else:
+        _recipe(config, variant, in_epochs)
+
+
+def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
     lsj = variant.endswith("_lsj")
-    assert not jitter, variant
-    backbone, _, length = name.rpartition("_")
+    backbone, _, length = variant.removesuffix("_lsj").rpartition("_")
     if backbone == "swin_l":
         config.model.backbone = swin_l()
         config.model.neck.bias = True
@@ -171,7 +177,7 @@ def recipe(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None
         config.train.steps, config.optimizer.milestones = STEPS[length]
 
 
-def from_scratch(config: ConfigDict, variant: str) -> None:
+def _from_scratch(config: ConfigDict, variant: str) -> None:
     """`small` or `demo`: a narrow detector whose backbone needs no pre-trained weights: all layers trained, GroupNorm over
     valid pixels, full learning rate; weak augmentation alone."""
     config.model.backbone.update(norm="group", frozen_stages=-1)

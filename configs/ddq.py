@@ -22,9 +22,7 @@ def get_config(variant: str = "r50_1x") -> ConfigDict:
     config.loss.dense = {"positives": 4, "giou_weight": 2.0, "alpha": 1.0, "beta": 6.0}
     config.model.refiner.merge_xavier = True
     config.optimizer.update(learning_rate=2e-4, weight_decay=0.05, warmup_steps=2000)
+    common.set_variant(config, variant)
     if variant in common.FROM_SCRATCH:
-        common.from_scratch(config, variant)
         config.model.queries.dense_ratio = 1.0
-    else:
-        common.recipe(config, variant)
     return config

@@ -16,8 +16,5 @@ def get_config(variant: str = "r50_1x") -> ConfigDict:
     """Config of a variant."""
     config = common.base()
     config.model.pixel_std = common.DINO_STD
-    if variant in common.FROM_SCRATCH:
-        common.from_scratch(config, variant)
-    else:
-        common.recipe(config, variant, in_epochs=True)
+    common.set_variant(config, variant, in_epochs=True)
     return config

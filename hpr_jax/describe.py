@@ -5,8 +5,7 @@ All of it follows from shapes: no data is read, no weights are made, nothing run
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hpr_jax.data.coco import Classes, CocoDataset, Record
 from hpr_jax.data.plan import Shape, choose_buckets, smallest_bucket
 from hpr_jax.data.transforms import whole
 from hpr_jax.evaluate import make_detect
+from hpr_jax.flops import product_flops
 from hpr_jax.models.detector import Detector
 from hpr_jax.models.encoder import Pyramid, flatten
 from hpr_jax.models.layers import layer
@@ -89,40 +89,6 @@ class StaticShapes:
     @property
     def tokens(self) -> int:
         return sum(h * w for h, w in self.levels)
-
-
-def product_flops(jaxpr: Any) -> int:
-    """Twice the multiply-adds of all matrix products and convolutions in a jaxpr and those inside it.
-
-    The body of a scan counts as often as it runs, the dearest branch of a conditional counts, and the body of a while loop
-    counts once, as nothing says how often it runs; the detector's while loops have no products.
-    """
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
-
-
-def _equation_flops(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
-    inner = [product_flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
-    if name == "cond":
-        return max(inner)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
-
-
-def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters: of loops, branches, and functions that are called."""
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            # Closed ones hold theirs in an attribute.
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item
 
 
 def _trace(function: Callable, *inputs: Any) -> tuple[int, Any]:

@@ -17,16 +17,15 @@ from hpr_jax.data.coco import Classes
 from hpr_jax.describe import (
     compiled_memory,
     evaluation_buckets,
-    inner_jaxprs,
     parts_of,
     photographs,
-    product_flops,
     static_shapes,
     total,
     training_buckets,
 )
 from hpr_jax.errors import UserError
 from hpr_jax.evaluate import make_detect
+from hpr_jax.flops import inner_jaxprs, product_flops
 from hpr_jax.models.resnet import ResNet
 from hpr_jax.models.swin import SwinTransformer
 

@@ -1,17 +1,19 @@
 """Swin Transformer: official values, independence from padding, drop path, frozen stages, settings."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from reference import arrays, assert_close
 
+from hpr_jax.checkpoint import abstract_detector
 from hpr_jax.errors import UserError
 from hpr_jax.models.swin import SwinTransformer, drop_path, relative_positions
+from hpr_jax.torch_import import entries, load_official
 
 SMALL = {"embed_channels": 8, "depths": (2, 2, 4, 2), "heads": (1, 2, 4, 8), "window": 4}
 # Half of it, for what does not depend on depth.
@@ -23,51 +25,20 @@ RNG = np.random.default_rng(0)
 IMAGES = [RNG.normal(size=(h, w, 3)).astype(np.float32) for h, w in SIZES]
 
 
-def load(model, tensors):
-    """Sets every variable of the model from mmdet's weights by name."""
-    rules = (
-        (r"^norms\.(\d)", r"norm\1"),
-        (r"patch_embed\.(kernel|bias)", r"patch_embed.projection.\1"),
-        (r"\.merge", ".downsample"),
-        (r"\.pairs\.plain", ".blocks.{plain}"),
-        (r"\.pairs\.shifted", ".blocks.{shifted}"),
-        (r"\.attention\.project", ".attn.w_msa.proj"),
-        (r"\.attention\.position_bias", ".attn.w_msa.relative_position_bias_table"),
-        (r"\.attention", ".attn.w_msa"),
-        (r"\.mlp\.expand", ".ffn.layers.0.0"),
-        (r"\.mlp\.contract", ".ffn.layers.1"),
-        (r"\.(kernel|scale)$", ".weight"),
-    )
-
-    def tensor(name, path):
-        value = tensors[name]
-        if path.endswith("kernel"):
-            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        return value
-
-    for keys, variable in nnx.to_flat_state(nnx.state(model)):
-        path = name = ".".join(map(str, keys))
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if ".pairs." in path:
-            count = variable.get_value().shape[0]
-            value = np.stack([tensor(name.format(plain=2 * i, shifted=2 * i + 1), path) for i in range(count)])
-        else:
-            value = tensor(name, path)
-        assert value.shape == variable.get_value().shape, name
-        variable.set_value(jnp.asarray(value))
-
-
 def build(**settings):
     return SwinTransformer(**{**SMALL, **settings}, rngs=nnx.Rngs(0))
 
 
 @functools.cache
 def model(**settings):
-    """The reference model with its weights, which make all parts matter."""
-    built = nnx.eval_shape(lambda: build(**settings))
-    load(built, {name.removeprefix("mmdet."): value for name, value in arrays("backbone_swin").items()})
-    return built
+    """The reference model with its weights, which make all parts matter; settings may leave out some of it."""
+    config = tiny.config(model="dino").model
+    config.backbone = {"kind": "swin", **SMALL, **settings}
+    detector = abstract_detector(config, tiny.CLASSES)
+    wanted = {name for entry in entries(detector) for name in entry.names}
+    tensors = {name.replace("mmdet.", "backbone."): tensor for name, tensor in arrays("backbone_swin").items()}
+    load_official(detector, {name: t for name, t in tensors.items() if name in wanted}, only="backbone.")
+    return detector.backbone
 
 
 # Compiled once per shape and setting.
