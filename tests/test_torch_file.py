@@ -362,7 +362,7 @@ FORBIDDEN = {
     "mmengineering.run": by_name("mmengineering", "run"),
     "argparse.ArgumentParser": by_name("argparse", "ArgumentParser"),
     "numpy.load": by_name("numpy", "load"),
-    "hpr_jax.torch_file._Inert": by_name("hpr_jax.torch_file", "_Inert"),
+    "hpr_jax.restricted_pickle._Inert": by_name("hpr_jax.restricted_pickle", "_Inert"),
     "copyreg._reconstructor": b"ccopy_reg\n_reconstructor\n(cnumpy\nndarray\nc__builtin__\nobject\nNtR.",
     "copyreg.add_extension": by_name("copy_reg", "add_extension"),
 }
