@@ -4,8 +4,9 @@ A checkpoint is a directory with the items `model` (all variables), `training` (
 `meta` (JSON: config, classes, step, metrics). `model` and `meta` suffice for evaluation and prediction.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,30 +123,44 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"There is no checkpoint in {path}; give a run's workdir or one checkpoint's directory.")
 
 
-def load_detector(path: Path) -> tuple[Detector, Meta]:
-    """The detector of a checkpoint, and what the checkpoint says of itself.
+def read_meta(path: Path) -> Meta:
+    """What a checkpoint says of itself.
 
     Raises:
       UserError: no checkpoint there, or one that cannot be read.
     """
     path = find_checkpoint(Path(path)).resolve()
+    with _reader(path) as reader:
+        return Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+
+
+def load_detector(path: Path) -> tuple[Detector, Meta]:
+    """The detector of a checkpoint, and what the checkpoint says of itself; raises as `read_meta` does."""
+    path = find_checkpoint(Path(path)).resolve()
+    meta = read_meta(path)
+    with _reader(path) as reader:
+        detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names))
+        state = nnx.state(detector)
+        restored = reader.restore(
+            path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))
+        )
+    nnx.replace_by_pure_dict(state, restored.model)
+    nnx.update(detector, state)
+    return detector, meta
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
+    """Reads one checkpoint; what goes wrong becomes a sentence."""
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            meta = Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
-            detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names))
-            state = nnx.state(detector)
-            restored = reader.restore(
-                path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))
-            )
+            yield reader
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"The checkpoint {path} is of another version of this project: {error}.") from error
     except (ValueError, OSError) as error:
         raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
-    nnx.replace_by_pure_dict(state, restored.model)
-    nnx.update(detector, state)
-    return detector, meta
 
 
 def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: ConfigDict | None = None) -> ConfigDict:

@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector, find_checkpoint, load_detector
+from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector, load_detector
 from hpr_jax.command_line import CommandParser, run_command, split_overrides
 from hpr_jax.config import check, load_config, override, to_plain
 from hpr_jax.data.coco import COCO_CLASSES, Classes
@@ -72,7 +72,7 @@ def to_torch(source: Path, target: Path) -> None:
     """
     if target.is_dir():
         raise UserError(f"{target} is a folder; name a file.")
-    detector, meta = load_detector(find_checkpoint(source))
+    detector, meta = load_detector(source)
     tensors = to_official(detector)
     tensors |= official_buffers(tensors)
     dataset = {"classes": list(meta.classes.names), "category_ids": list(meta.classes.category_ids)}

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.checkpoint import abstract_detector, checkpoint_config, load_detector
+from hpr_jax.checkpoint import abstract_detector, checkpoint_config, read_meta
 from hpr_jax.config import check
 from hpr_jax.data.coco import Classes, CocoDataset, Record
 from hpr_jax.data.plan import Shape, choose_buckets, smallest_bucket
@@ -306,7 +306,7 @@ def describe(
       UserError: nothing to describe, or settings that no detector or run can have.
     """
     if checkpoint is not None:
-        _, meta = load_detector(checkpoint)
+        meta = read_meta(checkpoint)
         config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
     check(config)
     make_criterion(config)

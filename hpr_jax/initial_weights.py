@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from hpr_jax.backbone_names import OUTPUT_NORMS, as_official_backbone, is_detector
-from hpr_jax.checkpoint import find_checkpoint, load_detector
+from hpr_jax.checkpoint import load_detector
 from hpr_jax.errors import UserError
 from hpr_jax.models.detector import Detector
 from hpr_jax.torch_file import find_tensors, read_checkpoint
@@ -33,10 +33,7 @@ def load_initial_weights(detector: Detector, path: Path) -> None:
     """
     if not path.exists():
         raise UserError(f"The weights {path} do not exist; set config.train.initial_weights.")
-    if path.is_dir():
-        kept = _from_checkpoint(detector, find_checkpoint(path))
-    else:
-        kept = _from_tensors(detector, read_tensors(path), str(path))
+    kept = (_from_checkpoint if path.is_dir() else _from_file)(detector, path)
     if kept:
         log.warning(
             "%s is of another number of classes; %d weights start anew: %s", path, len(kept), ", ".join(_summary(kept))
@@ -58,23 +55,22 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"The weight file {path} is not an .npz file of arrays: {error}") from error
 
 
-def _from_tensors(detector: Detector, tensors: dict[str, np.ndarray], source: str) -> list[str]:
+def _from_file(detector: Detector, path: Path) -> list[str]:
+    tensors = read_tensors(path)
     if is_detector(tensors):
         return load_official(detector, tensors, other_classes=True)
-    log.info("%s holds a backbone; the rest of the detector starts at random.", source)
-    return load_official(detector, as_official_backbone(tensors, source), only="backbone.", optional=OUTPUT_NORMS)
+    log.info("%s holds a backbone; the rest of the detector starts at random.", path)
+    return load_official(detector, as_official_backbone(tensors, str(path)), only="backbone.", optional=OUTPUT_NORMS)
 
 
 def _from_checkpoint(detector: Detector, path: Path) -> list[str]:
     source, _ = load_detector(path)
     theirs = {dotted_path(path): variable for path, variable in nnx.to_flat_state(nnx.state(source))}
-    flat = dict(nnx.to_flat_state(nnx.state(detector)))
-    expected = {dotted_path(path): (variable.shape, of_classes(dotted_path(path))) for path, variable in flat.items()}
+    flat = {dotted_path(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(detector))}
+    expected = {name: (variable.shape, of_classes(name)) for name, (_, variable) in flat.items()}
     kept = compare_shapes(expected, {name: variable.shape for name, variable in theirs.items()}, other_classes=True)
     loaded = [
-        (path, variable.replace(theirs[dotted_path(path)].get_value()))
-        for path, variable in flat.items()
-        if dotted_path(path) not in kept
+        (path, variable.replace(theirs[name].get_value())) for name, (path, variable) in flat.items() if name not in kept
     ]
     nnx.update(detector, nnx.from_flat_state(loaded))
     return kept
