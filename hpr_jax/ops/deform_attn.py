@@ -1,11 +1,15 @@
 """Multi-scale deformable sampling (Deformable DETR, Zhu et al. 2021, equation 3, without its projections)."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("xla",)
+from hpr_jax.kernels import deformable_sampling as kernel
+from hpr_jax.ops.implementation import dispatch
+
+OPERATION = "deformable_sampling"
 
 
 def deformable_sampling(
@@ -18,25 +22,96 @@ def deformable_sampling(
 ) -> jax.Array:
     """Weighted sums of bilinearly interpolated values; outside a level's map everything is zero.
 
+    Sums are float32 whatever the types of the arguments. Differentiable in reverse mode.
+
     Args:
       value: `[B, S, H, D]`, the levels' maps flattened row by row and concatenated.
       spatial_shapes: static (height, width) of each level; their products sum to S.
       sampling_locations: `[B, Q, H, L, P, 2]`, (x, y) in [0, 1] over each level's map, corners at the pixels' edges.
       attention_weights: `[B, Q, H, L, P]`.
-      implementation: `"xla"`, or None for the best one that runs on the platform.
+      implementation: `"xla"`; `"pallas"`, a kernel for NVIDIA GPUs; None: the kernel where it can run, else XLA.
 
     Returns:
       `[B, Q, H * D]` in the type of `value`.
 
     Raises:
-      ValueError: an unknown implementation, or shapes that do not fit one another.
+      ValueError: an unknown implementation or one that cannot run, or shapes that do not fit one another.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"deformable_sampling has no implementation {implementation!r}; choose one of {IMPLEMENTATIONS}.")
-    batch, tokens, heads, width = value.shape
-    _, queries, _, levels, points, _ = sampling_locations.shape
+    spatial_shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
+    batch, _, heads, width = value.shape
+    queries = sampling_locations.shape[1]
+    if 0 in (value.size, attention_weights.size):
+        return jnp.zeros((batch, queries, heads * width), value.dtype)
+    out = _sample(
+        spatial_shapes,
+        implementation,
+        value,
+        sampling_locations.astype(jnp.float32),
+        attention_weights.astype(jnp.float32),
+    )
+    return out.reshape(batch, queries, heads * width)
+
+
+def _check(value, spatial_shapes, locations, weights):
+    if value.ndim != 4 or locations.ndim != 6 or locations.shape[:-1] != weights.shape or locations.shape[-1] != 2:
+        raise ValueError(
+            "deformable_sampling takes value [B, S, H, D], locations [B, Q, H, L, P, 2] and weights [B, Q, H, L, P], not "
+            f"{list(value.shape)}, {list(locations.shape)} and {list(weights.shape)}."
+        )
+    tokens, levels = value.shape[1], locations.shape[3]
+    if (value.shape[0], value.shape[2]) != (locations.shape[0], locations.shape[2]):
+        raise ValueError(f"value {list(value.shape)} and locations {list(locations.shape)} differ in their batch or heads.")
     if tokens != sum(h * w for h, w in spatial_shapes) or levels != len(spatial_shapes):
         raise ValueError(f"value has {tokens} tokens and locations {levels} levels, but the maps are {spatial_shapes}.")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sample(spatial_shapes, implementation, value, locations, weights):
+    return dispatch(
+        OPERATION,
+        implementation,
+        lambda *arguments: _xla(spatial_shapes, *arguments),
+        lambda *arguments, interpret: kernel.forward(*arguments, spatial_shapes, interpret=interpret),
+        value,
+        locations,
+        weights,
+        obstacle=_obstacle(value),
+    )
+
+
+def _sample_forward(spatial_shapes, implementation, *arguments):
+    return _sample(spatial_shapes, implementation, *arguments), arguments
+
+
+def _sample_backward(spatial_shapes, implementation, arguments, gradient):
+    def xla(*arguments):
+        *arguments, gradient = arguments
+        return jax.vjp(lambda *arguments: _xla(spatial_shapes, *arguments), *arguments)[1](gradient)
+
+    def pallas(*arguments, interpret):
+        of_value, *others = kernel.backward(*arguments, spatial_shapes, interpret=interpret)
+        return of_value.astype(value.dtype), *others
+
+    value = arguments[0]
+    return dispatch(OPERATION, implementation, xla, pallas, *arguments, gradient, obstacle=_obstacle(value))
+
+
+_sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _obstacle(value):
+    width, dtype = value.shape[-1], value.dtype
+    if width > kernel.MAX_WIDTH:
+        return f"its kernel takes heads of at most {kernel.MAX_WIDTH} channels, and these have {width}"
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"its kernel takes float32, bfloat16 and float16, and the values are {dtype}"
+    return None
+
+
+def _xla(spatial_shapes, value, locations, weights):
+    """-> `[B, Q, H, D]`."""
+    batch, _, heads, width = value.shape
 
     # One (image, head) at a time: its table [S, D] stays in cache, and only one table of indices exists at once.
     def per_head(array):
@@ -45,17 +120,18 @@ def deformable_sampling(
     @jax.checkpoint
     def sample_head(args):
         table, locations, weights = args
-        index, weight = _corners(spatial_shapes, locations.astype(jnp.float32), weights.astype(jnp.float32))
+        index, weight = _corners(spatial_shapes, locations, weights)
         return weighted_rows(table, index, weight)
 
-    out = jax.lax.map(sample_head, (per_head(value), per_head(sampling_locations), per_head(attention_weights)))
-    return jnp.moveaxis(out.reshape(batch, heads, queries, width), 1, 2).reshape(batch, queries, heads * width)
+    out = jax.lax.map(sample_head, (per_head(value), per_head(locations), per_head(weights)))
+    return jnp.moveaxis(out.reshape(batch, heads, -1, width), 1, 2)
 
 
 def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
     """`out[n] = sum_k weight[n, k] * table[index[n, k]]`: table `[S, D]`, index and weight `[N, K]` -> `[N, D]`."""
-    rows = table.at[index].get(mode="promise_in_bounds")
-    return jnp.einsum("nk,nkd->nd", weight.astype(table.dtype), rows, preferred_element_type=jnp.float32).astype(table.dtype)
+    # Widened before the gather, so that the gradients of shared rows are summed in float32, too.
+    rows = table.astype(jnp.float32).at[index].get(mode="promise_in_bounds")
+    return jnp.einsum("nk,nkd->nd", weight, rows).astype(table.dtype)
 
 
 def _corners(spatial_shapes, locations, weights):

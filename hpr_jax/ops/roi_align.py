@@ -1,14 +1,20 @@
 """RoIAlign (Mask R-CNN, He et al. 2017) over the levels of a flattened feature pyramid."""
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from hpr_jax.kernels import weighted_rows as kernel
 from hpr_jax.ops.boxes import area
 from hpr_jax.ops.deform_attn import weighted_rows
+from hpr_jax.ops.implementation import dispatch
 
-# Regions sampled at a time; bounds the gathered rows to a few hundred MB at 256 channels.
+OPERATION = "roi_align"
+# Regions that XLA samples at a time; bounds the gathered rows to a few hundred MB at 256 channels.
 CHUNK = 128
 
 
@@ -22,6 +28,7 @@ def roi_align(
     output_size: int = 7,
     sampling_ratio: int = 2,
     finest_scale: float = 56.0,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Features of each box on the level that suits its size (FPN, Lin et al. 2017, equation 1).
 
@@ -36,12 +43,14 @@ def roi_align(
       strides: image pixels per feature pixel of each level.
       sampling_ratio: samples per bin and axis.
       finest_scale: boxes with sides below twice this many pixels take the first level.
+      implementation: `"xla"`; `"pallas"`, a kernel for NVIDIA GPUs; None: the kernel where it can run, else XLA.
 
     Returns:
-      `[B, Q, output_size ** 2, C]`, bins row by row.
+      `[B, Q, output_size ** 2, C]`, bins row by row, in the type of `features`.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot run.
     """
-    batch, _, channels = features.shape
-    queries = boxes.shape[1]
     boxes = jax.lax.stop_gradient(boxes.astype(jnp.float32))
     scale = jnp.sqrt(jnp.maximum(area(boxes), 0.0))
     level = jnp.floor(jnp.log2(scale / finest_scale + 1e-6))
@@ -49,10 +58,98 @@ def roi_align(
 
     widths = jnp.array([w for _, w in spatial_shapes])
     starts = jnp.cumsum(jnp.array([0, *(h * w for h, w in spatial_shapes[:-1])]))
-    low = boxes[..., :2] / jnp.array(strides, jnp.float32)[level][..., None] - 0.5
-    extent = (boxes[..., 2:] - boxes[..., :2]) / jnp.array(strides, jnp.float32)[level][..., None]
-    valid = jnp.take_along_axis(valid_sizes, level[..., None], axis=1)
+    stride = jnp.array(strides, jnp.float32)[level][..., None]
+    regions = Regions(
+        low=boxes[..., :2] / stride - 0.5,
+        extent=(boxes[..., 2:] - boxes[..., :2]) / stride,
+        valid=jnp.take_along_axis(valid_sizes, level[..., None], axis=1),
+        width=widths[level],
+        start=starts[level],
+    )
+    if 0 in (features.size, boxes.size):
+        return jnp.zeros((*boxes.shape[:2], output_size**2, features.shape[-1]), features.dtype)
+    return _align((output_size, sampling_ratio, implementation), features, regions)
 
+
+class Regions(NamedTuple):
+    """Boxes on their levels: `[B, Q, ...]` each.
+
+    Attributes:
+      low, extent: left top corner and size (x, y), in pixels of the level.
+      valid: int32 (height, width) of the level's valid area.
+      width: int32, of the level; start: int32, row of the level's first pixel in the table of features.
+    """
+
+    low: jax.Array
+    extent: jax.Array
+    valid: jax.Array
+    width: jax.Array
+    start: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _align(settings, features, regions):
+    bins, ratio, implementation = settings
+
+    def pallas(features, regions, *, interpret):
+        batch, tokens, channels = features.shape
+        table = features.reshape(batch * tokens, channels)
+        index, weight = _table_rows(regions, tokens, bins, ratio)
+        out = kernel.forward(table, index, weight, interpret=interpret)
+        return out.reshape(*regions.width.shape, bins**2, channels)
+
+    def xla(features, regions):
+        return _xla(features, regions, bins, ratio)
+
+    return dispatch(OPERATION, implementation, xla, pallas, features, regions, obstacle=_obstacle(features))
+
+
+def _align_forward(settings, features, regions):
+    return _align(settings, features, regions), (features, regions)
+
+
+def _align_backward(settings, residuals, gradient):
+    bins, ratio, implementation = settings
+    features, regions = residuals
+
+    def pallas(features, regions, gradient, *, interpret):
+        batch, tokens, channels = features.shape
+        index, weight = _table_rows(regions, tokens, bins, ratio)
+        out = kernel.backward(batch * tokens, index, weight, gradient.reshape(-1, channels), interpret=interpret)
+        return out.reshape(features.shape).astype(features.dtype)
+
+    def xla(features, regions, gradient):
+        return jax.vjp(lambda features: _xla(features, regions, bins, ratio), features)[1](gradient)[0]
+
+    of_features = dispatch(OPERATION, implementation, xla, pallas, features, regions, gradient, obstacle=_obstacle(features))
+    return of_features, jax.tree.map(_no_gradient, regions)
+
+
+_align.defvjp(_align_forward, _align_backward)
+
+
+def _no_gradient(x):
+    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _obstacle(features):
+    if features.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"its kernel takes float32, bfloat16 and float16, and the features are {features.dtype}"
+    return None
+
+
+def _table_rows(regions, tokens, bins, ratio):
+    """Rows of the table of all images' features, and their weights: `[B * Q * bins ** 2, 4 * ratio ** 2]` each."""
+    batch, queries = regions.width.shape
+    flat = Regions(*(part.reshape(batch * queries, *part.shape[2:]) for part in regions))
+    index, weight = _samples(flat, bins, ratio)
+    index += (jnp.repeat(jnp.arange(batch), queries) * tokens)[:, None, None]
+    return index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
+
+
+def _xla(features, regions, bins, ratio):
+    batch, queries = regions.width.shape
+    channels = features.shape[-1]
     chunk = min(CHUNK, queries)
     chunks = -(-queries // chunk)
 
@@ -61,22 +158,21 @@ def roi_align(
         return jnp.pad(array, padding, mode="edge").reshape(batch, chunks, chunk, *array.shape[2:])
 
     @jax.checkpoint
-    def sample(table, low, extent, valid, width, start):
-        index, weight = _samples(low, extent, valid, width, start, output_size, sampling_ratio)
+    def sample(table, regions):
+        index, weight = _samples(regions, bins, ratio)
         rows = weighted_rows(table, index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1]))
-        return rows.reshape(chunk, output_size**2, channels)
+        return rows.reshape(chunk, bins**2, channels)
 
     def per_image(args):
-        table, *regions = args
-        return jax.lax.map(lambda r: sample(table, *r), tuple(regions))
+        table, regions = args
+        return jax.lax.map(functools.partial(sample, table), regions)
 
-    regions = (low, extent, valid, widths[level], starts[level])
-    out = jax.lax.map(per_image, (features, *map(chunked, regions)))
-    return out.reshape(batch, chunks * chunk, output_size**2, channels)[:, :queries]
+    out = jax.lax.map(per_image, (features, Regions(*map(chunked, regions))))
+    return out.reshape(batch, chunks * chunk, bins**2, channels)[:, :queries]
 
 
-def _samples(low, extent, valid, width, start, bins, ratio):
-    """Table rows and weights of every bin: `[R, bins ** 2, 4 * ratio ** 2]` each."""
+def _samples(regions, bins, ratio):
+    """Rows of an image's features and weights of every bin of `[R]` regions: `[R, bins ** 2, 4 * ratio ** 2]` each."""
     steps = (jnp.arange(bins * ratio) + 0.5) / (bins * ratio)
 
     def axis(low, extent, size):
@@ -92,10 +188,10 @@ def _samples(low, extent, valid, width, start, bins, ratio):
         weights = jnp.where(inside[..., None], jnp.stack([1.0 - fraction, fraction], axis=-1), 0.0)
         return neighbours.reshape(-1, bins, ratio * 2), weights.reshape(-1, bins, ratio * 2) / ratio
 
-    columns, column_weights = axis(low[:, 0], extent[:, 0], valid[:, 1])
-    rows, row_weights = axis(low[:, 1], extent[:, 1], valid[:, 0])
-    rows = rows * width[:, None, None] + start[:, None, None]
+    columns, column_weights = axis(regions.low[:, 0], regions.extent[:, 0], regions.valid[:, 1])
+    rows, row_weights = axis(regions.low[:, 1], regions.extent[:, 1], regions.valid[:, 0])
+    rows = rows * regions.width[:, None, None] + regions.start[:, None, None]
     index = rows[:, :, None, :, None] + columns[:, None, :, None, :]
     weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-    shape = (len(low), bins * bins, 4 * ratio * ratio)
+    shape = (len(rows), bins * bins, 4 * ratio * ratio)
     return index.reshape(shape), weight.reshape(shape)

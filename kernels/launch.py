@@ -1,0 +1,66 @@
+"""What all kernels share: launch settings, and the call on the Triton backend of every supported JAX version."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a table's rows are spread over threads.
+
+    Attributes:
+      num_warps: warps of a program.
+      elements: neighbouring channels of a row that one thread handles, a power of two.
+    """
+
+    num_warps: int
+    elements: int
+
+    def block(self, width: int) -> int:
+        """Rows of `width` channels that a program works on, a power of two."""
+        return max(32 * self.num_warps * self.elements // power_of_two(width), 1)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`: the only sizes that Triton knows."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def pallas_call(
+    kernel: Callable[..., None],
+    *,
+    out_shape: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike]],
+    grid: tuple[int, ...],
+    launch: Launch,
+    interpret: bool,
+    name: str,
+    input_output_aliases: Mapping[int, int] | None = None,
+) -> Callable[..., list[jax.Array]]:
+    """`pl.pallas_call` whose kernel sees whole arrays. Under `shard_map` the results vary over the axes that any argument
+    varies over."""
+
+    def call(*arguments):
+        types = [jax.typeof(argument).manual_axis_type for argument in arguments]
+        axes = frozenset().union(*(kind.varying for kind in types))
+        arguments = [_vary(argument, axes - kind.varying) for argument, kind in zip(arguments, types)]
+        kind = types[0].update(varying=axes)
+        return pl.pallas_call(
+            kernel,
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_shape],
+            grid=grid,
+            input_output_aliases=input_output_aliases or {},
+            # Names the Triton backend, which is not the default of every JAX version.
+            compiler_params=plt.CompilerParams(num_warps=launch.num_warps, num_stages=1),
+            interpret=interpret,
+            name=name,
+        )(*arguments)
+
+    return call
+
+
+def _vary(x, axes):
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
