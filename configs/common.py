@@ -25,8 +25,6 @@ def base() -> ConfigDict:
         "levels": 4,
         "points": 4,
         "hidden": 2048,
-        # Compute the inner values of transformer layers again in the backward pass: a quarter of the memory, little time.
-        "remat": True,
         "pixel_mean": IMAGENET_MEAN,
         "pixel_std": IMAGENET_STD,
         "backbone": resnet(),
@@ -55,6 +53,15 @@ def base() -> ConfigDict:
             "global_attention": {"heads": 8, "level": 2, "temperature": 20.0},
             "region_fc": {"hidden": 1024},
         },
+    }
+    config.compute = {
+        # Of activations: float32 or, on GPUs, bfloat16. Parameters, boxes, predictions and losses are float32.
+        "dtype": "float32",
+        # Sampling and RoIAlign as: auto (Pallas kernels on NVIDIA GPUs, else XLA), xla, pallas.
+        "operations": "auto",
+        # Parts whose layers compute their inner values again in the backward pass, of backbone, encoder and refiner: a
+        # quarter of the memory, little time.
+        "remat": ("encoder", "refiner"),
     }
     config.loss = {"branch_weight": 0.5}
     config.data = {
@@ -113,7 +120,6 @@ def resnet() -> dict:
         "base_channels": 64,
         "norm": "frozen_batch",
         "frozen_stages": 1,
-        "remat": False,
     }
 
 
@@ -127,7 +133,6 @@ def swin_l() -> dict:
         "window": 12,
         "drop_path": 0.2,
         "frozen_stages": -1,
-        "remat": True,
     }
 
 
@@ -160,6 +165,7 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
     backbone, _, length = variant.removesuffix("_lsj").rpartition("_")
     if backbone == "swin_l":
         config.model.backbone = swin_l()
+        config.compute.remat = ("backbone", "encoder", "refiner")
         config.model.neck.bias = True
         # As published, regions are taken with the strides of ResNet's maps (8, 16, 32, 64), twice those of Swin's;
         # config.model.refiner.region.strides=(4,8,16,32) would be right.

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from hpr_jax.config import check, differences, from_plain, override, to_plain
 from hpr_jax.data.coco import Classes
 from hpr_jax.errors import UserError
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import Compute, build_detector
 from hpr_jax.models.detector import Detector
 
 LATEST, BEST = "checkpoints", "best"
@@ -45,7 +45,16 @@ class Meta:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Meta":
         classes = Classes(tuple(content["class_names"]), tuple(content["category_ids"]))
-        return Meta(content["config"], classes, content["step"], content["metrics"])
+        return Meta(_current(content["config"]), classes, content["step"], content["metrics"])
+
+
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config as configs are now: once, how to compute was part of the model."""
+    if "compute" in config:
+        return config
+    model = {key: value for key, value in config["model"].items() if key != "remat"}
+    model["backbone"] = {key: value for key, value in model["backbone"].items() if key != "remat"}
+    return {**config, "model": model, "compute": dataclasses.asdict(Compute())}
 
 
 class Checkpoints:
@@ -134,12 +143,17 @@ def read_meta(path: Path) -> Meta:
         return Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
 
 
-def load_detector(path: Path) -> tuple[Detector, Meta]:
-    """The detector of a checkpoint, and what the checkpoint says of itself; raises as `read_meta` does."""
+def load_detector(path: Path, compute: Mapping[str, Any] | None = None) -> tuple[Detector, Meta]:
+    """The detector of a checkpoint, and what the checkpoint says of itself; raises as `read_meta` does.
+
+    Args:
+      compute: how it shall compute (see `hpr_jax.models.build.Compute`); None: as it did in training.
+    """
     path = find_checkpoint(Path(path)).resolve()
     meta = read_meta(path)
     with _reader(path) as reader:
-        detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names))
+        config = from_plain(meta.config)
+        detector = abstract_detector(config.model, len(meta.classes.names), compute or config.compute)
         state = nnx.state(detector)
         restored = reader.restore(
             path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))
@@ -179,9 +193,11 @@ def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: 
     return config
 
 
-def abstract_detector(model_config: Mapping[str, Any], num_classes: int) -> Detector:
+def abstract_detector(
+    model_config: Mapping[str, Any], num_classes: int, compute: Mapping[str, Any] | None = None
+) -> Detector:
     """A detector of shapes without values, to be filled."""
-    return nnx.eval_shape(lambda: build_detector(model_config, num_classes, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build_detector(model_config, num_classes, compute=compute, rngs=nnx.Rngs(0)))
 
 
 def _abstract(tree: Any) -> Any:

@@ -14,7 +14,7 @@ from hpr_jax.errors import UserError
 
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
 # Lists of names, which can be told from lists of numbers even when they are empty.
-NAMES = ("model.refiner.auxiliaries", "model.refiner.merge_points")
+NAMES = ("model.refiner.auxiliaries", "model.refiner.merge_points", "compute.remat")
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

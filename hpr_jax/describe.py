@@ -28,7 +28,7 @@ from hpr_jax.models.layers import layer
 from hpr_jax.models.refiner import MERGE_POINTS, DecoderInput, HybridRefiner, RefinerLayer
 from hpr_jax.models.surroundings import Surroundings
 from hpr_jax.recipe import make_criterion, make_optimizer, make_plan
-from hpr_jax.train import DeviceBatch, TrainState, make_train_step
+from hpr_jax.train_step import DeviceBatch, TrainState, TrainStep
 from hpr_jax.types import Targets
 
 # (height, width) of common photographs, and how many of a thousand have it: about as in COCO, by assumption.
@@ -269,23 +269,34 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     state = TrainState(_array(dtype=jnp.int32), params, frozen, moments)
     images = _array(settings.batch_size, *image, 3, dtype=jnp.uint8)
     batch = DeviceBatch(images=images, targets=_targets(settings.batch_size, max_boxes))
-    step = make_train_step(graph, make_criterion(config), optimizer, settings.seed)
+    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed)
+    forward = jax.eval_shape(step.forward, state, batch)
+    assigned = [_array(*request.cost.shape[:3], dtype=jnp.int32) for request in forward.requests]
     return {
         "parameters": _bytes((params, frozen)),
         "optimizer moments": _bytes(moments),
         "batch": _bytes(batch),
-        **compiled_memory(step, state, batch, 0.0),
+        "kept for the backward pass": _bytes(forward),
+        **_larger(
+            compiled_memory(step.forward, state, batch, results=False),
+            compiled_memory(step.backward, state, batch, forward, assigned, 0.0),
+        ),
         "gradients": _bytes(params),
     }
 
 
-def compiled_memory(function: Callable, *inputs: Any) -> dict[str, int]:
+def _larger(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    """Of two programs that run one after the other."""
+    return {name: max(size, a.get(name, 0)) for name, size in b.items()}
+
+
+def compiled_memory(function: Callable, *inputs: Any, results: bool = True) -> dict[str, int]:
     """Bytes of the results that do not replace inputs, and of all temporaries, as XLA plans them; {} if it does not tell."""
     memory = function.lower(*inputs).compile().memory_analysis()
     if memory is None:
         return {}
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {"results": results, "temporaries": memory.temp_size_in_bytes}
+    size = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {**({"results": size} if results else {}), "temporaries": memory.temp_size_in_bytes}
 
 
 def describe(
@@ -310,7 +321,7 @@ def describe(
         config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
     check(config)
     make_criterion(config)
-    detector = abstract_detector(config.model, num_classes)
+    detector = abstract_detector(config.model, num_classes, config.compute)
     evaluation = evaluation_buckets(config)
     # Nothing draws the images of other kinds yet.
     training = training_buckets(config) if config.augmentation.kind == "detr" else {}

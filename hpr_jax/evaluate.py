@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hpr_jax.checkpoint import checkpoint_config, find_checkpoint, load_detector
+from hpr_jax.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
 from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
 from hpr_jax.data.coco import Classes, CocoDataset, load_coco
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
@@ -119,8 +119,9 @@ def evaluate(
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
     """
-    detector, meta = load_detector(checkpoint)
+    meta = read_meta(checkpoint)
     config = checkpoint_config(meta, overrides, config)
+    detector, _ = load_detector(checkpoint, config.compute)
     data = config.data
     dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
     log_dropped_boxes(dataset)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.checkpoint import checkpoint_config, load_detector
+from hpr_jax.checkpoint import checkpoint_config, load_detector, read_meta
 from hpr_jax.config import check, load_config, override
 from hpr_jax.data.coco import Classes
 from hpr_jax.data.transforms import Geometry, UnreadableImageError, apply, read_image, whole
@@ -180,7 +180,9 @@ def load(
             override(config, *setting)
         check(config)
         key = jax.random.key(seed, impl="rbg")
-        make = nnx.jit(lambda key: build_detector(config.model, len(names), rngs=nnx.Rngs(key)))
+        make = nnx.jit(lambda key: build_detector(config.model, len(names), compute=config.compute, rngs=nnx.Rngs(key)))
         return ImageDetector(make(key), classes, config)
-    module, meta = load_detector(Path(source))
-    return ImageDetector(module, meta.classes, checkpoint_config(meta, settings, config))
+    meta = read_meta(Path(source))
+    config = checkpoint_config(meta, settings, config)
+    module, _ = load_detector(Path(source), config.compute)
+    return ImageDetector(module, meta.classes, config)

@@ -3,11 +3,10 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,58 +25,18 @@ from hpr_jax.logs import log_dropped_boxes, log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
-from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
+from hpr_jax.optimizer import Optimizer, learning_rate
 from hpr_jax.recipe import in_steps, make_criterion, make_optimizer, make_plan, warn_of_recipe
+from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
 
 log = logging.getLogger("hpr_jax")
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What a step changes, and the variables that it does not (`frozen`)."""
-
-    step: jax.Array
-    params: nnx.State
-    frozen: nnx.State
-    optimizer: Any
-
-
-@flax.struct.dataclass
-class DeviceBatch:
-    """The part of a batch that a step reads: uint8 images `[B, H, W, 3]` and their targets."""
-
-    images: jax.Array
-    targets: Targets
-
-
-StepNumbers = dict[str, jax.Array]
-
-
 @functools.lru_cache(maxsize=8)
-def make_train_step(
-    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int
-) -> Callable[[TrainState, DeviceBatch, float], tuple[TrainState, StepNumbers]]:
-    """One optimisation step: state, batch and learning rate -> state (the old one is donated) and numbers: every loss
-    term, `loss` and `gradient_norm`. Cached, so that a run resumed in the same process does not compile again."""
-
-    def loss_of(params, frozen, batch, key):
-        detector = nnx.merge(graph, params, frozen)
-        images, targets = detector.normalize(batch.images, batch.targets.sizes), batch.targets
-        draw_key, drop_key = jax.random.split(key)
-        denoising = detector.denoiser.draw(draw_key, targets) if detector.denoiser is not None else None
-        outputs = detector(images, targets.sizes, denoising=denoising, train=True, key=drop_key)
-        terms = {name: jnp.sum(term) for name, term in criterion(outputs, targets, denoising).items()}
-        return sum(terms.values()), terms
-
-    def step(state, batch, learning_rate):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, state.frozen, batch, key)
-        numbers = {**terms, "loss": loss, "gradient_norm": global_norm(gradients)}
-        params, moments = optimizer.update(gradients, state.optimizer, state.params, learning_rate)
-        return state.replace(step=state.step + 1, params=params, optimizer=moments), numbers
-
-    return jax.jit(step, donate_argnums=0)
+def make_train_step(graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int) -> TrainStep:
+    """Cached, so that a run resumed in the same process does not compile again."""
+    return TrainStep(graph, criterion, optimizer, seed)
 
 
 def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
@@ -104,7 +63,9 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
     """A new detector, split into its structure and its state."""
     # This generator's programs compile several times faster than the default one's.
     key = jax.random.key(config.train.seed, impl="rbg")
-    detector = nnx.jit(lambda key: build_detector(config.model, num_classes, rngs=nnx.Rngs(key)))(key)
+    detector = nnx.jit(lambda key: build_detector(config.model, num_classes, compute=config.compute, rngs=nnx.Rngs(key)))(
+        key
+    )
     if config.train.initial_weights:
         load_initial_weights(detector, Path(config.train.initial_weights))
     elif config.model.backbone.get("norm") != "group":
@@ -289,7 +250,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> TrainSta
         raise UserError(
             f"The workdir holds a run of another model, which differs in {', '.join(different)}; choose another workdir."
         )
-    for section in ("data", "augmentation", "optimizer", "loss", "train"):
+    for section in ("compute", "data", "augmentation", "optimizer", "loss", "train"):
         for difference in differences(found.config[section], meta.config[section], f"config.{section}."):
             log.warning("Goes on with another setting than the run began with: %s.", difference)
     training = {"optimizer": state.optimizer, "step": state.step}

@@ -21,8 +21,8 @@ from hpr_jax.kernels.relaxed_add import relaxed_add
 MAX_WIDTH = 128
 # Eight channels a thread: loads of 16 bytes, the widest there are.
 FORWARD = Launch(num_warps=2, elements=8)
-# Four: additions of 16 bytes, the widest there are. With eight, every corner of bfloat16 would be handed from the threads that
-# loaded it to those that add it, through shared memory and two barriers.
+# Four: additions of 16 bytes, the widest there are. With eight, every corner of bfloat16 would be handed from the threads
+# that loaded it to those that add it, through shared memory and two barriers.
 BACKWARD = Launch(num_warps=2, elements=4)
 
 

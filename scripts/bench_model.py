@@ -32,7 +32,9 @@ def build(arguments):
 
     config = load_config(arguments.config)
     key = jax.random.key(0, impl="rbg")
-    detector = nnx.jit(lambda key: build_detector(config.model, arguments.classes, rngs=nnx.Rngs(key)))(key)
+    detector = nnx.jit(
+        lambda key: build_detector(config.model, arguments.classes, compute=config.compute, rngs=nnx.Rngs(key))
+    )(key)
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.integers(0, 256, (1, arguments.height, arguments.width, 3)), jnp.uint8)
     return config, detector, image, jnp.array([[arguments.height, arguments.width]], jnp.int32)

@@ -39,7 +39,6 @@ def model_config(model: str) -> dict:
         "levels": s["num_levels"],
         "points": s["num_points"],
         "hidden": s["feedforward_channels"],
-        "remat": False,
         "pixel_mean": (0.0, 0.0, 0.0),
         "pixel_std": (1.0, 1.0, 1.0),
         "backbone": {

@@ -110,7 +110,6 @@ def test_what_all_recipes_have_in_common(row):
             "window": 12,
             "drop_path": 0.2,
             "frozen_stages": -1,
-            "remat": True,
         }
     else:
         assert (m.backbone.kind, m.backbone.norm, m.backbone.blocks) == ("resnet", "frozen_batch", (3, 4, 6, 3))

@@ -18,7 +18,8 @@ from hpr_jax.models.build import build_detector
 from hpr_jax.models.detector import detections
 from hpr_jax.models.refiner import Merge
 from hpr_jax.recipe import make_criterion, make_optimizer
-from hpr_jax.train import DeviceBatch, TrainState, make_train_step
+from hpr_jax.train import make_train_step
+from hpr_jax.train_step import DeviceBatch, TrainState
 
 ABLATIONS = tiny.ROOT / "configs" / "ablations.py"
 VARIANTS = re.findall(r'^    "(table\w+)":', ABLATIONS.read_text(), re.MULTILINE)
@@ -30,7 +31,7 @@ def shallow(**refiner):
     c = tiny.config(model="deformable_detr")
     c.model.refiner.update(refiner)
     c.model.encoder.layers = c.model.refiner.layers = 1
-    c.model.remat = False
+    c.compute.remat = ()
     c.model.backbone.update(norm="frozen_batch", frozen_stages=4)
     return c
 

@@ -171,7 +171,8 @@ def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
     """With drop path; a checkpoint of a run that counts epochs can be evaluated, also on canvases."""
     config = tiny.config(coco, model="dino")
     config.model.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
-    config.model.backbone.update(drop_path=0.5, frozen_stages=-1, remat=True)
+    config.model.backbone.update(drop_path=0.5, frozen_stages=-1)
+    config.compute.remat = ("backbone", "encoder", "refiner")
     config.train.update(steps=0, epochs=1, evaluate_every=1)
     config.optimizer.milestones = (1,)
     metrics = train(config, tmp_path)

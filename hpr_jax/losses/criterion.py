@@ -5,6 +5,7 @@ terms `class`, `l1` and `giou`; auxiliary branches prefix their name. The loss i
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +37,28 @@ class Criterion:
     proposal_repeats: int = 1
 
     def __call__(self, outputs: Outputs, targets: Targets, denoising: DenoisingQueries | None) -> Terms:
-        """-> scalars by name; those of dense queries are `[B]`, one value an image."""
+        """-> scalars by name; those of dense queries are `[B]`, one value an image. Calls the host, also under jit."""
+        return self.terms(outputs, targets, denoising, assign(self.requests(outputs, targets), targets.valid))
+
+    def requests(self, outputs: Outputs, targets: Targets) -> list[Request]:
+        """The matching problems: of the queries that are matched, and of dense ones if there are such."""
+        matching, dense = _problems(outputs)
+        layers, branches = len(outputs.primary.matching.logits), 1 + len(outputs.branches)
+        repeats = (self.proposal_repeats, *(self.repeats or (1,) * layers) * branches)
+        requests = [Request(matching_cost(matching, targets, self.costs), matching.valid, repeats)]
+        if dense is not None:
+            cost = dense_cost(dense, targets, self.costs)
+            requests.append(Request(cost, dense.valid, (self.dense.positives,) * len(cost)))
+        return requests
+
+    def terms(
+        self, outputs: Outputs, targets: Targets, denoising: DenoisingQueries | None, assigned: Sequence[jax.Array]
+    ) -> Terms:
+        """The same as a call, with the solutions of `requests`: the index of each query's box or -1, int32 `[P, B, Q]`."""
         branches = {"": outputs.primary} | {f"{name}/": branch for name, branch in outputs.branches.items()}
         layers = len(outputs.primary.matching.logits)
         weights = [1.0, *(dict(self.branch_weights)[name] for name in outputs.branches)]
-
-        # Problem 0 is the encoder's; then come the layers of each branch.
-        proposals = jax.tree.map(lambda x: x[None], outputs.proposals)
-        matching = _concatenate([proposals, *(branch.matching for branch in branches.values())])
-        repeats = (self.proposal_repeats, *(self.repeats or (1,) * layers) * len(branches))
-        requests = [Request(matching_cost(matching, targets, self.costs), matching.valid, repeats)]
-        dense = None
-        if outputs.dense_proposals is not None:
-            dense_proposals = jax.tree.map(lambda x: x[None], outputs.dense_proposals)
-            dense = _concatenate([dense_proposals, *(branch.dense for branch in branches.values())])
-            cost = dense_cost(dense, targets, self.costs)
-            requests.append(Request(cost, dense.valid, (self.dense.positives,) * len(cost)))
-        assigned = assign(requests, targets.valid)
+        matching, dense = _problems(outputs)
         terms: Terms = {}
 
         def add(prefix, kind, values, weight):
@@ -85,6 +91,15 @@ class Criterion:
         """Terms of all layers, `[layers]` each; pads of a group are trained as background."""
         positive, index = denoising.positive, denoising.target
         return jax.vmap(lambda p: self.matched(p, positive, index, targets, denoising=True))(branch.denoising)
+
+
+def _problems(outputs: Outputs) -> tuple[Predictions, Predictions | None]:
+    """Predictions of matching queries and of dense ones with an axis of problems: 0 is the encoder's, then come the layers
+    of each branch."""
+    branches = [outputs.primary, *outputs.branches.values()]
+    proposals, dense = jax.tree.map(lambda x: x[None], (outputs.proposals, outputs.dense_proposals))
+    matching = _concatenate([proposals, *(branch.matching for branch in branches)])
+    return matching, None if dense is None else _concatenate([dense, *(branch.dense for branch in branches)])
 
 
 def _concatenate(parts: list[Predictions]) -> Predictions:

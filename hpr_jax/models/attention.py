@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
+from hpr_jax.models.layers import Linear
 from hpr_jax.ops.deform_attn import deformable_sampling
 
 
@@ -17,15 +18,15 @@ class MultiHeadAttention(nnx.Module):
         if channels % heads:
             raise UserError(f"MultiHeadAttention: {channels} channels do not divide into {heads} heads.")
         zeros, xavier = nnx.initializers.zeros, nnx.initializers.xavier_uniform()
-        self.input = nnx.Linear(channels, 3 * channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
-        self.output = nnx.Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
+        self.input = Linear(channels, 3 * channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
+        self.output = Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
         self.heads = heads
 
     def project(self, x: jax.Array, part: slice) -> jax.Array:
         """Some of the input projections (0 query, 1 key, 2 value) of x `[..., C]` -> `[..., parts * C]`."""
         channels = x.shape[-1]
         columns = slice(part.start * channels, part.stop * channels)
-        return x @ self.input.kernel[:, columns] + self.input.bias[columns]
+        return x @ self.input.kernel[:, columns].astype(x.dtype) + self.input.bias[columns].astype(x.dtype)
 
     @property
     def key_kernel(self) -> jax.Array:
@@ -51,21 +52,26 @@ class MultiHeadAttention(nnx.Module):
 
 
 class DeformableAttention(nnx.Module):
-    """Multi-scale deformable attention (Zhu et al. 2021, section 4.1) with its residual."""
+    """Multi-scale deformable attention (Zhu et al. 2021, section 4.1) with its residual.
 
-    def __init__(self, channels: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs):
+    Args:
+      implementation: of `deformable_sampling`.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, levels: int, points: int, *, implementation: str | None = None, rngs: nnx.Rngs
+    ):
         if channels % heads:
             raise UserError(f"DeformableAttention: {channels} channels do not divide into {heads} heads.")
         zeros = nnx.initializers.zeros
         xavier = nnx.initializers.xavier_uniform()
         samples = heads * levels * points
-        self.offsets = nnx.Linear(
-            channels, samples * 2, rngs=rngs, kernel_init=zeros, bias_init=_compass(heads, levels, points)
-        )
-        self.weights = nnx.Linear(channels, samples, rngs=rngs, kernel_init=zeros, bias_init=zeros)
-        self.value = nnx.Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
-        self.output = nnx.Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
+        self.offsets = Linear(channels, samples * 2, rngs=rngs, kernel_init=zeros, bias_init=_compass(heads, levels, points))
+        self.weights = Linear(channels, samples, rngs=rngs, kernel_init=zeros, bias_init=zeros)
+        self.value = Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
+        self.output = Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
         self.heads, self.levels, self.points = heads, levels, points
+        self.implementation = implementation
 
     def __call__(
         self,
@@ -107,7 +113,8 @@ class DeformableAttention(nnx.Module):
             offsets = offsets / self.points * reference[..., 2:] * 0.5 * extent
         pixels = reference[..., :2] * extent + offsets
         locations = pixels / jnp.array([(w, h) for h, w in spatial_shapes], jnp.float32)[:, None]
-        return query + self.output(deformable_sampling(value, spatial_shapes, locations, weights))
+        sampled = deformable_sampling(value, spatial_shapes, locations, weights, implementation=self.implementation)
+        return query + self.output(sampled)
 
 
 def _compass(heads: int, levels: int, points: int) -> nnx.Initializer:

@@ -1,7 +1,8 @@
 """From a config to a detector: the one file of the models that reads configs."""
 
+import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,19 +20,65 @@ from hpr_jax.models.refiner import HybridRefiner, RefinerLayer, RegionSettings
 from hpr_jax.models.region import DynamicConv, RegionalAttention, RegionFC
 from hpr_jax.models.resnet import ResNet
 from hpr_jax.models.swin import SwinTransformer
+from hpr_jax.ops.implementation import IMPLEMENTATIONS
 
 Config = Mapping[str, Any]
 
 
-def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detector:
-    """Detector of the `model` section of a config.
+DTYPES = ("float32", "bfloat16")
+# Sampling and RoIAlign; `auto` takes the kernels on NVIDIA GPUs.
+OPERATIONS = ("auto", *IMPLEMENTATIONS)
+# Parts that can compute their inner values again in the backward pass.
+REMAT = ("backbone", "encoder", "refiner")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a detector computes, which says nothing of its weights: the `compute` section of a config.
+
+    Attributes:
+      dtype: of activations, one of `DTYPES`.
+      operations: one of `OPERATIONS`.
+      remat: some of `REMAT`.
+
+    Raises:
+      UserError: a value that is none of these, or kernels where there is no GPU.
+    """
+
+    dtype: str = "float32"
+    operations: str = "auto"
+    remat: Sequence[str] = ("encoder", "refiner")
+
+    def __post_init__(self):
+        for key, values, known in (
+            ("dtype", (self.dtype,), DTYPES),
+            ("operations", (self.operations,), OPERATIONS),
+            ("remat", self.remat, REMAT),
+        ):
+            for value in values:
+                if value not in known:
+                    raise UserError(f"config.compute.{key} names {value!r}; known are {', '.join(known)}.")
+        if self.operations == "pallas" and jax.default_backend() != "gpu":
+            raise UserError(
+                f"config.compute.operations 'pallas' needs an NVIDIA GPU, and JAX has found only the platform "
+                f"{jax.default_backend()}; set it to 'auto'."
+            )
+
+    @property
+    def implementation(self) -> str | None:
+        return None if self.operations == "auto" else self.operations
+
+
+def build_detector(config: Config, num_classes: int, *, compute: Config | None = None, rngs: nnx.Rngs) -> Detector:
+    """Detector of the `model` section of a config, which computes as its `compute` section says.
 
     Raises:
       UserError: a setting that names nothing known, or settings that do not fit one another.
     """
     _check_counts(config)
+    compute = Compute(**(compute or {}))
     channels, levels, strides = config["channels"], config["levels"], config["refiner"]["region"]["strides"]
-    backbone = _backbone(config["backbone"], rngs)
+    backbone = _backbone(config["backbone"], "backbone" in compute.remat, rngs)
     if levels < len(backbone.out_channels) or levels != len(strides):
         raise UserError(
             f"config.model.levels is {levels}; it must be at least {len(backbone.out_channels)}, the maps of the backbone, "
@@ -54,10 +101,11 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
         hidden=config["hidden"],
         position_temperature=config["encoder"]["position_temperature"],
         position_offset=config["encoder"]["position_offset"],
-        remat=config["remat"],
+        remat="encoder" in compute.remat,
+        implementation=compute.implementation,
         rngs=rngs,
     )
-    refiner = _refiner(config, rngs)
+    refiner = _refiner(config, compute, rngs)
     head = PredictionHead(channels, num_classes, rngs=rngs)
     distinct = config["queries"]["kind"] == "distinct"
     # The official heads of all layers start as copies of one; DDQ's branches start from the primary branch's, too.
@@ -74,6 +122,7 @@ def build_detector(config: Config, num_classes: int, *, rngs: nnx.Rngs) -> Detec
         branch_heads=[DecoderHeads(branch_head, layers, with_dense=distinct) for branch_head in branch_heads],
         pixel_mean=config["pixel_mean"],
         pixel_std=config["pixel_std"],
+        dtype=compute.dtype,
     )
 
 
@@ -97,12 +146,14 @@ def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> TopQuer
     )
 
 
-def interactions(config: Config) -> dict[str, InteractionFactory]:
+def interactions(config: Config, implementation: str | None = None) -> dict[str, InteractionFactory]:
     """The refiners that settings can name, by name."""
     channels, refiner, levels = config["channels"], config["refiner"], config["levels"]
     size = refiner["region"]["output_size"]
     return {
-        "deformable": lambda rngs: DeformableRefiner(channels, config["heads"], levels, config["points"], rngs=rngs),
+        "deformable": lambda rngs: DeformableRefiner(
+            channels, config["heads"], levels, config["points"], implementation=implementation, rngs=rngs
+        ),
         "dynamic_conv": lambda rngs: DynamicConv(channels, region_size=size, rngs=rngs, **refiner["dynamic_conv"]),
         "regional_attention": lambda rngs: RegionalAttention(
             channels, region_size=size, rngs=rngs, **refiner["regional_attention"]
@@ -113,9 +164,9 @@ def interactions(config: Config) -> dict[str, InteractionFactory]:
     }
 
 
-def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
+def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
     refiner, channels = config["refiner"], config["channels"]
-    known = interactions(config)
+    known = interactions(config, compute.implementation)
     names = (refiner["primary"], *refiner["auxiliaries"])
     for name in names:
         if name not in known:
@@ -147,21 +198,23 @@ def _refiner(config: Config, rngs: nnx.Rngs) -> HybridRefiner:
         channels=channels,
         branches=names[1:],
         nms_threshold=config["queries"].get("nms_threshold"),
-        region=RegionSettings(**{**refiner["region"], "strides": tuple(refiner["region"]["strides"])}),
-        remat=config["remat"],
+        region=RegionSettings(
+            **{**refiner["region"], "strides": tuple(refiner["region"]["strides"])}, implementation=compute.implementation
+        ),
+        remat="refiner" in compute.remat,
         rngs=rngs,
     )
 
 
-def _backbone(config: Config, rngs: nnx.Rngs) -> ResNet | SwinTransformer:
+def _backbone(config: Config, remat: bool, rngs: nnx.Rngs) -> ResNet | SwinTransformer:
     kinds = {"resnet": ResNet, "swin": SwinTransformer}
     if config["kind"] not in kinds:
         raise UserError(f"config.model.backbone.kind is {config['kind']!r}; known are {', '.join(kinds)}.")
     make, settings = kinds[config["kind"]], {key: value for key, value in config.items() if key != "kind"}
     for key in settings:
-        if key not in inspect.signature(make.__init__).parameters:
+        if key == "remat" or key not in inspect.signature(make.__init__).parameters:
             raise UserError(f"config.model.backbone.{key} does not suit the kind {config['kind']!r}; see configs/common.py.")
-    return make(rngs=rngs, **settings)
+    return make(rngs=rngs, remat=remat, **settings)
 
 
 def _check_counts(config: Config) -> None:

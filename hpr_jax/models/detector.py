@@ -24,6 +24,7 @@ class Detector(nnx.Module):
       denoiser: or None for training without denoising queries.
       heads: of the primary branch; branch_heads: of each auxiliary branch.
       pixel_mean, pixel_std: of RGB values in 0..255.
+      dtype: of what lies between the images and the heads. Boxes, predictions and parameters are float32.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Detector(nnx.Module):
         branch_heads: list[DecoderHeads],
         pixel_mean: tuple[float, float, float],
         pixel_std: tuple[float, float, float],
+        dtype: jax.typing.DTypeLike = jnp.float32,
     ):
         self.backbone = backbone
         self.neck = neck
@@ -49,6 +51,7 @@ class Detector(nnx.Module):
         self.heads = heads
         self.branch_heads = nnx.List(branch_heads)
         self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
+        self.dtype = jnp.dtype(dtype)
 
     def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
         """RGB images `[B, H, W, 3]` in 0..255 (uint8 or float) -> zero mean and unit variance, zero where padded."""
@@ -73,7 +76,7 @@ class Detector(nnx.Module):
           train: with the dense queries that only losses read.
           key: for what is random in training (drop path); None: nothing is.
         """
-        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes), sizes, key))
+        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes).astype(self.dtype), sizes, key))
         memory = self.encoder(flatten(maps, map_sizes, sizes))
         matching, dense = self.query_init(memory, with_dense=train)
         queries = self._decoder_input(denoising, matching, dense)
@@ -124,7 +127,7 @@ class Detector(nnx.Module):
         num_denoising = num_dense = 0
         if denoising is not None:
             num_denoising = denoising.used.shape[1]
-            content.insert(0, self.denoiser.embed(denoising))
+            content.insert(0, self.denoiser.embed(denoising).astype(self.dtype))
             boxes.insert(0, denoising.boxes)
             kind.insert(0, jnp.zeros_like(denoising.group))
             group.insert(0, denoising.group)

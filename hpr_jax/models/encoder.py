@@ -61,8 +61,10 @@ def pixel_centers(pyramid: Pyramid) -> jax.Array:
 class EncoderLayer(nnx.Module):
     """Deformable self-attention and FFN, each followed by its norm."""
 
-    def __init__(self, channels: int, heads: int, levels: int, points: int, hidden: int, *, rngs: nnx.Rngs):
-        self.attention = DeformableAttention(channels, heads, levels, points, rngs=rngs)
+    def __init__(
+        self, channels: int, heads: int, levels: int, points: int, hidden: int, *, implementation: str | None, rngs: nnx.Rngs
+    ):
+        self.attention = DeformableAttention(channels, heads, levels, points, implementation=implementation, rngs=rngs)
         self.norm1 = layer_norm(channels, rngs=rngs)
         self.ffn = FeedForward(channels, hidden, rngs=rngs)
         self.norm2 = layer_norm(channels, rngs=rngs)
@@ -81,7 +83,12 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Stack of encoder layers with learned level embeddings added to the sine positions."""
+    """Stack of encoder layers with learned level embeddings added to the sine positions.
+
+    Args:
+      remat: compute a layer's inner values again in the backward pass.
+      implementation: of `deformable_sampling`.
+    """
 
     def __init__(
         self,
@@ -95,9 +102,13 @@ class Encoder(nnx.Module):
         position_temperature: float,
         position_offset: float,
         remat: bool,
+        implementation: str | None,
         rngs: nnx.Rngs,
     ):
-        self.layers = stack(lambda rngs: EncoderLayer(channels, heads, levels, points, hidden, rngs=rngs), layers, rngs=rngs)
+        def make_layer(rngs):
+            return EncoderLayer(channels, heads, levels, points, hidden, implementation=implementation, rngs=rngs)
+
+        self.layers = stack(make_layer, layers, rngs=rngs)
         self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (levels, channels)))
         self.position_temperature, self.position_offset, self.remat = position_temperature, position_offset, remat
 
@@ -124,4 +135,4 @@ class Encoder(nnx.Module):
                 offset=self.position_offset,
             )
             encodings.append(encoding.reshape(len(encoding), -1, channels) + self.level_embedding[level])
-        return jnp.concatenate(encodings, axis=1)
+        return jnp.concatenate(encodings, axis=1).astype(pyramid.tokens.dtype)

@@ -1,4 +1,4 @@
-"""Prediction heads: class logits and box offsets."""
+"""Prediction heads: class logits and box offsets, in float32 whatever the type of the features."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ CLASS_BIAS = -4.59511985013459
 
 
 class PredictionHead(nnx.Module):
-    """Class layer and three-layer box MLP, whose last layer starts at zero."""
+    """Class layer and three-layer box MLP, whose last layer starts at zero.
+
+    A half-precision offset would move the side of a large box by pixels.
+    """
 
     def __init__(self, channels: int, num_classes: int, *, rngs: nnx.Rngs):
         self.classes = linear(channels, num_classes, rngs=rngs)
@@ -21,6 +24,14 @@ class PredictionHead(nnx.Module):
         last = self.boxes.layers[-1]
         last.kernel = nnx.Param(jnp.zeros_like(last.kernel.get_value()))
         last.bias = nnx.Param(jnp.zeros_like(last.bias.get_value()))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """`[..., C]` -> `[..., K]`."""
+        return self.classes(x.astype(jnp.float32))
+
+    def offsets(self, x: jax.Array) -> jax.Array:
+        """`[..., C]` -> `[..., 4]`, in front of the sigmoid."""
+        return self.boxes(x.astype(jnp.float32))
 
 
 def copies(head: PredictionHead, count: int) -> PredictionHead:
@@ -41,14 +52,14 @@ class DecoderHeads(nnx.Module):
     def offsets(self, x: jax.Array, num_dense: int) -> jax.Array:
         """Box offsets of one layer: `[B, Q, C]` -> `[B, Q, 4]`."""
         if not num_dense:
-            return self.matching.boxes(x)
-        return jnp.concatenate([self.matching.boxes(x[:, :-num_dense]), self.dense.boxes(x[:, -num_dense:])], axis=1)
+            return self.matching.offsets(x)
+        return jnp.concatenate([self.matching.offsets(x[:, :-num_dense]), self.dense.offsets(x[:, -num_dense:])], axis=1)
 
     def logits(self, x: jax.Array, num_dense: int) -> jax.Array:
         """Class logits of one layer: `[B, Q, C]` -> `[B, Q, K]`."""
         if not num_dense:
-            return self.matching.classes(x)
-        return jnp.concatenate([self.matching.classes(x[:, :-num_dense]), self.dense.classes(x[:, -num_dense:])], axis=1)
+            return self.matching.logits(x)
+        return jnp.concatenate([self.matching.logits(x[:, :-num_dense]), self.dense.logits(x[:, -num_dense:])], axis=1)
 
     def predict(self, hidden: jax.Array, references: jax.Array, num_dense: int) -> tuple[jax.Array, jax.Array]:
         """Predictions of all layers.

@@ -30,8 +30,10 @@ class DeformableRefiner(nnx.Module):
 
     needs_regions = False
 
-    def __init__(self, channels: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs):
-        self.attention = DeformableAttention(channels, heads, levels, points, rngs=rngs)
+    def __init__(
+        self, channels: int, heads: int, levels: int, points: int, *, implementation: str | None = None, rngs: nnx.Rngs
+    ):
+        self.attention = DeformableAttention(channels, heads, levels, points, implementation=implementation, rngs=rngs)
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
         memory = surroundings.memory
@@ -71,7 +73,7 @@ class GlobalAttention(nnx.Module):
         attention = self.attention
         return query + attention.attend(
             attention.project(query + position, slice(0, 1)),
-            attention.project(tokens + encoding.reshape(batch, count, channels), slice(1, 2)),
+            attention.project(tokens + encoding.reshape(batch, count, channels).astype(tokens.dtype), slice(1, 2)),
             attention.project(tokens, slice(2, 3)),
             valid[:, None, :],
         )

@@ -1,7 +1,10 @@
-"""Small building blocks: linear layers with the official initialisation, FFN, MLP, norms, stacks of equal layers."""
+"""Small building blocks: linear layers with the official initialisation, FFN, MLP, norms, stacks of equal layers.
 
-from collections.abc import Callable
-from typing import TypeVar
+Everything computes in the type of its input, float32 or bfloat16; parameters are float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +34,37 @@ def uniform(bound: float) -> nnx.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> nnx.Linear:
+def _as_first(arrays: Sequence[jax.Array | None], *, dtype: Any = None) -> tuple[jax.Array | None, ...]:
+    return tuple(array if array is None else array.astype(arrays[0].dtype) for array in arrays)
+
+
+class Linear(nnx.Linear):
+    """Linear layer that computes in the type of its input, whatever that of its parameters."""
+
+    def __init__(self, inputs: int, outputs: int, **settings: Any):
+        super().__init__(inputs, outputs, promote_dtype=_as_first, **settings)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation in float32, whose result has the type of its input."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(x.dtype)
+
+
+def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> Linear:
     """Linear layer initialised as PyTorch does by default, or with another kernel (bias as by default)."""
     default = uniform(inputs**-0.5)
-    return nnx.Linear(inputs, outputs, rngs=rngs, kernel_init=kernel_init or default, bias_init=default)
+    return Linear(inputs, outputs, rngs=rngs, kernel_init=kernel_init or default, bias_init=default)
 
 
-def xavier_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+def xavier_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> Linear:
     """Linear layer with a Xavier-uniform kernel, as in the official encoder and decoder."""
     return linear(inputs, outputs, rngs=rngs, kernel_init=nnx.initializers.xavier_uniform())
 
 
-def layer_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+def layer_norm(channels: int, *, rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(channels, epsilon=1e-5, rngs=rngs)
 
 
 class FeedForward(nnx.Module):
@@ -60,7 +81,7 @@ class FeedForward(nnx.Module):
 class MLP(nnx.Module):
     """Linear layers with ReLU between them, `sizes` from input to output."""
 
-    def __init__(self, *sizes: int, rngs: nnx.Rngs, make: Callable[..., nnx.Linear] = linear):
+    def __init__(self, *sizes: int, rngs: nnx.Rngs, make: Callable[..., Linear] = linear):
         self.layers = nnx.List([make(a, b, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:])])
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = self.conv(x, sizes)
         if self.bias is not None:
-            x = x + self.bias
+            x = x + self.bias.get_value().astype(x.dtype)
         if self.stride == 2:
             sizes = halve(sizes)
         return self.norm(x, sizes), sizes

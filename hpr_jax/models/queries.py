@@ -56,8 +56,8 @@ class ProposalGenerator(nnx.Module):
         border = self.norm(self.project(jnp.zeros_like(memory.tokens[:1, :1])))
         return [
             (
-                jnp.where(inside, head.classes(features), head.classes(border)),
-                jax.nn.sigmoid(head.boxes(features) + anchors),
+                jnp.where(inside, head.logits(features), head.logits(border)),
+                jax.nn.sigmoid(head.offsets(features) + anchors),
             )
             for head in heads
         ]
@@ -77,7 +77,7 @@ class TopQueries(nnx.Module):
         ((logits, boxes),) = self.generator(memory, [self.head])
         queries, channels = self.content.shape
         index, found = _best(logits, memory.valid, queries)
-        content = jnp.broadcast_to(self.content.get_value(), (len(logits), queries, channels))
+        content = jnp.broadcast_to(self.content.get_value().astype(memory.tokens.dtype), (len(logits), queries, channels))
         nowhere = jnp.zeros_like(found)
         return InitialQueries(content, _take_predictions(index, found, logits, boxes), nowhere), None
 

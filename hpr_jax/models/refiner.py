@@ -66,7 +66,7 @@ class Merge(nnx.Module):
         self.weights = Frozen(weights) if kind == "fixed" else nnx.Param(weights)
 
     def __call__(self, paths: Sequence[jax.Array]) -> jax.Array:
-        return sum(path * self.weights[..., index] for index, path in enumerate(paths))
+        return sum(path * self.weights[..., index].astype(path.dtype) for index, path in enumerate(paths))
 
 
 class RefinerPath(nnx.Module):
@@ -210,12 +210,13 @@ def select_distinct(scores: jax.Array, boxes: jax.Array, kept: jax.Array, twins:
 
 @dataclasses.dataclass(frozen=True)
 class RegionSettings:
-    """How region features are taken from the memory; see `roi_align`."""
+    """How region features are taken from the memory: arguments of `roi_align`."""
 
     strides: tuple[int, ...] = (8, 16, 32, 64)
     output_size: int = 7
     sampling_ratio: int = 2
     finest_scale: float = 56.0
+    implementation: str | None = None
 
 
 class HybridRefiner(nnx.Module):
@@ -267,14 +268,14 @@ class HybridRefiner(nnx.Module):
                 mask = mask.at[:, queries.matching, queries.matching].set(matching)
             regions = self.regions(memory, boxes) if needs_regions else None
             # The reference relative to the valid area, not to the padded map, is encoded.
-            position = self.position(box_encoding(boxes, content.shape[-1] // 2))
+            position = self.position(box_encoding(boxes, content.shape[-1] // 2).astype(content.dtype))
             content, branches = layer(content, position, mask, Surroundings(memory, boxes, regions))
 
             refined = jax.nn.sigmoid(heads.offsets(content, queries.num_dense) + inverse_sigmoid(boxes, 1e-3))
             boxes = jax.lax.stop_gradient(refined)
             if self.nms_threshold is not None:
                 distinct = jax.vmap(functools.partial(select_distinct, threshold=self.nms_threshold))
-                scores = jnp.max(heads.matching.classes(content[:, queries.matching]), axis=-1)
+                scores = jnp.max(heads.matching.logits(content[:, queries.matching]), axis=-1)
                 scores = jax.lax.stop_gradient(scores)
                 kept = distinct(jax.nn.sigmoid(scores), boxes[:, queries.matching], kept, queries.twins)
             return (content, boxes, kept), (content, branches, refined, kept)

@@ -62,7 +62,8 @@ class RegionalAttention(nnx.Module):
         encoding = map_encoding(whole, size, size, channels, temperature=self.temperature)
         attention = self.attention
         # The encoding is the same for all regions: project it once instead of adding it to every region.
-        key = attention.project(regions, slice(1, 2)) + encoding.reshape(1, -1, channels) @ attention.key_kernel
+        encoded = (encoding.reshape(1, -1, channels) @ attention.key_kernel).astype(query.dtype)
+        key = attention.project(regions, slice(1, 2)) + encoded
         x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
         x = jax.nn.relu(self.norm(self.project(x.reshape(batch, queries, -1))))
         return query + x

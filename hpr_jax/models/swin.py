@@ -13,26 +13,16 @@ import numpy as np
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.layers import freeze, layer_norm, stack, uniform
+from hpr_jax.models.layers import Linear, freeze, layer_norm, stack, uniform
 from hpr_jax.ops.padding import halve, valid_mask, zero_padding
 
 # The stride of the patch embedding.
 PATCH = 4
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs) -> Linear:
     """Linear layer as the official Swin initialises it."""
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
-
-
-def _apply(layer: nnx.Linear, x: jax.Array) -> jax.Array:
-    """The layer in the dtype of `x`, whatever that of its parameters."""
-    out = x @ layer.kernel.get_value().astype(x.dtype)
-    return out if layer.bias is None else out + layer.bias.get_value().astype(x.dtype)
-
-
-def _norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-    return norm(x).astype(x.dtype)
+    return Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
 def _pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
@@ -59,7 +49,7 @@ class PatchEmbedding(nnx.Module):
         x = x.reshape(batch, height // PATCH, width // PATCH, -1)
         kernel = self.kernel.get_value().astype(x.dtype)
         x = x @ kernel.reshape(-1, kernel.shape[-1]) + self.bias.get_value().astype(x.dtype)
-        return _norm(self.norm, x), -(-sizes // PATCH)
+        return self.norm(x), -(-sizes // PATCH)
 
 
 class PatchMerging(nnx.Module):
@@ -78,7 +68,7 @@ class PatchMerging(nnx.Module):
         batch, height, width, channels = x.shape
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 5, 2, 4)
         x = x.reshape(batch, height // 2, width // 2, 4 * channels)
-        return _apply(self.reduction, _norm(self.norm, x)), halve(sizes)
+        return self.reduction(self.norm(x)), halve(sizes)
 
 
 def relative_positions(window: int) -> np.ndarray:
@@ -147,7 +137,7 @@ class WindowAttention(nnx.Module):
         out = jax.nn.dot_product_attention(query, key, value, bias=bias[None], mask=mask)
         out = out.reshape(*qkv.shape[:2], channels)
         out = _from_windows(out, padded_height, padded_width, self.window, self.shift)[:, :height, :width]
-        return _apply(self.project, out)
+        return self.project(out)
 
 
 class GeluMLP(nnx.Module):
@@ -158,7 +148,7 @@ class GeluMLP(nnx.Module):
         self.contract = _linear(hidden, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _apply(self.contract, jax.nn.gelu(_apply(self.expand, x), approximate=False))
+        return self.contract(jax.nn.gelu(self.expand(x), approximate=False))
 
 
 def drop_path(branch: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -183,8 +173,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """`[B, h, w, C]` -> the same shape; `rate` and `key` are those of `drop_path`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(self.attention(_norm(self.norm1, x), sizes, regions), rate, keys[0])
-        return x + drop_path(self.mlp(_norm(self.norm2, x)), rate, keys[1])
+        x = x + drop_path(self.attention(self.norm1(x), sizes, regions), rate, keys[0])
+        return x + drop_path(self.mlp(self.norm2(x)), rate, keys[1])
 
 
 class BlockPair(nnx.Module):
@@ -306,7 +296,7 @@ class SwinTransformer(nnx.Module):
         features, feature_sizes = [], []
         for stage, norm, rate, stage_key in zip(self.stages, self.norms, rates, keys):
             x = stage(x, sizes, rate, stage_key)
-            features.append(_norm(norm, x))
+            features.append(norm(x))
             feature_sizes.append(sizes)
             if stage.merge is not None:
                 x, sizes = stage.merge(x, sizes)

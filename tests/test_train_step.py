@@ -1,0 +1,84 @@
+"""The two programs of a step against one that does the same at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+
+from hpr_jax.recipe import make_criterion
+from hpr_jax.train_step import DeviceBatch, TrainState, TrainStep, Variable
+
+SEED = 3
+CRITERION = make_criterion(tiny.config())
+
+
+class Descent:
+    """Plain gradient descent, so that the change of the parameters is the gradient."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, gradients, state, params, learning_rate):
+        return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradients), state
+
+
+@functools.cache
+def step():
+    return TrainStep(nnx.split(tiny.detector())[0], CRITERION, Descent(), SEED)
+
+
+def state_and_batch():
+    _, params, frozen = nnx.split(tiny.detector(), nnx.Param, ...)
+    # Copies: a step overwrites its state.
+    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), frozen, ())
+    images = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3)).astype(np.uint8)
+    return state, DeviceBatch(jnp.asarray(images), tiny.targets([2, 1], 4, [[60, 50], [64, 64]]))
+
+
+def test_two_programs_do_what_one_does():
+    state, batch = state_and_batch()
+
+    @jax.jit
+    def at_once(params):
+        detector, targets = nnx.merge(step().graph, params, state.frozen), batch.targets
+        draw_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(SEED), state.step))
+        denoising = detector.denoiser.draw(draw_key, targets)
+        images = detector.normalize(batch.images, targets.sizes)
+        outputs = detector(images, targets.sizes, denoising=denoising, train=True, key=drop_key)
+        terms = {name: jnp.sum(term) for name, term in CRITERION(outputs, targets, denoising).items()}
+        return sum(terms.values()), terms
+
+    (loss, terms), gradients = jax.value_and_grad(at_once, has_aux=True)(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    new, numbers = step()(state, batch, 0.1)
+    np.testing.assert_allclose(numbers["loss"], loss, rtol=1e-5)
+    assert terms.keys() == numbers.keys() - {"loss", "gradient_norm"}
+    for name, term in terms.items():
+        np.testing.assert_allclose(numbers[name], term, rtol=1e-4, atol=1e-5, err_msg=name)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    for ours, theirs in zip(jax.tree.leaves(new.params), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+    assert int(new.step) == 1
+
+
+def test_one_compilation_serves_all_steps():
+    state, batch = state_and_batch()
+    for number in range(3):
+        state, numbers = step()(state, batch, 1e-3 / (1 + number))
+        assert np.isfinite(numbers["loss"])
+    assert int(state.step) == 3
+    assert (step().forward._cache_size(), step().backward._cache_size()) == (1, 1)
+
+
+def test_what_is_kept_for_the_second_program():
+    """No copy of a parameter, and nothing that calls the host: such programs are never kept in the compilation cache."""
+    state, batch = state_and_batch()
+    forward = jax.eval_shape(step().forward, state, batch)
+    kept = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
+    assert sum(isinstance(leaf, Variable) for leaf in kept) > len(jax.tree.leaves(state.params)) / 2
+    assigned = [jax.ShapeDtypeStruct(request.cost.shape[:3], jnp.int32) for request in forward.requests]
+    assert "callback" not in step().forward.lower(state, batch).as_text()
+    assert "callback" not in step().backward.lower(state, batch, forward, assigned, 1e-3).as_text()
