@@ -278,25 +278,25 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
         "batch": _bytes(batch),
         "kept for the backward pass": _bytes(forward),
         **_larger(
-            compiled_memory(step.forward, state, batch, results=False),
+            compiled_memory(step.forward, state, batch),
             compiled_memory(step.backward, state, batch, forward, assigned, 0.0),
         ),
         "gradients": _bytes(params),
     }
 
 
-def _larger(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
-    """Of two programs that run one after the other."""
-    return {name: max(size, a.get(name, 0)) for name, size in b.items()}
+def _larger(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    """Memory of two programs, one after the other, beside what the first hands to the second."""
+    return {**second, **({"temporaries": max(first["temporaries"], second["temporaries"])} if second else {})}
 
 
-def compiled_memory(function: Callable, *inputs: Any, results: bool = True) -> dict[str, int]:
+def compiled_memory(function: Callable, *inputs: Any) -> dict[str, int]:
     """Bytes of the results that do not replace inputs, and of all temporaries, as XLA plans them; {} if it does not tell."""
     memory = function.lower(*inputs).compile().memory_analysis()
     if memory is None:
         return {}
-    size = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {**({"results": size} if results else {}), "temporaries": memory.temp_size_in_bytes}
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {"results": results, "temporaries": memory.temp_size_in_bytes}
 
 
 def describe(

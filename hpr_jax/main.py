@@ -84,6 +84,9 @@ def run(command_line: list[str]) -> None:
             override(config, key, text)
 
     log_to_console()
+    from hpr_jax.compilation_cache import enable_compilation_cache
+
+    enable_compilation_cache()
     if arguments.mode == "train":
         from hpr_jax.train import train
 
