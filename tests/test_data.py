@@ -20,6 +20,7 @@ from hpr_jax.data.transforms import (
     read_image,
     whole,
 )
+from hpr_jax.data.views import ViewMaker
 from hpr_jax.errors import UserError
 
 SETTINGS = {
@@ -271,7 +272,7 @@ class TestLoading:
             buckets=[(96, 96)],
             seed=0,
         )
-        return TrainLoader(dataset, plan, max_boxes=3)
+        return TrainLoader(plan, ViewMaker(dataset), max_boxes=3)
 
     def test_batches(self, coco):
         loader = self.loader(coco)
@@ -295,7 +296,7 @@ class TestLoading:
 
     def test_unreadable_images_are_replaced_and_reported(self, coco):
         loader = self.loader(coco)
-        broken = loader.dataset.records[loader.plan[0].slots[1].index]
+        broken = loader.make_views.dataset.records[loader.plan[0].slots[1].index]
         broken.path.write_bytes(b"broken")
         batch = loader[0]
         assert all(record is not None for record in batch.records)
@@ -306,7 +307,7 @@ class TestLoading:
 
     def test_nothing_readable_ends_with_a_sentence(self, coco):
         loader = self.loader(coco)
-        for record in loader.dataset.records:
+        for record in loader.make_views.dataset.records:
             record.path.unlink()
         with pytest.raises(UserError, match="none of the images"):
             loader[0]
