@@ -3,6 +3,7 @@
 A training batch has all weak views of its images, then, if there are strong ones, all strong views in the same order.
 """
 
+import ctypes
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -116,8 +117,21 @@ class TrainLoader:
         raise UserError(f"{error}, and none of the images planned next could be read in its place.")
 
 
+def keep_freed_memory() -> None:
+    """Makes the process keep the memory of freed images for the next ones: getting it from the system anew, page by page,
+    takes a quarter of the loading time. With the GNU C library alone; elsewhere nothing happens."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    set_option(mmap_threshold, ctypes.c_int(2**28))
+    set_option(trim_threshold, ctypes.c_int(2**30))
+
+
 def train_batches(loader: TrainLoader, start: int, stop: int, threads: int) -> Iterator[Batch]:
     """Batches of the steps from `start` to `stop`, loaded ahead by threads, always in order."""
+    keep_freed_memory()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     steps = grain.MapDataset.range(start, stop).map(lambda step: loader[int(step)])
     return iter(steps.to_iter_dataset(options))

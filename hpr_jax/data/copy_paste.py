@@ -59,7 +59,7 @@ def paste(
     """Pastes the donated objects and crowds of a donor image onto an image of the same size.
 
     Returns:
-      A new image, and its objects: boxes of those that were there are those of their visible parts now.
+      The image, which is written to, and its objects: boxes of those that were there are those of their visible parts now.
     """
     cover = np.zeros(image.shape[:2], np.uint8)
     for region in (*donated.regions, *crowds):
@@ -69,4 +69,4 @@ def paste(
     areas = np.array([region.area for region in regions], np.int64)
     stays = np.all(np.abs(boxes - objects.boxes) <= HIDDEN_BOX, axis=1) | (areas > HIDDEN_AREA)
     visible = Objects(boxes, objects.labels, regions).take(stays & (areas > 0))
-    return cv2.copyTo(donor, cover, image.copy()), join(visible, donated)
+    return cv2.copyTo(donor, cover, image), join(visible, donated)

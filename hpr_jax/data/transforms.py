@@ -195,17 +195,17 @@ def apply(
 
 
 def apply_to_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """The image, uint8 `[h, w, 3]`, after a geometry."""
+    """The image, uint8 `[h, w, 3]`, after a geometry: new memory."""
     left, top, right, bottom = geometry.window
     height, width = geometry.resized
-    image = cv2.resize(image[top:bottom, left:right], (width, height), interpolation=cv2.INTER_LINEAR)
-    if geometry.flip:
-        image = cv2.flip(image, 1)
-    if geometry.content is not None:
-        canvas = np.full((*geometry.size, 3), GREY, np.uint8)
-        canvas[:height, :width] = image
-        image = canvas
-    return image
+    window = image[top:bottom, left:right]
+    result = np.empty((*geometry.size, 3), np.uint8)
+    # Flipped before resizing, since that is the smaller image as a rule.
+    window = cv2.flip(window, 1) if geometry.flip else window
+    cv2.resize(window, (width, height), result[:height, :width], interpolation=cv2.INTER_LINEAR)
+    result[:height, width:] = GREY
+    result[height:] = GREY
+    return result
 
 
 def apply_to_boxes(boxes: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
