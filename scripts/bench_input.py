@@ -47,7 +47,7 @@ def make_images(directory: Path, count: int, objects: int, rng: np.random.Genera
     for number in range(1, count + 1):
         coarse = rng.integers(40, 216, (HEIGHT // 16, WIDTH // 16, 3)).astype(np.uint8)
         image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-        image = (image + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8)
+        image = (image + rng.normal(0, 16, image.shape)).clip(0, 255).astype(np.uint8)
         for _ in range(objects):
             radius = HEIGHT * 10 ** rng.uniform(-1.7, -0.5)
             corners = outline("circle", rng.uniform([0, 0], [WIDTH, HEIGHT]), radius, 0.0)

@@ -38,8 +38,8 @@ def coco(tmp_path):
     return tiny.write_coco(tmp_path / "data")
 
 
-def load(directory, split="train2017", classes=None):
-    return load_coco(directory, split, f"annotations/instances_{split}.json", classes)
+def load(directory, split="train2017", classes=None, masks=False):
+    return load_coco(directory, split, f"annotations/instances_{split}.json", classes, masks=masks)
 
 
 def edit(directory, change):
@@ -107,6 +107,28 @@ class TestAnnotations:
         (coco / "annotations/instances_train2017.json").write_text("{")
         with pytest.raises(UserError, match="not JSON"):
             load(coco)
+
+    def test_masks_are_read_when_wanted(self, coco):
+        assert load(coco).records[0].masks == ()
+        dataset = load(coco, masks=True)
+        record = dataset.records[0]
+        for mask, box in zip(record.masks, record.boxes):
+            (corners,) = mask
+            assert [*corners.min(axis=0), *corners.max(axis=0)] == box.tolist()
+        (crowd,) = record.crowds
+        assert crowd["size"] == [48, 60]
+        assert dataset.unmasked == ()
+        assert dataset.count_masks() == (10, 10)
+
+    def test_malformed_masks_are_named_and_their_boxes_stay(self, coco):
+        boxes = load(coco).records[0].boxes
+        edit(coco, lambda c: [c["annotations"][0].update(segmentation=[[1, 2]]), c["annotations"][1].pop("segmentation")])
+        dataset = load(coco, masks=True)
+        assert dataset.records[0].masks == (None, None)
+        np.testing.assert_array_equal(dataset.records[0].boxes, boxes)
+        (sentence,) = dataset.unmasked
+        assert "annotation 1 of image 7: its segmentation has no polygon" in sentence
+        assert dataset.count_masks() == (8, 10)
 
     def test_other_classes_are_refused(self, coco):
         classes = load(coco).classes

@@ -97,7 +97,7 @@ def strong_objects(objects: Objects, view: StrongView, *, drop_vanished: bool) -
     then, at the border of the image: it is kept as in the official pipeline, or dropped.
     """
     boxes = move_boxes(objects.boxes, view.matrix, view.size)
-    keep = _erased_part(boxes, np.array(view.patches)) < ERASED
+    keep = _erased_part(boxes, np.array(view.patches).reshape(-1, 4)) < ERASED
     if drop_vanished:
         keep &= has_area(boxes)
     kept = dataclasses.replace(objects, boxes=boxes).take(keep)
