@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -134,20 +133,10 @@ def make_views(config: ConfigDict, dataset: CocoDataset) -> ViewMaker:
                 dataset.annotations,
             )
         else:
-            draw_donor = _DrawDonor(settings.to_dict())
+            draw_donor = functools.partial(draw_large_scale, settings=settings.to_dict())
             if masked < count:
                 log.warning("%d of %d objects have no mask: they are trained on, but not pasted.", count - masked, count)
     return ViewMaker(dataset, strong=settings.strong_views, drop_vanished=settings.drop_vanished, draw_donor=draw_donor)
-
-
-@dataclasses.dataclass(frozen=True)
-class _DrawDonor:
-    """Draws donors' geometries like those of weak views."""
-
-    settings: Mapping[str, Any]
-
-    def __call__(self, sizes: np.ndarray, rng: np.random.Generator) -> list[Geometry]:
-        return draw_large_scale(sizes, self.settings, rng)
 
 
 def room_for_boxes(config: ConfigDict, dataset: CocoDataset, make_views: ViewMaker) -> int:

@@ -12,6 +12,7 @@ import tiny
 from flax import nnx
 
 import hpr_jax
+import hpr_jax.train as training
 from hpr_jax.checkpoint import find_checkpoint, load_detector
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import evaluate
@@ -67,6 +68,44 @@ def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_pat
     one, two = weights(trained[0] / "checkpoints"), weights(tmp_path / "checkpoints")
     for name in one:
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def test_weak_and_strong_views_resumed(coco, tmp_path):
+    """With masks pasted on canvases; a run that is stopped goes on with the data of one that is not."""
+    config = tiny.config(coco)
+    config.augmentation.update(strong_views=True, kind="lsj", lsj={"side": tiny.SIDE, "scale_range": (0.1, 2.0)})
+    config.augmentation.lsj.copy_paste = True
+    config.evaluate.canvas = tiny.SIDE
+    train(config, tmp_path / "whole")
+    config.train.steps = 2
+    train(config, tmp_path / "parts")
+    config.train.steps = 4
+    train(config, tmp_path / "parts")
+    one, two = weights(tmp_path / "whole/checkpoints"), weights(tmp_path / "parts/checkpoints")
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    assert "2 images, a weak and a strong view of each" in (tmp_path / "whole/train.log").read_text()
+
+
+def test_strong_views_of_data_without_masks(coco, tmp_path, monkeypatch):
+    """A step has two views of each image; images are counted, not views."""
+    batches = []
+
+    def transfer(batch):
+        batches.append(batch)
+        return to_device(batch)
+
+    to_device = training.to_device
+    monkeypatch.setattr(training, "to_device", transfer)
+    config = tiny.config(coco)
+    config.augmentation.strong_views = True
+    config.train.steps = 2
+    train(config, tmp_path)
+    assert [batch.images.shape[0] for batch in batches] == [4, 4]
+    assert all(batch.records[:2] == batch.records[2:] for batch in batches)
+    # Both lines have images a second of the same interval's length.
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert len(logged) == 2
 
 
 def test_evaluating_twice_is_equal(trained, tmp_path):

@@ -118,8 +118,8 @@ class TestViews:
             tiny.write_coco(tmp_path / "data"), "train2017", "annotations/instances_train2017.json", masks=True
         )
         draw = functools.partial(draw_large_scale, settings={"flip": 0.5, "lsj": {"side": 64, "scale_range": (1.0, 1.0)}})
-        views = ViewMaker(dataset, draw_donor=lambda sizes, rng: draw(sizes, rng=rng))
-        (geometry,) = views.draw_donor(dataset.sizes[1:2], np.random.default_rng(0))
+        views = ViewMaker(dataset, draw_donor=draw)
+        (geometry,) = draw(dataset.sizes[1:2], rng=np.random.default_rng(0))
         for record in (*dataset.records[:1], *dataset.records[2:]):
             record.path.write_bytes(b"broken")
         made = [views(Slot(1, geometry, (seed,))) for seed in range(20)]

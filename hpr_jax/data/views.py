@@ -18,8 +18,6 @@ from hpr_jax.data.transforms import (
     read_annotated_image,
 )
 
-DrawOne = Callable[[np.ndarray, np.random.Generator], list[Geometry]]
-
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -35,12 +33,17 @@ class ViewMaker:
     Args:
       strong: whether there is a strong view behind the weak one.
       drop_vanished: drops objects that a strong view moves out of sight; else they keep a box without area, as published.
-      draw_donor: draws the geometries of images of given sizes (height, width) `[M, 2]`; then objects of another image, as
-        it is before strong augmentation, are pasted onto each view, and the data set must have masks. None: nothing is.
+      draw_donor: sizes (height, width) `[M, 2]`, rng=generator -> geometries. With it, objects of another image, as it is
+        before strong augmentation, are pasted onto each view, and the data set must have masks. None: nothing is pasted.
     """
 
     def __init__(
-        self, dataset: CocoDataset, *, strong: bool = False, drop_vanished: bool = False, draw_donor: DrawOne | None = None
+        self,
+        dataset: CocoDataset,
+        *,
+        strong: bool = False,
+        drop_vanished: bool = False,
+        draw_donor: Callable[..., list[Geometry]] | None = None,
     ):
         self.dataset, self.strong, self.drop_vanished, self.draw_donor = dataset, strong, drop_vanished, draw_donor
 
@@ -75,7 +78,7 @@ class ViewMaker:
     def _paste(self, view: View, rng: np.random.Generator, reports: list[str]) -> View:
         """Pastes objects of an image of the data set, all as likely; possibly none, possibly of the same image."""
         donor = self.dataset.records[rng.integers(len(self.dataset))]
-        (geometry,) = self.draw_donor(np.array([[donor.height, donor.width]]), rng)
+        (geometry,) = self.draw_donor(np.array([[donor.height, donor.width]]), rng=rng)
         donated, crowds = choose_donated(donor, geometry, rng)
         if not len(donated) and not crowds:
             return view
