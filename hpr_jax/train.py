@@ -124,6 +124,8 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
             "variant that trains from scratch."
         )
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
+    # Weakly typed values become strong ones in the first step, and would have the second one compiled anew.
+    params = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), params)
     moments = jax.jit(make_optimizer(config).init)(params)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
 

@@ -70,42 +70,47 @@ def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_pat
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
-def test_weak_and_strong_views_resumed(coco, tmp_path):
-    """With masks pasted on canvases; a run that is stopped goes on with the data of one that is not."""
+def with_strong_views(coco):
+    """Large-scale jitter, pasted objects, weak and strong views."""
     config = tiny.config(coco)
-    config.augmentation.update(strong_views=True, kind="lsj", lsj={"side": tiny.SIDE, "scale_range": (0.1, 2.0)})
-    config.augmentation.lsj.copy_paste = True
-    config.evaluate.canvas = tiny.SIDE
+    config.augmentation.update(kind="lsj", strong_views=True)
+    config.augmentation.lsj.side = config.evaluate.canvas = tiny.SIDE
+    return config
+
+
+def test_training_on_weak_and_strong_views(coco, tmp_path):
+    config = with_strong_views(coco)
+    config.train.steps = 2
+    # Batches of both kinds have the same shape: one compiled step.
+    for config.augmentation.kind in ("lsj", "detr"):
+        workdir = tmp_path / config.augmentation.kind
+        metrics = train(config, workdir)
+        assert 0 <= metrics["AP"] <= 1
+        assert [line["step"] for line in lines(workdir) if "loss" in line] == [1, 2]
+
+
+def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
+    """And images are counted, not views. Steps and evaluation are left out."""
+    batches, images = [], []
+
+    def step(state, batch, learning_rate):
+        batches.append(jax.device_get(batch))
+        return state.replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
+
+    monkeypatch.setattr(training, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
+    monkeypatch.setattr(training._Run, "_log", lambda self, step, numbers, interval: images.append(interval.images))
+    config = with_strong_views(coco)
     train(config, tmp_path / "whole")
-    config.train.steps = 2
-    train(config, tmp_path / "parts")
-    config.train.steps = 4
-    train(config, tmp_path / "parts")
-    one, two = weights(tmp_path / "whole/checkpoints"), weights(tmp_path / "parts/checkpoints")
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
-    assert "2 images, a weak and a strong view of each" in (tmp_path / "whole/train.log").read_text()
-
-
-def test_strong_views_of_data_without_masks(coco, tmp_path, monkeypatch):
-    """A step has two views of each image; images are counted, not views."""
-    batches = []
-
-    def transfer(batch):
-        batches.append(batch)
-        return to_device(batch)
-
-    to_device = training.to_device
-    monkeypatch.setattr(training, "to_device", transfer)
-    config = tiny.config(coco)
-    config.augmentation.strong_views = True
-    config.train.steps = 2
-    train(config, tmp_path)
-    assert [batch.images.shape[0] for batch in batches] == [4, 4]
-    assert all(batch.records[:2] == batch.records[2:] for batch in batches)
-    # Both lines have images a second of the same interval's length.
-    logged = [line for line in lines(tmp_path) if "loss" in line]
-    assert len(logged) == 2
+    for config.train.steps in (2, 4):
+        train(config, tmp_path / "parts")
+    assert len(batches) == 8
+    for one, two in zip(batches[:4], batches[4:]):
+        assert one.images.shape == (4, 64, 64, 3)
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert not np.array_equal(batches[0].images, batches[3].images)
+    # Logged behind the steps 1, 2 and 4, and 1, 2, 3 and 4: two images each.
+    assert images == [2, 2, 4, 2, 2, 2, 2]
 
 
 def test_evaluating_twice_is_equal(trained, tmp_path):
