@@ -73,7 +73,7 @@ def base() -> ConfigDict:
         # Images without objects, and those with a side below this, are left out of training.
         "keep_empty": False,
         "min_side": 32,
-        # Ground-truth boxes an image has room for; 0: as many as the fullest training image has.
+        # Ground-truth boxes a view has room for; 0: as many as the fullest training image has, and as are pasted at most.
         "max_boxes": 0,
         # Static image shapes, chosen by the plan to waste little padding; each is compiled once.
         "buckets": 6,
@@ -137,17 +137,21 @@ def swin_l() -> dict:
 
 
 def detr_augmentation() -> dict:
-    """Flip, then one of: resize; resize, crop, resize (DETR, Carion et al. 2020, section A.4). Strong views: the paper's
-    data re-augmentation (section 3.2)."""
+    """Kind `detr`: flip, then one of: resize; resize, crop, resize (DETR, Carion et al. 2020, section A.4). Kind `lsj`:
+    large-scale jitter onto a grey canvas, and copy-paste, which needs masks (Ghiasi et al. 2021)."""
     return {
         "kind": "detr",
+        # Data re-augmentation (paper section 3.2): a batch has a weak and a strong view of each image.
         "strong_views": True,
+        # As published, objects that a strong view moves out of sight keep a box without area at its border. True drops them.
+        "drop_vanished": False,
         "flip": 0.5,
         "sides": tuple(range(480, 801, 32)),
         "max_side": 1333,
         "crop": 0.5,
         "crop_sides": (400, 500, 600),
         "crop_range": (384, 600),
+        "lsj": {"side": 1024, "scale_range": (0.1, 2.0), "copy_paste": True},
     }
 
 
@@ -170,8 +174,8 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
         # As published, regions are taken with the strides of ResNet's maps (8, 16, 32, 64), twice those of Swin's;
         # config.model.refiner.region.strides=(4,8,16,32) would be right.
     if lsj:
-        config.augmentation.update(kind="lsj", lsj={"side": 1024, "scale_range": (0.1, 2.0), "copy_paste": True})
-        config.data.keep_empty = True
+        config.augmentation.kind = "lsj"
+        config.data.update(keep_empty=True, min_side=0)
         # As published: trained and tested on grey canvases that count as image, with or without `use_lsj`.
         config.evaluate.update(side=1024, max_side=1024, canvas=1024)
     if lsj or backbone == "swin_l":
@@ -185,12 +189,12 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
 
 def _from_scratch(config: ConfigDict, variant: str) -> None:
     """`small` or `demo`: a narrow detector whose backbone needs no pre-trained weights: all layers trained, GroupNorm over
-    valid pixels, full learning rate; weak augmentation alone."""
+    valid pixels, full learning rate; weak views alone."""
     config.model.backbone.update(norm="group", frozen_stages=-1)
     config.model.refiner.merge_xavier = False
     config.model.pixel_std = IMAGENET_STD
     config.optimizer.backbone_multiplier = 1.0
-    config.augmentation.strong_views = False
+    config.augmentation.update(strong_views=False, drop_vanished=True)
     {"small": _small, "demo": _demo}[variant](config)
 
 

@@ -49,12 +49,14 @@ class Meta:
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's config as configs are now: once, how to compute was part of the model."""
+    """A checkpoint's config as configs are now: once, how to compute was part of the model, and views were weak alone."""
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}
     model["backbone"] = {key: value for key, value in model["backbone"].items() if key != "remat"}
-    return {**config, "model": model, "compute": dataclasses.asdict(Compute())}
+    lsj = {"side": 1024, "scale_range": [0.1, 2.0], "copy_paste": True}
+    augmentation = {"lsj": lsj, "drop_vanished": False, **config["augmentation"]}
+    return {**config, "model": model, "compute": dataclasses.asdict(Compute()), "augmentation": augmentation}
 
 
 class Checkpoints:

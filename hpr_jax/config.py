@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from hpr_jax.errors import UserError
 
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
+AUGMENTATIONS = ("detr", "lsj")
 # Lists of names, which can be told from lists of numbers even when they are empty.
 NAMES = ("model.refiner.auxiliaries", "model.refiner.merge_points", "compute.remat")
 
@@ -140,12 +141,28 @@ def check(config: ConfigDict) -> None:
     for key in ("sides", "crop_sides", "crop_range"):
         if not config.augmentation[key] or min(config.augmentation[key]) < 1:
             raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")
+    _check_augmentation(config.augmentation)
     canvas = config.evaluate.canvas
     if canvas and canvas < config.evaluate.max_side:
         raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least config.evaluate.max_side.")
     evaluator = config.evaluate.evaluator
     if evaluator not in EVALUATORS:
         raise UserError(f"config.evaluate.evaluator is {evaluator!r}; {suggestion(evaluator, EVALUATORS)}")
+
+
+def _check_augmentation(settings: ConfigDict) -> None:
+    if settings.kind not in AUGMENTATIONS:
+        raise UserError(f"config.augmentation.kind is {settings.kind!r}; {suggestion(settings.kind, AUGMENTATIONS)}")
+    for key in ("flip", "crop"):
+        if not 0 <= settings[key] <= 1:
+            raise UserError(f"config.augmentation.{key} is {settings[key]}; it must be a probability, from 0 to 1.")
+    side, scales = settings.lsj.side, settings.lsj.scale_range
+    if side < 1:
+        raise UserError(f"config.augmentation.lsj.side is {side}; it must be at least 1.")
+    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
+        raise UserError(
+            f"config.augmentation.lsj.scale_range is {scales}; it must be the smallest and the largest scale, above 0."
+        )
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:

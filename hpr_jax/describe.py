@@ -27,7 +27,7 @@ from hpr_jax.models.encoder import Pyramid, flatten
 from hpr_jax.models.layers import layer
 from hpr_jax.models.refiner import MERGE_POINTS, DecoderInput, HybridRefiner, RefinerLayer
 from hpr_jax.models.surroundings import Surroundings
-from hpr_jax.recipe import make_criterion, make_optimizer, make_plan
+from hpr_jax.recipe import make_criterion, make_optimizer, make_plan, wants_masks
 from hpr_jax.train_step import DeviceBatch, TrainState, TrainStep
 from hpr_jax.types import Targets
 
@@ -44,7 +44,8 @@ PHOTOGRAPHS = {
     (640, 640): 40,
     (500, 333): 30,
 }
-# Room for ground-truth boxes where config.data.max_boxes leaves it to the data; the fullest image of COCO has 93.
+# Room for ground-truth boxes where config.data.max_boxes leaves it to the data (the fullest image of COCO has 93), and again
+# for as many pasted ones.
 MAX_BOXES = 100
 
 COUNTED = """\
@@ -53,7 +54,7 @@ weighted sums over sampled features among them; gathers, norms, activations and 
 offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
-Queries: matching + denoising + dense ones; {0} boxes an image at most ({1})."""
+Queries: matching + denoising + dense ones; {0} boxes a view at most ({1})."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:
 
 
 def training_buckets(config: ConfigDict) -> dict[Shape, float]:
-    """Buckets of training, smallest first, and the share of views in each in one epoch."""
+    """Buckets of training, smallest first, and the share of images in each in one epoch."""
     plan = make_plan(config, photographs(config.train.batch_size))
     return _shares(plan.buckets, [geometry.size for geometry in plan.draw(np.random.default_rng(config.train.seed))])
 
@@ -267,9 +268,10 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     optimizer, settings = make_optimizer(config), config.train
     moments = jax.eval_shape(optimizer.init, params)
     state = TrainState(_array(dtype=jnp.int32), params, frozen, moments)
-    images = _array(settings.batch_size, *image, 3, dtype=jnp.uint8)
-    batch = DeviceBatch(images=images, targets=_targets(settings.batch_size, max_boxes))
-    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed)
+    views = 1 + config.augmentation.strong_views
+    images = _array(views * settings.batch_size, *image, 3, dtype=jnp.uint8)
+    batch = DeviceBatch(images=images, targets=_targets(views * settings.batch_size, max_boxes))
+    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, views)
     forward = jax.eval_shape(step.forward, state, batch)
     assigned = [_array(*request.cost.shape[:3], dtype=jnp.int32) for request in forward.requests]
     return {
@@ -323,17 +325,13 @@ def describe(
     make_criterion(config)
     detector = abstract_detector(config.model, num_classes, config.compute)
     evaluation = evaluation_buckets(config)
-    # Nothing draws the images of other kinds yet.
-    training = training_buckets(config) if config.augmentation.kind == "detr" else {}
+    training = training_buckets(config)
     largest = list(evaluation)[-1]
     _print_parts(parts_of(detector, largest, config.model.refiner.primary), largest)
 
-    max_boxes = config.data.max_boxes or MAX_BOXES
+    max_boxes = config.data.max_boxes or MAX_BOXES * (1 + wants_masks(config))
     _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
-    if training:
-        _print_shapes("training", training, functools.partial(static_shapes, detector, max_boxes=max_boxes))
-    else:
-        print(f"\nNo shapes of training: config.augmentation.kind {config.augmentation.kind!r} is not built yet.")
+    _print_shapes("training", training, functools.partial(static_shapes, detector, max_boxes=max_boxes))
     source = "config.data.max_boxes" if config.data.max_boxes else "assumed: config.data.max_boxes is 0"
     print(ASSUMED.format(max_boxes, source))
 
@@ -341,10 +339,10 @@ def describe(
     height, width = largest
     what = f"inference, {config.evaluate.batch_size} x {height}x{width}"
     _print_memory(what, functools.partial(inference_memory, config, detector, largest))
-    if training:
-        height, width = largest = list(training)[-1]
-        what = f"one training step, {config.train.batch_size} x {height}x{width}"
-        _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
+    height, width = largest = list(training)[-1]
+    views = (1 + config.augmentation.strong_views) * config.train.batch_size
+    what = f"one training step, {views} x {height}x{width}"
+    _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
 
 
 def _print_table(rows: Iterable[Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
 from hpr_jax.data.coco import Classes, CocoDataset, load_coco
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
 from hpr_jax.data.transforms import whole
-from hpr_jax.logs import log_dropped_boxes
+from hpr_jax.logs import log_dropped
 from hpr_jax.metrics import coco_average_precision, find_evaluator
 from hpr_jax.models.detector import detections
 
@@ -124,7 +124,7 @@ def evaluate(
     detector, _ = load_detector(checkpoint, config.compute)
     data = config.data
     dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
-    log_dropped_boxes(dataset)
+    log_dropped(dataset)
     log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.annotations)
     output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)

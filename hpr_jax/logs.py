@@ -26,11 +26,12 @@ def log_to_console() -> None:
     log.addHandler(_BesideBars())
 
 
-def log_dropped_boxes(dataset: CocoDataset) -> None:
-    """Counts and names the boxes of a data set that cannot be."""
-    if dataset.dropped:
-        log.warning("%d impossible boxes dropped from %s:", len(dataset.dropped), dataset.annotations)
-        for sentence in dataset.dropped:
+def log_dropped(dataset: CocoDataset) -> None:
+    """Counts and names the boxes and masks of a data set that cannot be."""
+    for what, sentences in (("boxes", dataset.dropped), ("masks", dataset.unmasked)):
+        if sentences:
+            log.warning("%d impossible %s dropped from %s:", len(sentences), what, dataset.annotations)
+        for sentence in sentences:
             log.warning("  %s", sentence)
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from hpr_jax.data.coco import CocoDataset
-from hpr_jax.data.plan import TrainPlan, choose_buckets
-from hpr_jax.data.transforms import draw_weak
+from hpr_jax.data.copy_paste import MAX_PASTED
+from hpr_jax.data.plan import Shape, TrainPlan, choose_buckets
+from hpr_jax.data.transforms import Geometry, draw_large_scale, draw_weak
+from hpr_jax.data.views import ViewMaker
 from hpr_jax.errors import UserError
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
@@ -64,20 +67,15 @@ def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
 
 
 def warn_of_recipe(config: ConfigDict) -> None:
-    """Says what of a recipe cannot be had, and what hardly is meant.
-
-    Raises:
-      UserError: training would make no sense.
-    """
-    if config.augmentation.kind != "detr":
-        raise UserError(
-            f"config.augmentation.kind is {config.augmentation.kind!r}: large-scale jitter with copy-paste is not built "
-            "yet; use a variant without _lsj."
-        )
-    if config.augmentation.strong_views:
+    """Says what of a recipe hardly is meant."""
+    side, canvas = config.augmentation.lsj.side, config.evaluate.canvas
+    if config.augmentation.kind == "lsj" and canvas != side:
         log.warning(
-            "The strong views of data re-augmentation (config.augmentation.strong_views) are not built yet: this run trains "
-            "on weakly augmented images alone, and will fall short of the published AP."
+            "Large-scale jitter trains on grey canvases of side %d, and config.evaluate.canvas is %d: set it, "
+            "config.evaluate.side and config.evaluate.max_side to %d, too.",
+            side,
+            canvas,
+            side,
         )
     length, unit = config.train.steps or config.train.epochs, "steps" if config.train.steps else "epochs"
     milestones = config.optimizer.milestones
@@ -92,20 +90,57 @@ def warn_of_recipe(config: ConfigDict) -> None:
         )
 
 
+def wants_masks(config: ConfigDict) -> bool:
+    """Whether training wants the masks of its data set."""
+    return config.augmentation.kind == "lsj" and config.augmentation.lsj.copy_paste
+
+
 def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
     """The batches of a run; its buckets suit the sizes of a trial epoch."""
-    sizes, batch_size = dataset.sizes, config.train.batch_size
+    settings, sizes, batch_size = config.augmentation, dataset.sizes, config.train.batch_size
     if len(dataset) < batch_size:
         raise UserError(
             f"{dataset.annotations} has {len(dataset)} images to train on, fewer than config.train.batch_size "
             f"{batch_size}; lower it, or set --config.data.keep_empty=True if images without objects shall count."
         )
-    draw = functools.partial(draw_weak, sizes, config.augmentation.to_dict())
+    draw = functools.partial(_draw(settings), sizes, settings.to_dict())
     trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
-    # Whatever later epochs draw must fit, too; crops come in both orientations.
-    side, max_side = max(config.augmentation.sides), config.augmentation.max_side
-    crops, landscape = config.augmentation.crop > 0, sizes[:, 0] <= sizes[:, 1]
-    cover = [(min(side, max_side), max_side)] * bool(crops or landscape.any())
-    cover += [(max_side, min(side, max_side))] * bool(crops or not landscape.all())
-    buckets = choose_buckets(trial, config.data.buckets, cover)
+    buckets = choose_buckets(trial, config.data.buckets, [] if settings.kind == "lsj" else _largest(settings, sizes))
     return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed)
+
+
+def _draw(settings: ConfigDict) -> Callable[..., list[Geometry]]:
+    return draw_large_scale if settings.kind == "lsj" else draw_weak
+
+
+def _largest(settings: ConfigDict, sizes: np.ndarray) -> list[Shape]:
+    """The largest sizes that any epoch can draw; crops come in both orientations."""
+    side, max_side = max(settings.sides), settings.max_side
+    crops, landscape = settings.crop > 0, sizes[:, 0] <= sizes[:, 1]
+    largest = [(min(side, max_side), max_side)] * bool(crops or landscape.any())
+    return largest + [(max_side, min(side, max_side))] * bool(crops or not landscape.all())
+
+
+def make_views(config: ConfigDict, dataset: CocoDataset) -> ViewMaker:
+    """How the views of an image are made; says if copy-paste cannot be had."""
+    settings, draw_donor = config.augmentation, None
+    if wants_masks(config):
+        masked, count = dataset.count_masks()
+        if not masked:
+            log.warning(
+                "%s has no masks: nothing is copied and pasted. Give its annotations a segmentation, or set "
+                "--config.augmentation.lsj.copy_paste=False.",
+                dataset.annotations,
+            )
+        else:
+            draw_donor = functools.partial(draw_large_scale, settings=settings.to_dict())
+            if masked < count:
+                log.warning("%d of %d objects have no mask: they are trained on, but not pasted.", count - masked, count)
+    return ViewMaker(dataset, strong=settings.strong_views, drop_vanished=settings.drop_vanished, draw_donor=draw_donor)
+
+
+def room_for_boxes(config: ConfigDict, dataset: CocoDataset, make_views: ViewMaker) -> int:
+    """Boxes that every view has room for."""
+    most = max(1, *(len(record.boxes) for record in dataset.records))
+    pasted = min(most, MAX_PASTED - 1) if make_views.draw_donor else 0
+    return config.data.max_boxes or most + pasted

@@ -21,12 +21,21 @@ from hpr_jax.data.coco import CocoDataset, load_coco
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import Evaluator, log_table
 from hpr_jax.initial_weights import load_initial_weights
-from hpr_jax.logs import log_dropped_boxes, log_to_file
+from hpr_jax.logs import log_dropped, log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import build_detector
 from hpr_jax.optimizer import Optimizer, learning_rate
-from hpr_jax.recipe import in_steps, make_criterion, make_optimizer, make_plan, warn_of_recipe
+from hpr_jax.recipe import (
+    in_steps,
+    make_criterion,
+    make_optimizer,
+    make_plan,
+    make_views,
+    room_for_boxes,
+    wants_masks,
+    warn_of_recipe,
+)
 from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
 
@@ -34,22 +43,23 @@ log = logging.getLogger("hpr_jax")
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int) -> TrainStep:
+def make_train_step(graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, views: int = 1) -> TrainStep:
     """Cached, so that a run resumed in the same process does not compile again."""
-    return TrainStep(graph, criterion, optimizer, seed)
+    return TrainStep(graph, criterion, optimizer, seed, views)
 
 
 def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
     """The whole training and validation splits."""
     data = config.data
-    train = load_coco(Path(data.directory), data.train_images, data.train_annotations)
+    masks = wants_masks(config)
+    train = load_coco(Path(data.directory), data.train_images, data.train_annotations, masks=masks)
     return train, load_coco(Path(data.directory), data.val_images, data.val_annotations, train.classes)
 
 
 def report_data(train: CocoDataset, usable: CocoDataset, val: CocoDataset) -> None:
     """Logs what was dropped and left out."""
     for dataset in (train, val):
-        log_dropped_boxes(dataset)
+        log_dropped(dataset)
     log.info(
         "%d training images (%d left out), %d validation images, %d classes",
         len(usable),
@@ -74,6 +84,8 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
             "variant that trains from scratch."
         )
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
+    # Weakly typed values become strong ones in the first step, and would have the second one compiled anew.
+    params = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), params)
     moments = jax.jit(make_optimizer(config).init)(params)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
 
@@ -101,10 +113,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     # Nothing is written before the settings and the data have turned out usable.
     log_to_file(workdir / "train.log")
     report_data(whole_train_set, train_set, val_set)
-    max_boxes = config.data.max_boxes or max(1, *(len(record.boxes) for record in train_set.records))
+    views = make_views(config, train_set)
+    max_boxes = room_for_boxes(config, train_set, views)
     graph, state = initial_state(config, len(train_set.classes.names))
     log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
-    log.info("batches of %d in the shapes %s", plan.batch_size, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
+    what = "images, a weak and a strong view of each," if views.strong else "images"
+    log.info("batches of %d %s in the shapes %s", plan.batch_size, what, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
 
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     meta = Meta(to_plain(config), train_set.classes, 0, {})
@@ -112,10 +126,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     start, steps = int(state.step), config.train.steps
     if start >= steps:
         log.info("Step %d of %d is done already.", start, steps)
-    loader = TrainLoader(train_set, plan, max_boxes)
+    loader = TrainLoader(plan, views, max_boxes)
     batches = train_batches(loader, start, max(start, steps), config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
-    step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed)
+    step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed, views.count)
     run = _Run(config, workdir, checkpoints, evaluator, meta, start)
     try:
         metrics = run.loop(step_function, state, batches)
@@ -152,7 +166,7 @@ class _Run:
                 self._check(step, pending, interval)
             pending = numbers
             step += 1
-            interval.images += len(batch.images)
+            interval.images += len(batch.images) // batch.views
             last = step == settings.steps
             logs = step % settings.log_every == 0 or last or step == first + 1
             saves = step % settings.checkpoint_every == 0 or last

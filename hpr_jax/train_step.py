@@ -67,10 +67,10 @@ class Variable:
 
 class TrainStep:
     """Takes a state, a batch and the learning rate; returns the new state (the old one is donated) and numbers: every loss
-    term, `loss` and `gradient_norm`."""
+    term, `loss` and `gradient_norm`. Batches have `views` views of each image, all first views in front."""
 
-    def __init__(self, graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int):
-        self.graph, self.criterion, self.optimizer, self.seed = graph, criterion, optimizer, seed
+    def __init__(self, graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, views: int = 1):
+        self.graph, self.criterion, self.optimizer, self.seed, self.views = graph, criterion, optimizer, seed, views
         self.forward = jax.jit(self._forward)
         self.backward = jax.jit(self._backward, donate_argnums=0)
 
@@ -81,7 +81,7 @@ class TrainStep:
     def _forward(self, state: TrainState, batch: DeviceBatch) -> ForwardPass:
         draw_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
         detector, targets = nnx.merge(self.graph, state.params, state.frozen), batch.targets
-        denoising = detector.denoiser.draw(draw_key, targets) if detector.denoiser is not None else None
+        denoising = detector.denoiser.draw(draw_key, targets, self.views) if detector.denoiser is not None else None
         images = detector.normalize(batch.images, targets.sizes)
 
         def predict(params):

@@ -20,6 +20,7 @@ from hpr_jax.data.transforms import (
     read_image,
     whole,
 )
+from hpr_jax.data.views import ViewMaker
 from hpr_jax.errors import UserError
 
 SETTINGS = {
@@ -37,8 +38,8 @@ def coco(tmp_path):
     return tiny.write_coco(tmp_path / "data")
 
 
-def load(directory, split="train2017", classes=None):
-    return load_coco(directory, split, f"annotations/instances_{split}.json", classes)
+def load(directory, split="train2017", classes=None, masks=False):
+    return load_coco(directory, split, f"annotations/instances_{split}.json", classes, masks=masks)
 
 
 def edit(directory, change):
@@ -106,6 +107,28 @@ class TestAnnotations:
         (coco / "annotations/instances_train2017.json").write_text("{")
         with pytest.raises(UserError, match="not JSON"):
             load(coco)
+
+    def test_masks_are_read_when_wanted(self, coco):
+        assert load(coco).records[0].masks == ()
+        dataset = load(coco, masks=True)
+        record = dataset.records[0]
+        for mask, box in zip(record.masks, record.boxes):
+            (corners,) = mask
+            assert [*corners.min(axis=0), *corners.max(axis=0)] == box.tolist()
+        (crowd,) = record.crowds
+        assert crowd["size"] == [48, 60]
+        assert dataset.unmasked == ()
+        assert dataset.count_masks() == (10, 10)
+
+    def test_malformed_masks_are_named_and_their_boxes_stay(self, coco):
+        boxes = load(coco).records[0].boxes
+        edit(coco, lambda c: [c["annotations"][0].update(segmentation=[[1, 2]]), c["annotations"][1].pop("segmentation")])
+        dataset = load(coco, masks=True)
+        assert dataset.records[0].masks == (None, None)
+        np.testing.assert_array_equal(dataset.records[0].boxes, boxes)
+        (sentence,) = dataset.unmasked
+        assert "annotation 1 of image 7: its segmentation has no polygon" in sentence
+        assert dataset.count_masks() == (8, 10)
 
     def test_other_classes_are_refused(self, coco):
         classes = load(coco).classes
@@ -271,7 +294,7 @@ class TestLoading:
             buckets=[(96, 96)],
             seed=0,
         )
-        return TrainLoader(dataset, plan, max_boxes=3)
+        return TrainLoader(plan, ViewMaker(dataset), max_boxes=3)
 
     def test_batches(self, coco):
         loader = self.loader(coco)
@@ -295,7 +318,7 @@ class TestLoading:
 
     def test_unreadable_images_are_replaced_and_reported(self, coco):
         loader = self.loader(coco)
-        broken = loader.dataset.records[loader.plan[0].slots[1].index]
+        broken = loader.make_views.dataset.records[loader.plan[0].slots[1].index]
         broken.path.write_bytes(b"broken")
         batch = loader[0]
         assert all(record is not None for record in batch.records)
@@ -306,7 +329,7 @@ class TestLoading:
 
     def test_nothing_readable_ends_with_a_sentence(self, coco):
         loader = self.loader(coco)
-        for record in loader.dataset.records:
+        for record in loader.make_views.dataset.records:
             record.path.unlink()
         with pytest.raises(UserError, match="none of the images"):
             loader[0]

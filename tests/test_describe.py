@@ -206,12 +206,12 @@ def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
 
 def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hpr_jax.describe.compiled_memory", lambda *_: {})
-    file = config_file(tmp_path, "c.augmentation.kind = 'lsj'")
+    file = config_file(tmp_path, "c.augmentation.update(kind='lsj', strong_views=True)")
     command.run(["--config", str(file), "--mode", "describe"])
     printed = capsys.readouterr().out
-    assert "No shapes of training: config.augmentation.kind 'lsj' is not built yet." in printed
     assert "does not tell the size of activations" in printed
-    assert "training step" not in printed
+    # A weak and a strong view of each of two images.
+    assert "Memory of one training step, 4 x 1024x1024, on cpu:" in printed
 
 
 def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import tiny
 from flax import nnx
 
 import hpr_jax
+import hpr_jax.train as training
 from hpr_jax.checkpoint import find_checkpoint, load_detector
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.evaluate import evaluate
@@ -67,6 +68,49 @@ def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_pat
     one, two = weights(trained[0] / "checkpoints"), weights(tmp_path / "checkpoints")
     for name in one:
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def with_strong_views(coco):
+    """Large-scale jitter, pasted objects, weak and strong views."""
+    config = tiny.config(coco)
+    config.augmentation.update(kind="lsj", strong_views=True)
+    config.augmentation.lsj.side = config.evaluate.canvas = tiny.SIDE
+    return config
+
+
+def test_training_on_weak_and_strong_views(coco, tmp_path):
+    config = with_strong_views(coco)
+    config.train.steps = 2
+    # Batches of both kinds have the same shape: one compiled step.
+    for config.augmentation.kind in ("lsj", "detr"):
+        workdir = tmp_path / config.augmentation.kind
+        metrics = train(config, workdir)
+        assert 0 <= metrics["AP"] <= 1
+        assert [line["step"] for line in lines(workdir) if "loss" in line] == [1, 2]
+
+
+def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
+    """And images are counted, not views. Steps and evaluation are left out."""
+    batches, images = [], []
+
+    def step(state, batch, learning_rate):
+        batches.append(jax.device_get(batch))
+        return state.replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
+
+    monkeypatch.setattr(training, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
+    monkeypatch.setattr(training._Run, "_log", lambda self, step, numbers, interval: images.append(interval.images))
+    config = with_strong_views(coco)
+    train(config, tmp_path / "whole")
+    for config.train.steps in (2, 4):
+        train(config, tmp_path / "parts")
+    assert len(batches) == 8
+    for one, two in zip(batches[:4], batches[4:]):
+        assert one.images.shape == (4, 64, 64, 3)
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert not np.array_equal(batches[0].images, batches[3].images)
+    # Logged behind the steps 1, 2 and 4, and 1, 2, 3 and 4: two images each.
+    assert images == [2, 2, 4, 2, 2, 2, 2]
 
 
 def test_evaluating_twice_is_equal(trained, tmp_path):

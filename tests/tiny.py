@@ -72,13 +72,16 @@ def targets(counts, most, sizes, seed=0):
 
 
 def write_coco(directory: Path, train: int = 6, val: int = 3) -> Path:
-    """A data set with gaps in the category ids, a crowd box, an image without objects and an impossible box."""
+    """A data set with gaps in the category ids, a crowd box, an image without objects and an impossible box; masks fill the
+    boxes."""
     rng = np.random.default_rng(0)
     for split, count in (("train2017", train), ("val2017", val)):
         (directory / split).mkdir(parents=True)
         images, annotations = [], []
 
         def annotate(image, bbox, category, crowd=0, annotations=annotations):
+            x, y, w, h = bbox
+            polygons = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -87,6 +90,7 @@ def write_coco(directory: Path, train: int = 6, val: int = 3) -> Path:
                     "bbox": bbox,
                     "area": bbox[2] * bbox[3],
                     "iscrowd": crowd,
+                    "segmentation": {"size": [48, 60], "counts": [0, 48 * 60]} if crowd else polygons,
                 }
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hpr_jax.data.masks import MalformedMaskError, Mask, parse_segmentation
 from hpr_jax.errors import UserError
 
 
@@ -20,6 +21,8 @@ class Record:
       height, width: in pixels, as annotated.
       boxes: float32 xyxy `[n, 4]` in pixels, clipped to the image; crowds left out.
       labels: int32 `[n]`, indices into the data set's classes.
+      masks: of the objects, None for those without; () where masks were not read.
+      crowds: masks of the crowds, where masks were read.
     """
 
     image_id: int
@@ -28,6 +31,8 @@ class Record:
     width: int
     boxes: np.ndarray
     labels: np.ndarray
+    masks: tuple[Mask | None, ...] = ()
+    crowds: tuple[Mask, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +69,14 @@ class CocoDataset:
     Attributes:
       annotations: path of the JSON file.
       dropped: a sentence for each box that cannot be.
+      unmasked: a sentence for each mask that cannot be.
     """
 
     annotations: Path
     classes: Classes
     records: tuple[Record, ...]
     dropped: tuple[str, ...]
+    unmasked: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -78,6 +85,11 @@ class CocoDataset:
     def sizes(self) -> np.ndarray:
         """(height, width) of every image: int `[M, 2]`."""
         return np.array([(record.height, record.width) for record in self.records], np.int64).reshape(-1, 2)
+
+    def count_masks(self) -> tuple[int, int]:
+        """How many objects have a mask, and how many there are."""
+        masks = [mask for record in self.records for mask in record.masks]
+        return sum(mask is not None for mask in masks), sum(len(record.boxes) for record in self.records)
 
     def subset(self, *, keep_empty: bool, min_side: int) -> "CocoDataset":
         """Without images whose shorter side is below `min_side`, and without those that have no object unless kept."""
@@ -89,13 +101,16 @@ class CocoDataset:
         return dataclasses.replace(self, records=tuple(records))
 
 
-def load_coco(directory: Path, images: str, annotations: str, classes: Classes | None = None) -> CocoDataset:
+def load_coco(
+    directory: Path, images: str, annotations: str, classes: Classes | None = None, *, masks: bool = False
+) -> CocoDataset:
     """Reads the annotations of one split.
 
     Args:
       images: folder of the image files, relative to `directory`.
       annotations: JSON file, relative to `directory`.
       classes: those of the training split or a checkpoint; the file's own when None.
+      masks: whether to read the segmentations, too.
 
     Raises:
       UserError: a folder or file is missing, the JSON is broken or incomplete, a reference leads nowhere, or the file's
@@ -113,7 +128,7 @@ def load_coco(directory: Path, images: str, annotations: str, classes: Classes |
     except ValueError as error:
         raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
     try:
-        return _parse(content, path, Path(directory) / images, classes)
+        return _parse(content, path, Path(directory) / images, classes, masks)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -124,7 +139,7 @@ def _explain(error: Exception) -> str:
     return f"an entry has no {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _parse(content: dict, path: Path, folder: Path, classes: Classes | None) -> CocoDataset:
+def _parse(content: dict, path: Path, folder: Path, classes: Classes | None, with_masks: bool) -> CocoDataset:
     categories = sorted(content["categories"], key=lambda category: category["id"])
     own = Classes(
         names=tuple(str(category["name"]) for category in categories),
@@ -141,42 +156,62 @@ def _parse(content: dict, path: Path, folder: Path, classes: Classes | None) -> 
         raise UserError(f"The categories of {path} ({_show(own)}) are not those that the model knows ({_show(classes)}).")
     label_of = {category: label for label, category in enumerate(own.category_ids)}
 
-    boxes: dict[int, list] = {}
+    objects: dict[int, list] = {}
+    crowds: dict[int, list[Mask]] = {}
     sizes = {}
     for image in content["images"]:
         if image["id"] in sizes:
             raise UserError(f"The annotation file {path} lists image id {image['id']} twice.")
         sizes[image["id"]] = (float(image["width"]), float(image["height"]))
-        boxes[image["id"]] = []
-    dropped = []
+        objects[image["id"]], crowds[image["id"]] = [], []
+    dropped, unmasked = [], []
     for annotation in content["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in sizes:
             raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed.")
         if category not in label_of:
             raise UserError(f"Annotation {annotation.get('id')} of {path} has category {category}, which is not listed.")
-        if annotation.get("iscrowd", 0):
+        mask, crowd = None, annotation.get("iscrowd", 0)
+        if with_masks:
+            mask, reason = _read_mask(annotation, *sizes[image])
+            if reason:
+                unmasked.append(f"annotation {annotation.get('id')} of image {image}: its segmentation {reason}")
+        if crowd:
+            crowds[image] += [mask] * (mask is not None)
             continue
         box, reason = _clip(annotation["bbox"], *sizes[image])
         if reason:
             dropped.append(f"annotation {annotation.get('id')} of image {image}: box {annotation['bbox']} {reason}")
         else:
-            boxes[image].append((box, label_of[category]))
+            objects[image].append((box, label_of[category], mask))
 
     records = []
     for image in content["images"]:
-        objects = boxes[image["id"]]
+        found = objects[image["id"]]
         records.append(
             Record(
                 image_id=image["id"],
                 path=folder / image["file_name"],
                 height=int(image["height"]),
                 width=int(image["width"]),
-                boxes=np.array([box for box, _ in objects], np.float32).reshape(-1, 4),
-                labels=np.array([label for _, label in objects], np.int32),
+                boxes=np.array([box for box, _, _ in found], np.float32).reshape(-1, 4),
+                labels=np.array([label for _, label, _ in found], np.int32),
+                masks=tuple(mask for _, _, mask in found) if with_masks else (),
+                crowds=tuple(crowds[image["id"]]),
             )
         )
-    return CocoDataset(annotations=path, classes=own, records=tuple(records), dropped=tuple(dropped))
+    return CocoDataset(path, own, tuple(records), tuple(dropped), tuple(unmasked))
+
+
+def _read_mask(annotation: dict, width: float, height: float) -> tuple[Mask | None, str]:
+    """An annotation's mask, None without one, and what is wrong with it."""
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return None, ""
+    try:
+        return parse_segmentation(segmentation, int(height), int(width)), ""
+    except MalformedMaskError as error:
+        return None, str(error)
 
 
 def _clip(bbox: Sequence[float], width: float, height: float) -> tuple[tuple, str]:

@@ -1,7 +1,7 @@
 """Which images make up which batch, in which padded shape: decided before anything is loaded.
 
 Everything follows from (seed, epoch), so that every process has the same plan, and a run resumed at step n goes on as the
-one that was not stopped.
+one that was not stopped. What is drawn when an image is loaded follows from its slot's seed.
 """
 
 import dataclasses
@@ -22,10 +22,17 @@ DrawGeometry = Callable[[np.random.Generator], list[Geometry]]
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One image of a batch: its index in the data set and its geometry."""
+    """One image of a batch.
+
+    Attributes:
+      index: in the data set.
+      geometry: of the weak view.
+      seed: of everything else that is drawn for the image.
+    """
 
     index: int
     geometry: Geometry
+    seed: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,17 @@ class TrainPlan:
     def __init__(self, draw: DrawGeometry, count: int, *, batch_size: int, buckets: Sequence[Shape], seed: int):
         self.draw, self.count, self.batch_size, self.buckets, self.seed = draw, count, batch_size, buckets, seed
         self.steps_per_epoch = count // batch_size
+        self._cache_epochs()
+
+    def _cache_epochs(self) -> None:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._cache_epochs()
 
     def __getitem__(self, step: int) -> PlannedBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -120,7 +137,8 @@ class TrainPlan:
         waiting: dict[Shape, list[Slot]] = {}
         batches = []
         for index in order:
-            slot = Slot(int(index), geometries[index])
+            # Never (seed, epoch, 0): that would be the epoch's own stream.
+            slot = Slot(int(index), geometries[index], (self.seed, epoch, int(index) + 1))
             shape = smallest_bucket(self.buckets, slot.geometry.size)
             queue = waiting.setdefault(shape, [])
             queue.append(slot)

@@ -18,6 +18,8 @@ cv2.setNumThreads(0)
 
 # Of canvases, as in the official large-scale jitter.
 GREY = 114
+# Boxes that are not wider and higher than this, in pixels, are dropped where geometries are applied.
+MIN_BOX_SIDE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Geometry:
     def resized(self) -> tuple[int, int]:
         """(height, width) that the window is resized to."""
         return self.content or self.size
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """Maps (x, y) of the original to the result: float64 `[2, 3]`."""
+        left, top, right, bottom = self.window
+        height, width = self.resized
+        x, y = width / (right - left), height / (bottom - top)
+        if self.flip:
+            return np.array([[-x, 0, width + left * x], [0, y, -top * y]])
+        return np.array([[x, 0, -left * x], [0, y, -top * y]])
 
 
 class UnreadableImageError(Exception):
@@ -140,6 +152,32 @@ def draw_weak(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.random.Gen
     ]
 
 
+def draw_large_scale(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator) -> list[Geometry]:
+    """Large-scale jitter (Ghiasi et al. 2021): the longer side becomes `lsj.side` times a random scale; what exceeds a
+    square of that side is cropped at a random place, what it lacks is grey; flip.
+
+    Args:
+      sizes: (height, width) `[M, 2]` of the images.
+      settings: `flip`, `lsj.side`, `lsj.scale_range` of a config.
+    """
+    count, side = len(sizes), settings["lsj"]["side"]
+    low, high = settings["lsj"]["scale_range"]
+    longer = np.floor(side * rng.uniform(low, high, count)).clip(min=1)
+    flip, offset = rng.random(count) < settings["flip"], rng.random((count, 2))
+
+    resized = fit(sizes[:, 0], sizes[:, 1], longer, longer).astype(np.float64)
+    content = np.minimum(resized, side)
+    start = np.floor(offset * (resized - content + 1))
+    scale = sizes / resized
+    top_left, bottom_right = np.rint(start * scale), np.rint((start + content) * scale)
+    top_left = np.minimum(top_left, sizes - 1).astype(np.int64)
+    bottom_right = np.clip(bottom_right, top_left + 1, sizes).astype(np.int64)
+    return [
+        Geometry((int(left), int(top), int(right), int(bottom)), (side, side), bool(mirrored), (int(h), int(w)))
+        for (top, left), (bottom, right), (h, w), mirrored in zip(top_left, bottom_right, content, flip)
+    ]
+
+
 def apply(
     image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, geometry: Geometry
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,18 +190,37 @@ def apply(
     Returns:
       The new image, and the boxes and labels of what remains in it, clipped to it.
     """
+    boxes, remains = apply_to_boxes(boxes, geometry)
+    return apply_to_image(image, geometry), boxes[remains], labels[remains]
+
+
+def apply_to_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """The image, uint8 `[h, w, 3]`, after a geometry: new memory."""
     left, top, right, bottom = geometry.window
     height, width = geometry.resized
-    image = cv2.resize(image[top:bottom, left:right], (width, height), interpolation=cv2.INTER_LINEAR)
-    scale = np.array([width / (right - left), height / (bottom - top)] * 2, np.float32)
-    boxes = (boxes - np.array([left, top] * 2, np.float32)) * scale
-    if geometry.flip:
-        image = image[:, ::-1]
-        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
-    boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
-    remains = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    if geometry.content is not None:
-        canvas = np.full((*geometry.size, 3), GREY, np.uint8)
-        canvas[:height, :width] = image
-        image = canvas
-    return image, boxes[remains], labels[remains]
+    window = image[top:bottom, left:right]
+    result = np.empty((*geometry.size, 3), np.uint8)
+    # Flipped before resizing, since that is the smaller image as a rule.
+    window = cv2.flip(window, 1) if geometry.flip else window
+    cv2.resize(window, (width, height), result[:height, :width], interpolation=cv2.INTER_LINEAR)
+    result[:height, width:] = GREY
+    result[height:] = GREY
+    return result
+
+
+def apply_to_boxes(boxes: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes, xyxy `[n, 4]`, after a geometry, clipped to it, and which of them remain, bool `[n]`."""
+    boxes = move_boxes(boxes, geometry.matrix, geometry.resized)
+    return boxes, has_area(boxes)
+
+
+def move_boxes(boxes: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The boxes around the corners of xyxy boxes `[n, 4]` moved by `matrix` `[2, 3]`, clipped to (height, width) `size`."""
+    corners = boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2) @ matrix[:, :2].T + matrix[:, 2]
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
+    return np.clip(boxes, 0, np.array(size[::-1] * 2)).astype(np.float32)
+
+
+def has_area(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes, xyxy `[n, 4]`, are wide and high enough to be seen: bool `[n]`."""
+    return np.all(boxes[:, 2:] - boxes[:, :2] > MIN_BOX_SIDE, axis=1)

@@ -12,8 +12,8 @@ class Denoiser(nnx.Module):
     """Draws noisy copies of the ground truth and embeds their labels.
 
     The copies form groups of [positives; negatives], each half as long as the most boxes of any view of a chunk. As many
-    groups are made as fit into `queries` positives. Chunks are fixed runs of `views_per_chunk` views, so that the number
-    of groups does not depend on how a batch is spread over devices.
+    groups are made as fit into `queries` positives. Chunks are all views of fixed runs of images, `views_per_chunk` views in
+    all, so that the number of groups does not depend on how a batch is spread over devices.
     """
 
     def __init__(
@@ -31,11 +31,15 @@ class Denoiser(nnx.Module):
         self.queries, self.views_per_chunk = queries, views_per_chunk
         self.label_noise, self.box_noise = label_noise, box_noise
 
-    def draw(self, key: jax.Array, targets: Targets) -> DenoisingQueries:
-        """Noisy queries for a batch; 2 max(queries, N) slots an image, always enough."""
+    def draw(self, key: jax.Array, targets: Targets, views: int = 1) -> DenoisingQueries:
+        """Noisy queries for a batch; 2 max(queries, N) slots a view, always enough.
+
+        Args:
+          views: of each image; the batch has the first views of all images, then the second ones in the same order.
+        """
         batch, most, _ = targets.boxes.shape
         slots = 2 * max(self.queries, most)
-        layout = self._layout(targets, slots)
+        layout = self._layout(targets, slots, views)
         labels = jnp.take_along_axis(targets.labels, layout["target"], axis=1)
         boxes = jnp.take_along_axis(targets.boxes, layout["target"][..., None], axis=1)
 
@@ -57,10 +61,11 @@ class Denoiser(nnx.Module):
         """Content of the queries: `[B, D, C]`, zero where there is no object."""
         return jnp.where(queries.object[..., None], self.embedding[queries.labels], 0.0)
 
-    def _layout(self, targets: Targets, slots: int) -> dict[str, jax.Array]:
+    def _layout(self, targets: Targets, slots: int, views: int) -> dict[str, jax.Array]:
         batch = len(targets.valid)
         counts = jnp.sum(targets.valid, axis=1)
-        chunk = jnp.arange(batch) // self.views_per_chunk
+        image = jnp.arange(batch) % (batch // views)
+        chunk = image // max(self.views_per_chunk // views, 1)
         most = jax.ops.segment_max(counts, chunk, num_segments=batch)[chunk][:, None]
         return group_layout(counts[:, None], most, jnp.maximum(self.queries // jnp.maximum(most, 1), 1), slots)
 

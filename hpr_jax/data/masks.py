@@ -1,0 +1,181 @@
+"""Masks of objects: COCO's segmentations (polygons, run lengths), checked, and drawn where they are needed.
+
+A drawn mask is a `Region`, the part of a canvas that holds it: work grows with the objects, not with the canvas.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+# (left, top, right, bottom) in pixels.
+Patch = tuple[int, int, int, int]
+# Polygons `[k, 2]` of (x, y) in pixels, whose union is the mask; or COCO's compressed run lengths.
+Polygons = tuple[np.ndarray, ...]
+RunLengths = Mapping[str, Any]
+Mask = Polygons | RunLengths
+
+
+class MalformedMaskError(Exception):
+    """A segmentation that is no mask; says why, to be read behind 'its segmentation'."""
+
+
+def parse_segmentation(segmentation: Any, height: int, width: int) -> Mask:
+    """The mask of an annotation, in an image of this size; polygons without three corners are left out.
+
+    Raises:
+      MalformedMaskError: no mask is left.
+    """
+    if isinstance(segmentation, list):
+        return _parse_polygons(segmentation)
+    if isinstance(segmentation, dict):
+        return _parse_run_lengths(segmentation, height, width)
+    raise MalformedMaskError("is neither a list of polygons nor run lengths")
+
+
+def _parse_polygons(segmentation: list) -> Polygons:
+    polygons = []
+    for polygon in segmentation:
+        if not isinstance(polygon, list):
+            raise MalformedMaskError("is not a list of polygons, each a list of numbers")
+        try:
+            corners = np.array(polygon, np.float32)
+        except (TypeError, ValueError):
+            raise MalformedMaskError("has a polygon that is not a list of numbers") from None
+        if corners.ndim == 1 and len(corners) >= 6 and len(corners) % 2 == 0 and np.all(np.isfinite(corners)):
+            polygons.append(corners.reshape(-1, 2))
+    if not polygons:
+        raise MalformedMaskError("has no polygon of at least three corners")
+    return tuple(polygons)
+
+
+def _parse_run_lengths(segmentation: dict, height: int, width: int) -> RunLengths:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width]:
+        raise MalformedMaskError(f"has the size {size}, and its image is {[height, width]} pixels high and wide")
+    # pycocotools reads or writes beyond its memory when the lengths do not add up.
+    try:
+        lengths = _decompress(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    except (TypeError, ValueError, IndexError):
+        raise MalformedMaskError("has counts that are no run lengths") from None
+    if min(lengths, default=-1) < 0 or sum(lengths) != height * width:
+        raise MalformedMaskError("has run lengths that do not add up to its size")
+    return coco_mask.frPyObjects({"size": size, "counts": lengths}, height, width)
+
+
+def _decompress(text: str) -> list[int]:
+    """COCO's compression of run lengths: little groups of five bits, from the fourth number on differences to the one but
+    last."""
+    lengths, place = [], 0
+    while place < len(text):
+        value = shift = 0
+        more = True
+        while more:
+            bits = ord(text[place]) - 48
+            if not 0 <= bits < 64:
+                raise ValueError(text[place])
+            value |= (bits & 31) << shift
+            shift, place, more = shift + 5, place + 1, bool(bits & 32)
+        if bits & 16:
+            value -= 1 << shift
+        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+    return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """The part of a canvas that holds a mask.
+
+    Attributes:
+      left, top: of the part, in pixels of the canvas.
+      bitmap: uint8 `[h, w]`, 1 inside the mask; never written to.
+    """
+
+    left: int
+    top: int
+    bitmap: np.ndarray
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the canvas."""
+        height, width = self.bitmap.shape
+        return slice(self.top, self.top + height), slice(self.left, self.left + width)
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return cv2.countNonZero(self.bitmap) if self.bitmap.size else 0
+
+    @property
+    def box(self) -> np.ndarray:
+        """The smallest xyxy box around the mask, float32 `[4]`; zeros if it is empty."""
+        left, top, width, height = cv2.boundingRect(self.bitmap) if self.bitmap.size else (0, 0, 0, 0)
+        if not width:
+            return np.zeros(4, np.float32)
+        left, top = left + self.left, top + self.top
+        return np.array([left, top, left + width, top + height], np.float32)
+
+    def warp(self, matrix: np.ndarray, size: tuple[int, int]) -> "Region":
+        """Moves the mask as `cv2.warpAffine` moves an image: `matrix` `[2, 3]` maps centres of pixels, and what leaves the
+        (height, width) `size` is cut off."""
+        height, width = self.bitmap.shape
+        low, high = np.array([self.left, self.top]) - 0.5, np.array([self.left + width, self.top + height]) - 0.5
+        corners = np.array([low, [high[0], low[1]], [low[0], high[1]], high]) @ matrix[:, :2].T + matrix[:, 2]
+        left, top, right, bottom = _bounds(corners + 0.5, size)
+        if right <= left or bottom <= top:
+            return EMPTY
+        offset = matrix[:, :2] @ [self.left, self.top] + matrix[:, 2] - [left, top]
+        local = np.concatenate([matrix[:, :2], offset[:, None]], axis=1)
+        return Region(left, top, cv2.warpAffine(self.bitmap, local, (right - left, bottom - top), flags=cv2.INTER_LINEAR))
+
+    def without(self, patches: Iterable[Patch]) -> "Region":
+        """The mask outside of rectangles."""
+        bitmap = self.bitmap.copy()
+        for left, top, right, bottom in patches:
+            rows = slice(max(top - self.top, 0), max(bottom - self.top, 0))
+            bitmap[rows, max(left - self.left, 0) : max(right - self.left, 0)] = 0
+        return Region(self.left, self.top, bitmap)
+
+    def behind(self, cover: np.ndarray) -> "Region":
+        """The mask where `cover`, uint8 of the canvas' size, is 0."""
+        return Region(self.left, self.top, self.bitmap & (1 - cover[self.window]))
+
+
+EMPTY = Region(0, 0, np.zeros((0, 0), np.uint8))
+
+
+def box_region(box: np.ndarray, size: tuple[int, int]) -> Region:
+    """All of an xyxy box, rounded to pixels and cut off at (height, width) `size`."""
+    left, top, right, bottom = _bounds(np.rint(box).reshape(2, 2), size)
+    return Region(left, top, np.ones((max(bottom - top, 0), max(right - left, 0)), np.uint8))
+
+
+def draw_mask(mask: Mask, matrix: np.ndarray, size: tuple[int, int]) -> Region:
+    """Draws an annotated mask on a canvas of (height, width) `size`; `matrix` `[2, 3]` maps pixels of the annotated image to
+    pixels of the canvas (edges, not centres: a pixel reaches from its index to the next)."""
+    if isinstance(mask, Mapping):
+        left, top, width, height = map(int, coco_mask.toBbox(mask))
+        whole = Region(left, top, coco_mask.decode(mask)[top : top + height, left : left + width])
+        return whole.warp(on_centres(matrix), size) if whole.bitmap.size else EMPTY
+    polygons = [polygon @ matrix[:, :2].T + matrix[:, 2] for polygon in mask]
+    left, top, right, bottom = _bounds(np.concatenate(polygons), size)
+    if right <= left or bottom <= top:
+        return EMPTY
+    shifted = [(polygon - [left, top]).ravel() for polygon in polygons]
+    parts = coco_mask.frPyObjects(shifted, bottom - top, right - left)
+    return Region(left, top, coco_mask.decode(coco_mask.merge(parts)))
+
+
+def on_centres(matrix: np.ndarray) -> np.ndarray:
+    """The same map `[2, 3]` between pixels' centres, as OpenCV wants it, of one between their edges."""
+    return np.concatenate([matrix[:, :2], matrix[:, 2:] + 0.5 * matrix[:, :2].sum(axis=1, keepdims=True) - 0.5], axis=1)
+
+
+def _bounds(points: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Whole pixels around points `[k, 2]`, within (height, width) `size`: left, top, right, bottom."""
+    limit = np.array(size[::-1])
+    low, high = np.floor(points.min(axis=0)).clip(0, limit), np.ceil(points.max(axis=0)).clip(0, limit)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])

@@ -1,0 +1,142 @@
+"""Times the host's part of training: from JPEG files to padded batches, on one core.
+
+    python scripts/bench_input.py [--recipes r50_1x r50_1x_lsj] [--images 64] [--objects 7] [--batches 9]
+
+Draws photograph-like 640x480 images with objects and their outlines into a temporary folder, and loads batches of each
+recipe in one thread, weak and strong views of 16 images. Times are CPU times, so that other jobs on the machine count
+less: medians over batches, the first one apart. The last column of the first table is the ratio to the official input
+pipeline, measured on a core of the same kind.
+"""
+
+import argparse
+import collections
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from make_shapes import CATEGORIES, outline
+
+from hpr_jax.config import load_config
+from hpr_jax.data import batching, views
+from hpr_jax.data.batching import TrainLoader, keep_freed_memory
+from hpr_jax.data.coco import CocoDataset, load_coco
+from hpr_jax.recipe import make_plan, make_views, room_for_boxes, wants_masks
+
+HEIGHT, WIDTH = 480, 640
+# Images a second of the official pipelines on one core, by kind of augmentation.
+OFFICIAL = {"detr": 29.0, "lsj": 1.1}
+# Functions by the stage whose time they take; each only calls functions of no other stage.
+STAGES = {
+    "decode": [(views, "read_annotated_image")],
+    "resize, crop, flip, pad": [(views, "apply_to_image")],
+    "strong pixels": [(views, "draw_strong_view"), (views, "strong_image")],
+    "boxes and masks": [(views, "masked_objects"), (views, "apply_to_boxes"), (views, "strong_objects")],
+    "donors' masks": [(views, "choose_donated")],
+    "paste": [(views, "paste")],
+    "put into the batch": [(batching, "fill_slot"), (batching, "empty_batch")],
+}
+
+
+def make_images(directory: Path, count: int, objects: int, rng: np.random.Generator) -> None:
+    """Writes JPEG files of about COCO's size in bytes, and annotations with a polygon of 32 corners for each object."""
+    (directory / "train2017").mkdir()
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        coarse = rng.integers(40, 216, (HEIGHT // 16, WIDTH // 16, 3)).astype(np.uint8)
+        image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        image = (image + rng.normal(0, 16, image.shape)).clip(0, 255).astype(np.uint8)
+        for _ in range(objects):
+            radius = HEIGHT * 10 ** rng.uniform(-1.7, -0.5)
+            corners = outline("circle", rng.uniform([0, 0], [WIDTH, HEIGHT]), radius, 0.0)
+            cv2.fillPoly(image, [np.rint(corners).astype(np.int32)], rng.integers(0, 256, 3).tolist())
+            corners = corners.clip(0, [WIDTH, HEIGHT])
+            low, high = corners.min(axis=0), corners.max(axis=0)
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+            annotation |= {"bbox": [*low, *(high - low)], "segmentation": [corners.ravel().tolist()]}
+            annotations.append(annotation)
+        cv2.imwrite(str(directory / f"train2017/{number}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        images.append({"id": number, "file_name": f"{number}.jpg", "height": HEIGHT, "width": WIDTH})
+    categories = [{"id": number, "name": name} for name, number in CATEGORIES.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (directory / "annotations.json").write_text(json.dumps(content))
+
+
+class Stopwatch:
+    """CPU seconds of this thread spent in each stage, while it is entered."""
+
+    def __init__(self):
+        self.seconds = collections.Counter()
+        self.originals = []
+
+    def __enter__(self) -> "Stopwatch":
+        for stage, functions in STAGES.items():
+            for module, name in functions:
+                self.originals.append((module, name, getattr(module, name)))
+                setattr(module, name, self._timed(stage, getattr(module, name)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for module, name, original in self.originals:
+            setattr(module, name, original)
+
+    def _timed(self, stage, function):
+        def timed(*arguments, **keywords):
+            began = time.thread_time()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.seconds[stage] += time.thread_time() - began
+
+        return timed
+
+
+def bench(recipe: str, directory: Path, batches: int) -> tuple[str, float, dict[str, float]]:
+    """Kind of augmentation, images a second, and milliseconds an image of each stage."""
+    config = load_config(str(Path(__file__).parent.parent / f"configs/ddq.py:{recipe}"))
+    dataset: CocoDataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
+    make = make_views(config, dataset)
+    loader = TrainLoader(make_plan(config, dataset), make, room_for_boxes(config, dataset, make))
+    rates, stages = [], collections.defaultdict(list)
+    with Stopwatch() as watch:
+        for step in range(batches + 1):
+            watch.seconds.clear()
+            began = time.thread_time()
+            loader[step]
+            seconds = time.thread_time() - began
+            if not step:
+                continue
+            rates.append(config.train.batch_size / seconds)
+            watch.seconds["the rest"] = seconds - watch.seconds.total()
+            for stage in (*STAGES, "the rest"):
+                stages[stage].append(1e3 * watch.seconds[stage] / config.train.batch_size)
+    return config.augmentation.kind, float(np.median(rates)), {stage: float(np.median(t)) for stage, t in stages.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=["r50_1x", "r50_1x_lsj"], help="variants of configs/ddq.py")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--objects", type=int, default=7, help="in each image")
+    parser.add_argument("--batches", type=int, default=9)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as directory:
+        make_images(Path(directory), arguments.images, arguments.objects, np.random.default_rng(0))
+        sizes = [path.stat().st_size for path in Path(directory, "train2017").iterdir()]
+        print(
+            f"{len(sizes)} images, {WIDTH}x{HEIGHT}, {np.median(sizes) / 1e3:.0f} kB each, {arguments.objects} objects each"
+        )
+        results = {recipe: bench(recipe, Path(directory), arguments.batches) for recipe in arguments.recipes}
+    print(f"\n{'recipe':26}{'images/s of a core':>20}{'x official':>12}")
+    for recipe, (kind, rate, _) in results.items():
+        print(f"{recipe:26}{rate:20.1f}{rate / OFFICIAL[kind]:12.1f}")
+    print(f"\n{'ms an image':26}" + "".join(f"{recipe:>16}" for recipe in results))
+    for stage in (*STAGES, "the rest"):
+        print(f"{stage:26}" + "".join(f"{stages[stage]:16.2f}" for _, _, stages in results.values()))
+
+
+if __name__ == "__main__":
+    main()
