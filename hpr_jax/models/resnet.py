@@ -155,8 +155,14 @@ class ResNet(nnx.Module):
         features, feature_sizes = [], []
         for stage in self.stages:
             for block in stage:
-                run = nnx.remat(type(block).__call__) if self.remat else type(block).__call__
-                x, sizes = run(block, x, sizes)
+                x, sizes = self._run(block, x, sizes)
             features.append(x)
             feature_sizes.append(sizes)
         return features[1:], feature_sizes[1:]
+
+    def _run(self, block: Bottleneck, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A block that keeps for the backward pass only its input or, without `remat`, its products too: norms and
+        activations are cheaper to compute again than to keep."""
+        policy = None if self.remat else jax.checkpoint_policies.dots_saveable
+        graph, state = nnx.split(block)
+        return jax.checkpoint(lambda state, x, sizes: nnx.merge(graph, state)(x, sizes), policy=policy)(state, x, sizes)
