@@ -55,8 +55,9 @@ def _current(config: dict[str, Any]) -> dict[str, Any]:
     model = {key: value for key, value in config["model"].items() if key != "remat"}
     model["backbone"] = {key: value for key, value in model["backbone"].items() if key != "remat"}
     lsj = {"side": 1024, "scale_range": [0.1, 2.0], "copy_paste": True}
-    augmentation = {"lsj": lsj, "drop_vanished": False, **config["augmentation"]}
-    return {**config, "model": model, "compute": dataclasses.asdict(Compute()), "augmentation": augmentation}
+    augmentation = {"lsj": lsj, "drop_vanished": False, **config["augmentation"], "strong_views": False}
+    compute = {**dataclasses.asdict(Compute()), "remat": list(Compute().remat)}
+    return {**config, "model": model, "compute": compute, "augmentation": augmentation}
 
 
 class Checkpoints:
@@ -149,13 +150,12 @@ def load_detector(path: Path, compute: Mapping[str, Any] | None = None) -> tuple
     """The detector of a checkpoint, and what the checkpoint says of itself; raises as `read_meta` does.
 
     Args:
-      compute: how it shall compute (see `hpr_jax.models.build.Compute`); None: as it did in training.
+      compute: how it shall compute (see `hpr_jax.models.build.Compute`), whatever it did in training; None: by default.
     """
     path = find_checkpoint(Path(path)).resolve()
     meta = read_meta(path)
     with _reader(path) as reader:
-        config = from_plain(meta.config)
-        detector = abstract_detector(config.model, len(meta.classes.names), compute or config.compute)
+        detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names), compute)
         state = nnx.state(detector)
         restored = reader.restore(
             path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))

@@ -1,11 +1,14 @@
 """Compiled programs are kept between runs."""
 
 import hashlib
+import logging
 import os
 import platform
 from pathlib import Path
 
 import jax
+
+log = logging.getLogger("hpr_jax")
 
 
 def enable_compilation_cache() -> None:
@@ -15,8 +18,14 @@ def enable_compilation_cache() -> None:
     """
     if jax.config.jax_compilation_cache_dir:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "hpr_jax" / _processor()))
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpr_jax" / _processor()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        # Of a user without a home, or one that cannot be written to.
+        log.info("Compiled programs are not kept: %s. JAX_COMPILATION_CACHE_DIR can name a folder for them.", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

@@ -124,8 +124,9 @@ def _corners(x, y, height, width):
             column, row = x0 + dx, y0 + dy
             # Tested as floats: integers would overflow far outside.
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            pixel = jnp.where(inside, row * width + column, 0.0)
-            yield pixel.astype(jnp.int32), inside, weight_x, weight_y
+            # Zero outside, also where a location is not finite.
+            pixel, *weights = (jnp.where(inside, x, 0.0) for x in (row * width + column, weight_x, weight_y))
+            yield pixel.astype(jnp.int32), inside, *weights
 
 
 def _sample(locations, weights, row, live, sample, height, width):

@@ -61,7 +61,8 @@ def compile_kernel(code: str, capability: int, num_warps: int) -> dict[str, obje
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ttir"
         path.write_text(code)
-        compiled = triton.compile(str(path), target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+        options = {"num_warps": num_warps, "enable_fp_fusion": True}
+        compiled = triton.compile(str(path), target=GPUTarget("cuda", capability, 32), options=options)
         ptx = compiled.asm["ptx"]
         (Path(folder) / "kernel.ptx").write_text(ptx)
         # Triton ships two assemblers; this is the newer one, which reads all it writes.

@@ -100,6 +100,9 @@ class TestMasks:
             ({"size": [50, 60], "counts": "P"}, "no run lengths"),
             ({"size": [50, 60], "counts": None}, "no run lengths"),
             ({"size": [50, 60]}, "no run lengths"),
+            ({"size": [50, 60], "counts": [float("inf")]}, "no run lengths"),
+            ({"size": [50, 60], "counts": [1000.5, 1999.5]}, "no run lengths"),
+            ([[0, 0, 1e8, 0, 1e8, 1e8, 0, 1e8]], "far outside"),
         ],
     )
     def test_malformed(self, segmentation, reason):

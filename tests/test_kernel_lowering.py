@@ -75,6 +75,7 @@ def test_lowered_code_is_read_by_triton(user, dtype):
 def test_compiled_code_spills_nothing(user, dtype, capability):
     for direction, code in kernels(user, dtype).items():
         compiled = cuda.compile_kernel(*code.values(), capability, num_warps=2)
+        print(f"sm_{capability} {user} {dtype.__name__} {direction}: {compiled['registers']} registers")
         assert compiled["spilled"] == 0, direction
         assert compiled["registers"] <= 128, direction
         ptx = compiled["ptx"]

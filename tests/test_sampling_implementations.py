@@ -106,6 +106,16 @@ def test_borders_and_far_outside(implementation):
 
 
 @implementations
+def test_locations_that_are_not_finite_are_outside(implementation):
+    value, locations, weights, gradient = inputs(np.random.default_rng(1), queries=2)
+    locations = locations.at[:, 0].set(jnp.nan).at[:, 1].set(jnp.inf)
+    out, of_value, _, of_weights = output_and_gradients(implementation, SHAPES, value, locations, weights, gradient)
+    assert not np.any(out)
+    assert not np.any(of_value)
+    assert not np.any(of_weights)
+
+
+@implementations
 def test_gradients_of_many_samples_at_one_place_add_up(implementation):
     value, locations, weights, gradient = inputs(np.random.default_rng(2), queries=40)
     assert_agrees(implementation, SHAPES, value, jnp.full_like(locations, 0.45), weights, gradient)

@@ -30,11 +30,11 @@ def build(**settings):
 
 
 @functools.cache
-def model(**settings):
+def model(*, remat=False, **settings):
     """The reference model with its weights, which make all parts matter; settings may leave out some of it."""
     config = tiny.config(model="dino").model
     config.backbone = {"kind": "swin", **SMALL, **settings}
-    detector = abstract_detector(config, tiny.CLASSES)
+    detector = abstract_detector(config, tiny.CLASSES, {"remat": ("backbone",) if remat else ()})
     wanted = {name for entry in entries(detector) for name in entry.names}
     tensors = {name.replace("mmdet.", "backbone."): tensor for name, tensor in arrays("backbone_swin").items()}
     load_official(detector, {name: t for name, t in tensors.items() if name in wanted}, only="backbone.")

@@ -78,7 +78,9 @@ def test_what_is_kept_for_the_second_program():
     state, batch = state_and_batch()
     forward = jax.eval_shape(step().forward, state, batch)
     kept = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
-    assert sum(isinstance(leaf, Variable) for leaf in kept) > len(jax.tree.leaves(state.params)) / 2
+    kernels = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2 and leaf.size > 256}
+    assert any(isinstance(leaf, Variable) for leaf in kept)
+    assert kernels.isdisjoint(leaf.shape for leaf in kept if not isinstance(leaf, Variable))
     assigned = [jax.ShapeDtypeStruct(request.cost.shape[:3], jnp.int32) for request in forward.requests]
     assert "callback" not in step().forward.lower(state, batch).as_text()
     assert "callback" not in step().backward.lower(state, batch, forward, assigned, 1e-3).as_text()

@@ -30,14 +30,14 @@ def parse_segmentation(segmentation: Any, height: int, width: int) -> Mask:
       MalformedMaskError: no mask is left.
     """
     if isinstance(segmentation, list):
-        return _parse_polygons(segmentation)
+        return _parse_polygons(segmentation, height, width)
     if isinstance(segmentation, dict):
         return _parse_run_lengths(segmentation, height, width)
     raise MalformedMaskError("is neither a list of polygons nor run lengths")
 
 
-def _parse_polygons(segmentation: list) -> Polygons:
-    polygons = []
+def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
+    polygons, far = [], 2 * np.array([width, height])
     for polygon in segmentation:
         if not isinstance(polygon, list):
             raise MalformedMaskError("is not a list of polygons, each a list of numbers")
@@ -45,8 +45,13 @@ def _parse_polygons(segmentation: list) -> Polygons:
             corners = np.array(polygon, np.float32)
         except (TypeError, ValueError):
             raise MalformedMaskError("has a polygon that is not a list of numbers") from None
-        if corners.ndim == 1 and len(corners) >= 6 and len(corners) % 2 == 0 and np.all(np.isfinite(corners)):
-            polygons.append(corners.reshape(-1, 2))
+        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.all(np.isfinite(corners)):
+            continue
+        corners = corners.reshape(-1, 2)
+        # pycocotools walks along every outline, and beyond its memory along endless ones.
+        if np.any(np.abs(corners) > far):
+            raise MalformedMaskError("has a corner far outside its image")
+        polygons.append(corners)
     if not polygons:
         raise MalformedMaskError("has no polygon of at least three corners")
     return tuple(polygons)
@@ -58,12 +63,18 @@ def _parse_run_lengths(segmentation: dict, height: int, width: int) -> RunLength
         raise MalformedMaskError(f"has the size {size}, and its image is {[height, width]} pixels high and wide")
     # pycocotools reads or writes beyond its memory when the lengths do not add up.
     try:
-        lengths = _decompress(counts) if isinstance(counts, str) else [int(count) for count in counts]
-    except (TypeError, ValueError, IndexError):
+        lengths = _decompress(counts) if isinstance(counts, str) else [_whole(count) for count in counts]
+    except (TypeError, ValueError, IndexError, OverflowError):
         raise MalformedMaskError("has counts that are no run lengths") from None
     if min(lengths, default=-1) < 0 or sum(lengths) != height * width:
         raise MalformedMaskError("has run lengths that do not add up to its size")
     return coco_mask.frPyObjects({"size": size, "counts": lengths}, height, width)
+
+
+def _whole(count: Any) -> int:
+    if int(count) != count:
+        raise ValueError(count)
+    return int(count)
 
 
 def _decompress(text: str) -> list[int]:
