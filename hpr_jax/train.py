@@ -24,7 +24,7 @@ from hpr_jax.initial_weights import load_initial_weights
 from hpr_jax.logs import log_dropped, log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import Compute, build_detector
 from hpr_jax.optimizer import Optimizer, learning_rate
 from hpr_jax.recipe import (
     in_steps,
@@ -84,8 +84,6 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
             "variant that trains from scratch."
         )
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
-    # Weakly typed values become strong ones in the first step, and would have the second one compiled anew.
-    params = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), params)
     moments = jax.jit(make_optimizer(config).init)(params)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
 
@@ -104,6 +102,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
       RunError: the loss is not finite.
     """
     check(config)
+    # Looks at the settings; what it makes is made again with the detector.
+    Compute(**config.compute)
     criterion = make_criterion(config)
     warn_of_recipe(config)
     whole_train_set, val_set = load_training_data(config)

@@ -110,6 +110,13 @@ def test_kernels_without_a_gpu():
         Compute(operations="pallas")
 
 
+@pytest.mark.parametrize("model", ["ddq", "dino"])
+def test_no_parameter_is_weakly_typed(model):
+    """The first step would make it a strong one, and the second be compiled anew."""
+    state = nnx.state(abstract_detector(tiny.config(model=model).model, tiny.CLASSES))
+    assert not [path for path, leaf in nnx.to_flat_state(state) if leaf.get_value().weak_type]
+
+
 def test_checkpoints_from_before_the_section():
     """Rematerialisation was a part of their models' configs, and they knew no strong views."""
     config = to_plain(tiny.config())

@@ -19,7 +19,7 @@ class PredictionHead(nnx.Module):
 
     def __init__(self, channels: int, num_classes: int, *, rngs: nnx.Rngs):
         self.classes = linear(channels, num_classes, rngs=rngs)
-        self.classes.bias = nnx.Param(jnp.full(num_classes, CLASS_BIAS))
+        self.classes.bias = nnx.Param(jnp.full(num_classes, CLASS_BIAS, jnp.float32))
         self.boxes = MLP(channels, channels, channels, 4, rngs=rngs)
         last = self.boxes.layers[-1]
         last.kernel = nnx.Param(jnp.zeros_like(last.kernel.get_value()))
