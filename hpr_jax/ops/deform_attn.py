@@ -148,6 +148,6 @@ def _corners(spatial_shapes, locations, weights):
                 inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
                 column, row = jnp.clip(column, 0, width - 1), jnp.clip(row, 0, height - 1)
                 indices.append(start + (row * width + column).astype(jnp.int32))
-                corner_weights.append(jnp.where(inside, wx * wy * weights[:, level], 0.0))
+                corner_weights.append(jnp.where(inside, wx * wy, 0.0) * weights[:, level])
         start += height * width
     return jnp.concatenate(indices, axis=-1), jnp.concatenate(corner_weights, axis=-1)
