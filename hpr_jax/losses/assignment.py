@@ -123,10 +123,11 @@ def solve_on_host(
         request, problem, image = where
         queries = np.flatnonzero(query_valid[request][problem, image])
         cost = costs[request][problem, image][queries, : counts[image]]
-        # Not finite is for the loss check to report; the solver would raise.
-        cost = np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
+        if not np.isfinite(cost).all():
+            # For the loss check to report; the solver would raise.
+            cost = np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
         copies = max(min(repeats[request][problem], len(queries) // int(counts[image])), 1)
-        rows, columns = linear_sum_assignment(np.repeat(cost, copies, axis=1))
+        rows, columns = linear_sum_assignment(np.repeat(cost, copies, axis=1) if copies > 1 else cost)
         results[request][problem, image, queries[rows]] = columns // copies
 
     list(_pool().map(solve, problems))
