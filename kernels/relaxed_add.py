@@ -55,8 +55,6 @@ def _lower(ctx, *args, args_tree):
     old = triton_primitives._atomic_lowering_rule(ctx, *args, args_tree=args_tree, atomic_type=add)
     operation = old.owner
     if operation.name != "tt.atomic_rmw" or "sem" not in operation.attributes:
-        raise NotImplementedError(
-            f"JAX {jax.__version__} lowers atomic_add to {operation.name}, which relaxed_add does not know."
-        )
+        raise RuntimeError(f"JAX {jax.__version__} lowers atomic_add to {operation.name}, which relaxed_add does not know.")
     operation.attributes["sem"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), RELAXED)
     return old
