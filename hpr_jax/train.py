@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
 
 log = logging.getLogger("hpr_jax")
+
+# The part of the time that the loop waits for data, while the device may still be busy, that is worth a word.
+DATA_WAIT = 0.1
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,13 +131,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     if start >= steps:
         log.info("Step %d of %d is done already.", start, steps)
     loader = TrainLoader(plan, views, max_boxes)
-    batches = train_batches(loader, start, max(start, steps), config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
     step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed, views.count)
     run = _Run(config, workdir, checkpoints, evaluator, meta, start)
+    batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
     try:
         metrics = run.loop(step_function, state, batches)
     finally:
+        batches.close()
         run.close()
         checkpoints.close()
     return metrics
@@ -148,25 +153,26 @@ class _Run:
         self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True)
         best = checkpoints.best_meta()
         self.best = best.metrics.get("AP", -1.0) if best else -1.0
-        self.refilled = 0
+        self.refilled, self.said_to_wait = 0, False
 
     def loop(self, step_function, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         settings, metrics = self.config.train, {}
-        interval = _Interval()
         # The numbers of a step are read while the next one runs.
         pending = None
         step = first = int(state.step)
+        # Nothing was loaded ahead of the first batch: waiting for it says nothing.
+        upcoming = self._fetch(step, batches, _Interval())
+        interval = _Interval()
         while step < settings.steps:
-            began = time.perf_counter()
-            batch = next(batches)
-            interval.waited += time.perf_counter() - began
-            self._report(step, batch)
-            state, numbers = step_function(state, to_device(batch), learning_rate(self.config.optimizer, step))
+            batch, images = upcoming
+            state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
+            # The device works on the step while the next batch is waited for and goes to it.
+            upcoming = self._fetch(step + 1, batches, interval)
             if pending is not None:
                 self._check(step, pending, interval)
             pending = numbers
             step += 1
-            interval.images += len(batch.images) // batch.views
+            interval.images += images
             last = step == settings.steps
             logs = step % settings.log_every == 0 or last or step == first + 1
             saves = step % settings.checkpoint_every == 0 or last
@@ -199,14 +205,22 @@ class _Run:
             )
         interval.losses.append(loss)
 
-    def _report(self, step: int, batch: Batch) -> None:
+    def _fetch(self, step: int, batches: Iterator[Batch], interval: "_Interval") -> tuple[DeviceBatch, int] | None:
+        """The batch of a step, on its way to the device, and how many images it has; None behind the last step."""
+        if step >= self.config.train.steps:
+            return None
+        began = time.perf_counter()
+        batch = next(batches)
+        interval.waited += time.perf_counter() - began
         self.refilled += len(batch.reports)
         for report in batch.reports:
             log.warning("step %d: %s (%d such reports so far)", step + 1, report, self.refilled)
+        return to_device(batch), len(batch.images) // batch.views
 
     def _log(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
         seconds = time.perf_counter() - interval.began
         images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
+        data_wait = interval.waited / seconds
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
         self.writer.write(
             step,
@@ -215,14 +229,25 @@ class _Run:
                 "learning_rate": rate,
                 "gradient_norm": float(numbers["gradient_norm"]),
                 "images_per_second": images_per_second,
-                "data_wait": interval.waited / seconds,
+                "data_wait": data_wait,
                 "reports": self.refilled,
                 **terms,
             },
         )
         self.bar.set_postfix_str(
             f"loss {np.mean(interval.losses):.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
+            + (f", waiting for data {data_wait:.0%}" if data_wait > DATA_WAIT else "")
         )
+        # Behind the first step hardly anything has been loaded ahead.
+        if data_wait > DATA_WAIT and step > self.bar.initial + 1 and not self.said_to_wait:
+            self.said_to_wait = True
+            log.warning(
+                "step %d: %.0f%% of the time went into waiting for data; raise config.data.workers (now %d, on %d cores).",
+                step,
+                100 * data_wait,
+                self.config.data.workers,
+                os.cpu_count(),
+            )
 
     def _save(self, step: int, state: TrainState) -> None:
         training = {"optimizer": state.optimizer, "step": state.step}
