@@ -78,6 +78,9 @@ def base() -> ConfigDict:
         # Static image shapes, chosen by the plan to waste little padding; each is compiled once. scripts/bench_buckets.py
         # has the curve: 6 add a third of the pixels, 12 a fifth, 24 an eighth.
         "buckets": 12,
+        # Processes that load training batches, each with a copy of the annotations: as many as there are cores to spare; 0:
+        # threads of this process, as in evaluation. The batches are the same.
+        "workers": 0,
         "threads": 4,
     }
     config.augmentation = detr_augmentation()

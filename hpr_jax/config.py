@@ -140,6 +140,9 @@ def check(config: ConfigDict) -> None:
         section, name = key.split(".")
         if config[section][name] < 1:
             raise UserError(f"config.{key} is {config[section][name]}; it must be at least 1.")
+    # Checkpoints of runs before there were workers do not name them.
+    if config.data.get("workers", 0) < 0:
+        raise UserError(f"config.data.workers is {config.data.workers}; it must be at least 0.")
     if min(config.train.steps, config.train.epochs) < 0 or bool(config.train.steps) == bool(config.train.epochs):
         raise UserError(
             f"config.train.steps is {config.train.steps} and config.train.epochs is {config.train.epochs}; one of them "

@@ -1,5 +1,5 @@
-"""The devices of a run, those of other processes too, as a mesh of one axis: batches are split over it, everything else is on
-each of them."""
+"""The devices of a run, those of other processes too, as a mesh of one axis: batches are split over it, everything else is
+on each of them."""
 
 import json
 import os
@@ -53,11 +53,13 @@ def local_part(array: jax.Array, axis: int = 0) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
-def on_local_devices(tree: Any) -> Any:
-    """A tree of replicated arrays as arrays on the devices of this process alone, without a copy."""
-    sharding = NamedSharding(data_mesh(jax.local_devices()), EVERYWHERE)
+def on_devices_of(mesh: Mesh, tree: Any) -> Any:
+    """A tree of arrays that every device has, as arrays on the devices of a mesh of this process alone."""
+    sharding = NamedSharding(mesh, EVERYWHERE)
 
     def localise(x):
+        if x.is_fully_addressable:
+            return jax.device_put(x, sharding)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, [shard.data for shard in x.addressable_shards])
 
     return jax.tree.map(localise, tree)
@@ -77,8 +79,8 @@ def join_processes() -> None:
         jax.distributed.initialize(**numbers)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"The processes cannot be brought together: {str(error).splitlines()[0]} Start them by Slurm or Open MPI, or set "
-            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each."
+            f"The processes cannot be brought together: {str(error).splitlines()[0]} Start them by Slurm or Open MPI, or "
+            "set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each."
         ) from error
 
 

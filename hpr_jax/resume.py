@@ -66,8 +66,8 @@ def check_same_run(found: Meta, now: Meta, accept_changes: bool) -> None:
     changed += [f"the {split} of the data set" for split in data if data[split] != now.run["data"][split]]
     if changed and not accept_changes:
         raise UserError(
-            f"The workdir holds a run that differs in {', '.join(changed)}. Choose another workdir, or go on all the same with "
-            "--accept-changes."
+            f"The workdir holds a run that differs in {', '.join(changed)}. Choose another workdir, or go on all the same "
+            "with --accept-changes."
         )
     for change in changed:
         log.warning("Goes on with another setting than the run began with: %s.", change)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,9 @@ from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
 
 log = logging.getLogger("hpr_jax")
+
+# The part of the time that the loop waits for data, while the device may still be busy, that is worth a word.
+DATA_WAIT = 0.1
 
 
 @functools.lru_cache(maxsize=8)
@@ -154,7 +158,6 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
     if start >= steps:
         log.info("Step %d of %d is done already.", start, steps)
     loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
-    batches = train_batches(loader, start, max(start, steps), config.data.threads)
     evaluator = Evaluator(config, val_set, graph)
     settings = config.train
     step_function = make_train_step(
@@ -162,9 +165,11 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
     )
     with StopRequests() as requests, MetricWriter(workdir if leads() else None, start) as writer:
         run = _Run(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
+        batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
         try:
             return run.loop(step_function, state, batches)
         finally:
+            batches.close()
             run.bar.close()
 
 
@@ -180,26 +185,24 @@ class _Run:
         # Shapes of batches that the step has been compiled for, and how many programs that took.
         self.shapes, self.compiled = set(), 0
         # Whether another process was asked to stop.
-        self.others_stop = False
+        self.others_stop = self.said_to_wait = False
 
     def loop(self, step_function, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         settings, metrics = self.config.train, {}
-        interval = _Interval()
         # The numbers of a step are read while the next one runs.
         pending = None
-        step = int(state.step)
+        step = first = int(state.step)
         self.bar.update(step)
+        # Nothing was loaded ahead of the first batch: waiting for it says nothing.
+        upcoming = self._fetch(step, batches, _Interval())
+        interval = _Interval()
         while step < settings.steps:
-            began = time.perf_counter()
-            batch = next(batches)
-            interval.waited += time.perf_counter() - began
-            self._report(step, batch)
-            counts = {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)}
-            rate = learning_rate(self.config.optimizer, step)
-            on_devices = to_devices(batch, self.mesh, counts)
+            batch = upcoming
             with jax.transfer_guard("disallow"):
-                state, numbers = step_function(state, on_devices, rate)
+                state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
             self._watch_compilation(step, step_function, batch.images.shape)
+            # The devices work on the step while the next batch is waited for and goes to them.
+            upcoming = self._fetch(step + 1, batches, interval)
             if pending is not None:
                 self._check(step, pending)
             pending = numbers
@@ -215,7 +218,7 @@ class _Run:
                 pending = None
             self.bar.update()
             if logs:
-                self._log(step, numbers, interval)
+                self._log(step, numbers, interval, loaded_ahead=step > first + 1)
                 interval = _Interval()
             if evaluates:
                 metrics = self._evaluate(step, state)
@@ -243,24 +246,31 @@ class _Run:
         self.progress.reports += int(numbers["reports"])
         self.others_stop = bool(numbers["stop"])
 
-    def _report(self, step: int, batch: Batch) -> None:
-        for report in batch.reports:
-            log.warning("step %d: %s (%d such reports before this step)", step + 1, report, self.progress.reports)
+    def _fetch(self, step: int, batches: Iterator[Batch], interval: "_Interval") -> DeviceBatch | None:
+        """The batch of a step, on its way to the devices; None behind the last step."""
+        if step >= self.config.train.steps:
+            return None
+        began = time.perf_counter()
+        batch = next(batches)
+        interval.waited += time.perf_counter() - began
+        for number, report in enumerate(batch.reports, start=self.progress.reports + 1):
+            log.warning("step %d: %s (%d such reports so far)", step + 1, report, number)
+        return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
 
     def _watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
         """Each shape of batches is compiled once; what is compiled again would go unnoticed, and slow."""
         compiled = step_function.compilations
         # The second step compiles nothing either: states come back as they went in.
         if compiled > self.compiled and shape in self.shapes:
-            log.warning("step %d: compiled again for batches %dx%d, which had been compiled.", step + 1, *shape[1:3])
+            log.warning("step %d: compiled again for batches %dx%d, which had been compiled.", step + 1, *shape[2:4])
         self.shapes.add(shape)
         self.compiled = compiled
 
-    def _log(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
+    def _log(self, step: int, numbers: StepNumbers, interval: "_Interval", *, loaded_ahead: bool) -> None:
         seconds = time.perf_counter() - interval.began
         images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
-        loss = float(np.mean(self.progress.losses))
+        loss, data_wait = float(np.mean(self.progress.losses)), interval.waited / seconds
         self.progress.losses.clear()
         self.writer.write(
             step,
@@ -269,13 +279,25 @@ class _Run:
                 "learning_rate": rate,
                 "gradient_norm": float(numbers["gradient_norm"]),
                 "images_per_second": images_per_second,
-                "data_wait": interval.waited / seconds,
+                "data_wait": data_wait,
                 "compilations": self.compiled,
                 "reports": self.progress.reports,
                 **terms,
             },
         )
-        self.bar.set_postfix_str(f"loss {loss:.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s")
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
+            + (f", waiting for data {data_wait:.0%}" if data_wait > DATA_WAIT else "")
+        )
+        if data_wait > DATA_WAIT and loaded_ahead and not self.said_to_wait:
+            self.said_to_wait = True
+            log.warning(
+                "step %d: %.0f%% of the time went into waiting for data; raise config.data.workers (now %d, on %d cores).",
+                step,
+                100 * data_wait,
+                self.config.data.workers,
+                os.cpu_count(),
+            )
 
     def _save(self, step: int, state: TrainState) -> None:
         self.checkpoints.save(step, _evaluated(state), _training(state), self._meta(step, {}))

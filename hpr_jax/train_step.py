@@ -100,7 +100,8 @@ class TrainStep:
     Args:
       seed: of denoising queries and drop path.
       average_decay: of the moving average of the parameters, where the state has one.
-      parts: so many, computed one after the other, make up a batch: less memory, and a forward pass more for all but the last.
+      parts: so many, computed one after the other, make up a batch: less memory, and one forward pass more for each but the
+        last.
       mesh: the devices; by default the first one.
     """
 
@@ -273,8 +274,8 @@ def _at_batch_axis(function: Callable[..., jax.Array], *outputs: Outputs) -> Out
 
 
 def _side_by_side(tree: Any) -> Any:
-    """`[V, B, ...]` -> `[B * V, ...]`: the views of an image become neighbours, so that splitting the images splits the views
-    alike, without a transfer."""
+    """`[V, B, ...]` -> `[B * V, ...]`: the views of an image become neighbours, so that splitting the images splits the
+    views alike, without a transfer."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import cv2
 import jax
@@ -102,7 +103,8 @@ def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(training._Run, "_log", lambda self, step, numbers, interval: images.append(interval.images))
     config = with_strong_views(coco)
     train(config, tmp_path / "whole")
-    for config.train.steps in (2, 4):
+    # However they are loaded.
+    for config.train.steps, config.data.workers in ((2, 0), (4, 2)):
         train(config, tmp_path / "parts")
     assert len(batches) == 8
     for one, two in zip(batches[:4], batches[4:]):
@@ -111,6 +113,45 @@ def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
     assert not np.array_equal(batches[0].images, batches[3].images)
     # Logged behind the steps 1, 2 and 4, and 1, 2, 3 and 4: two images each.
     assert images == [2, 2, 4, 2, 2, 2, 2]
+
+
+def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_path, monkeypatch, caplog):
+    """Steps that take no time and batches that take some."""
+    events = []
+
+    class SlowBatches:
+        def __init__(self, loader, start, stop, threads, workers):
+            self.batches = (loader[step] for step in range(start, stop))
+
+        def __next__(self):
+            time.sleep(0.1)
+            events.append("batch")
+            return next(self.batches)
+
+        def close(self):
+            events.append("close")
+
+    def step(state, batch, learning_rate):
+        events.append("step")
+        return state.replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
+
+    check_numbers = training._Run._check
+    monkeypatch.setattr(training._Run, "_check", lambda *arguments: (events.append("wait"), check_numbers(*arguments)))
+    monkeypatch.setattr(training, "train_batches", SlowBatches)
+    monkeypatch.setattr(training, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
+    config = tiny.config(coco)
+    config.train.update(steps=6, checkpoint_every=100)
+    with caplog.at_level("WARNING", "hpr_jax"):
+        train(config, tmp_path)
+    assert lines(tmp_path)[1]["data_wait"] > 0.1
+    (sentence,) = [message for message in caplog.messages if "waiting for data" in message]
+    assert sentence.startswith("step 2: ")
+    assert "raise config.data.workers (now 0" in sentence
+    # Logged behind the steps 1, 2, 4 and 6, for which their numbers are waited for; else for those of the step before.
+    begin, logged, unlogged = ["batch"], ["step", "batch", "wait"], ["step", "batch", "step", "batch", "wait", "wait"]
+    end = ["step", "batch", "step", "wait", "wait", "close"]
+    assert events == begin + 2 * logged + unlogged + end
 
 
 def test_evaluating_twice_is_equal(trained, tmp_path):

@@ -3,17 +3,16 @@
 A training batch has all weak views of its images, then, if there are strong ones, all strong views in the same order.
 """
 
-import ctypes
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from hpr_jax.data.coco import CocoDataset, Record
 from hpr_jax.data.plan import PlannedBatch, Shape, Slot, TrainPlan
 from hpr_jax.data.transforms import UnreadableImageError, apply, read_annotated_image
 from hpr_jax.data.views import ViewMaker
+from hpr_jax.data.workers import LoadedByWorkers, keep_freed_memory
 from hpr_jax.errors import UserError
 
 
@@ -76,16 +75,30 @@ def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes
 
 class TrainLoader:
     """Random access to the batches of a plan. A slot whose image cannot be read takes the plan's next image of the same
-    bucket instead, and the batch reports it."""
+    bucket instead, and the batch reports it.
 
-    def __init__(self, plan: TrainPlan, make_views: ViewMaker, max_boxes: int):
+    Args:
+      share: (index, count): loads, of the images of a batch, the part with this index out of so many equal ones, as one of
+        several processes does.
+
+    Raises:
+      ValueError: the images of a batch cannot be shared equally.
+    """
+
+    def __init__(self, plan: TrainPlan, make_views: ViewMaker, max_boxes: int, share: tuple[int, int] = (0, 1)):
         self.plan, self.make_views, self.max_boxes = plan, make_views, max_boxes
+        index, count = share
+        if plan.batch_size % count:
+            raise ValueError(f"A batch of {plan.batch_size} images cannot be shared equally by {count} processes.")
+        part = plan.batch_size // count
+        self.places = slice(index * part, (index + 1) * part)
 
     def __getitem__(self, step: int) -> Batch:
         planned, views = self.plan[step], self.make_views.count
-        batch = empty_batch(views * len(planned.slots), planned.shape, self.max_boxes)
+        slots = planned.slots[self.places]
+        batch = empty_batch(views * len(slots), planned.shape, self.max_boxes)
         batch.views = views
-        for place, slot in enumerate(planned.slots):
+        for place, slot in enumerate(slots):
             try:
                 self._load(batch, place, slot)
             except UnreadableImageError as error:
@@ -117,32 +130,41 @@ class TrainLoader:
         raise UserError(f"{error}, and none of the images planned next could be read in its place.")
 
 
-def keep_freed_memory() -> None:
-    """Makes the process keep the memory of freed images for the next ones: getting it from the system anew, page by page,
-    takes a quarter of the loading time. With the GNU C library alone; elsewhere nothing happens."""
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return
-    set_option(mmap_threshold, ctypes.c_int(2**28))
-    set_option(trim_threshold, ctypes.c_int(2**30))
+def train_batches(loader: TrainLoader, start: int, stop: int, threads: int, workers: int = 0) -> Iterator[Batch]:
+    """Batches of the steps from `start` to `stop`, loaded ahead by worker processes or, without any, by threads of this
+    process: the same ones, always in order. The iterator's `close()` ends the loading.
 
-
-def train_batches(loader: TrainLoader, start: int, stop: int, threads: int) -> Iterator[Batch]:
-    """Batches of the steps from `start` to `stop`, loaded ahead by threads, always in order."""
+    Raises, with a worker's batch:
+      RunError: the worker was ended from outside.
+    """
     keep_freed_memory()
+    if workers:
+        return LoadedByWorkers(loader, range(start, stop), workers)
+    return _loaded_by_threads(loader, range(start, stop), threads)
+
+
+def _loaded_by_threads(loader: Sequence[Batch], steps: range, threads: int) -> Iterator[Batch]:
+    """At most two batches a thread are loaded ahead."""
+    # Grain imports JAX, which workers, who import this file, have no use for.
+    import grain
+
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    steps = grain.MapDataset.range(start, stop).map(lambda step: loader[int(step)])
-    return iter(steps.to_iter_dataset(options))
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(lambda step: loader[int(step)])
+    return iter(dataset.to_iter_dataset(options))
 
 
 class EvaluationLoader:
     """Random access to the batches of an evaluation plan, all `batch_size` long; images that cannot be read stay out, and
-    the batch reports them."""
+    the batch reports them.
 
-    def __init__(self, dataset: CocoDataset, plan: Sequence[PlannedBatch], batch_size: int):
-        self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
+    Args:
+      share: (index, count): has, of the batches, those at this index, counting anew from every `count`-th, as one of several
+        processes does.
+    """
+
+    def __init__(self, dataset: CocoDataset, plan: Sequence[PlannedBatch], batch_size: int, share: tuple[int, int] = (0, 1)):
+        index, count = share
+        self.dataset, self.plan, self.batch_size = dataset, plan[index::count], batch_size
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -164,6 +186,4 @@ class EvaluationLoader:
 
 def evaluation_batches(loader: EvaluationLoader, threads: int) -> Iterator[Batch]:
     """All batches, loaded ahead by threads, in order."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    steps = grain.MapDataset.range(len(loader)).map(lambda index: loader[int(index)])
-    return iter(steps.to_iter_dataset(options))
+    return _loaded_by_threads(loader, range(len(loader)), threads)
