@@ -38,8 +38,8 @@ class EvaluationResult:
 
 
 def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
-    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid; images are split over
-    the devices of a mesh, if there is one."""
+    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid. A mesh splits the
+    images over its devices."""
 
     def detect(state, images, sizes):
         detector = nnx.merge(graph, state)
@@ -53,8 +53,8 @@ def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
 
 
 class Evaluator:
-    """Evaluates states of one detector on one split; compiled programs are kept between runs. Every process detects on a share
-    of the images with its own devices, and all have the result."""
+    """Evaluates states of one detector on one split; compiled programs are kept between runs. Every process detects on a
+    share of the images with its own devices, and all have the result."""
 
     def __init__(self, config: ConfigDict, dataset: CocoDataset, graph: nnx.GraphDef):
         settings = config.evaluate
