@@ -1,11 +1,13 @@
 """Orbax checkpoints: the latest ones of a run, and its best one apart from them.
 
-A checkpoint is a directory with the items `model` (all variables), `training` (optimizer state; not in best ones) and
-`meta` (JSON: config, classes, step, metrics). `model` and `meta` suffice for evaluation and prediction.
+A checkpoint is a directory with the items `model` (all variables that evaluation takes), `training` (what else a run goes on
+from; not in best ones) and `meta` (JSON: config, classes, step, metrics, what the run depends on), and a manifest.
 """
 
 import contextlib
 import dataclasses
+import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,32 @@ from ml_collections import ConfigDict
 
 from hpr_jax.config import check, differences, from_plain, override, to_plain
 from hpr_jax.data.coco import Classes
-from hpr_jax.errors import UserError
+from hpr_jax.devices import agree, leads, wait_for_all
+from hpr_jax.errors import RunError, UserError
+from hpr_jax.manifest import find_damage, write_manifest
 from hpr_jax.models.build import Compute, build_detector
 from hpr_jax.models.detector import Detector
 
 LATEST, BEST = "checkpoints", "best"
+# Of the names of folders that are being written or deleted.
+PARTIAL = ".partial"
+
+log = logging.getLogger("hpr_jax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself.
+
+    Attributes:
+      run: what a run that goes on from it must know beside its arrays, JSON types.
+    """
 
     config: dict[str, Any]
     classes: Classes
     step: int
     metrics: dict[str, float]
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,12 +53,13 @@ class Meta:
             "category_ids": list(self.classes.category_ids),
             "step": self.step,
             "metrics": self.metrics,
+            "run": self.run,
         }
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Meta":
         classes = Classes(tuple(content["class_names"]), tuple(content["category_ids"]))
-        return Meta(_current(content["config"]), classes, content["step"], content["metrics"])
+        return Meta(_current(content["config"]), classes, content["step"], content["metrics"], content.get("run", {}))
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
@@ -61,63 +75,120 @@ def _current(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run, below its workdir."""
+    """The checkpoints of one run, below its workdir. A checkpoint has its final name when it is complete, never before, and
+    a manifest by which damage is found. All processes call every method, and see the same files.
+
+    Args:
+      keep: so many latest ones.
+    """
 
     def __init__(self, workdir: Path, keep: int):
-        def manager(name, keep):
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-            return ocp.CheckpointManager((workdir / name).resolve(), options=options)
-
-        self._latest, self._best = manager(LATEST, keep), manager(BEST, 1)
+        self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
+        if leads():
+            for folder in (self._latest, self._best):
+                for left in folder.glob(f"*{PARTIAL}*"):
+                    shutil.rmtree(left)
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
-        """Saves a checkpoint to resume from."""
-        self._save(self._latest, step, meta, model=nnx.to_pure_dict(model), training=training)
+        """Saves a checkpoint to resume from, then deletes the oldest.
+
+        Raises:
+          RunError: it cannot be written; the others are as they were.
+        """
+        _write(self._latest / str(step), meta, model=nnx.to_pure_dict(model), training=training)
+        _delete(_steps(self._latest)[: -self._keep])
 
     def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
-        """Saves the best model so far, in place of the one before."""
-        for later in [other for other in self._best.all_steps() if other >= step]:
-            # From a run that went back before it; Orbax would keep it and leave the new one out.
-            self._best.delete(later)
-        self._save(self._best, step, meta, model=nnx.to_pure_dict(model))
-
-    @staticmethod
-    def _save(manager: ocp.CheckpointManager, step: int, meta: Meta, **items: Any) -> None:
-        arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays))
-        # At once, so that nothing depends on when the state's buffers, donated to the next step, are read.
-        manager.wait_until_finished()
+        """Saves the best model so far, in place of the one before; raises as `save` does."""
+        _write(self._best / str(step), meta, model=nnx.to_pure_dict(model))
+        _delete([path for path in _steps(self._best) if path.name != str(step)])
 
     def latest_meta(self) -> Meta | None:
-        """What the newest checkpoint says of itself, or None before the first."""
-        return self._meta(self._latest)
+        """What the newest undamaged checkpoint says of itself, or None before the first. Damaged ones are put aside.
+
+        Raises:
+          UserError: all are damaged.
+        """
+        damaged = []
+        while steps := _steps(self._latest):
+            damage = agree(lambda newest=steps[-1]: find_damage(newest))
+            if not damage:
+                return read_meta(steps[-1], check=False)
+            damaged.append(steps[-1].name)
+            aside = steps[-1].with_suffix(".damaged")
+            log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", steps[-1], damage, aside.name)
+            if leads():
+                shutil.rmtree(aside, ignore_errors=True)
+                steps[-1].rename(aside)
+            wait_for_all("put aside")
+        if damaged:
+            raise UserError(
+                f"All checkpoints in {self._latest} are damaged (steps {', '.join(damaged)}). To begin anew, choose another "
+                "workdir or delete this one."
+            )
+        return None
 
     def best_meta(self) -> Meta | None:
-        """The same of the best checkpoint."""
-        return self._meta(self._best)
-
-    @staticmethod
-    def _meta(manager: ocp.CheckpointManager) -> Meta | None:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        return Meta.from_json(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+        """What the best checkpoint says of itself, None if there is none."""
+        steps = _steps(self._best)
+        return read_meta(steps[-1], check=False) if steps else None
 
     def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
-        """The model and training state of a step, in the shapes of the given ones."""
-        restored = self._latest.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(model))),
-                training=ocp.args.StandardRestore(_abstract(training)),
-            ),
-        )
+        """The model and training state of a step, in the shapes and on the devices of the given ones."""
+        path = self._latest / str(step)
+        with _reader(path) as reader:
+            restored = reader.restore(
+                path,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(_placed(nnx.to_pure_dict(model))),
+                    training=ocp.args.StandardRestore(_placed(training)),
+                ),
+            )
         nnx.replace_by_pure_dict(model, restored.model)
         return model, restored.training
 
-    def close(self) -> None:
-        self._latest.close()
-        self._best.close()
+
+def _write(path: Path, meta: Meta, **items: Any) -> None:
+    partial = path.with_suffix(PARTIAL)
+    arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(partial, ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays), force=True)
+        if leads():
+            write_manifest(partial)
+            _delete_now([path] if path.exists() else [])
+            partial.rename(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"The checkpoint {path} cannot be written: {_reason(error)}. Earlier checkpoints are as they were; the same "
+            "command goes on from the latest."
+        ) from error
+    wait_for_all("written")
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    if leads():
+        _delete_now(paths)
+    wait_for_all("deleted")
+
+
+def _delete_now(paths: Iterable[Path]) -> None:
+    for path in paths:
+        # What is being deleted does not look like a checkpoint.
+        shutil.rmtree(path.rename(path.with_suffix(f"{PARTIAL}-old")))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "meta").is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _reason(error: Exception) -> str:
+    """The end of a message that may quote others."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "no space is left on the device" if "No space left" in str(error) else text
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -129,19 +200,24 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
     for folder in (path / BEST, path / LATEST, path):
-        steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "meta").is_dir()] if folder.is_dir() else []
-        if steps:
-            return max(steps, key=lambda p: int(p.name))
+        if steps := _steps(folder):
+            return steps[-1]
     raise UserError(f"There is no checkpoint in {path}; give a run's workdir or one checkpoint's directory.")
 
 
-def read_meta(path: Path) -> Meta:
+def read_meta(path: Path, *, check: bool = True) -> Meta:
     """What a checkpoint says of itself.
 
+    Args:
+      check: looks for damage first.
+
     Raises:
-      UserError: no checkpoint there, or one that cannot be read.
+      UserError: no checkpoint there, or one that is damaged or cannot be read.
     """
     path = find_checkpoint(Path(path)).resolve()
+    damage = find_damage(path) if check else None
+    if damage:
+        raise UserError(f"The checkpoint {path} is damaged: {damage}.")
     with _reader(path) as reader:
         return Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
 
@@ -158,7 +234,7 @@ def load_detector(path: Path, compute: Mapping[str, Any] | None = None) -> tuple
         detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names), compute)
         state = nnx.state(detector)
         restored = reader.restore(
-            path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(state))))
+            path, args=ocp.args.Composite(model=ocp.args.StandardRestore(_on_first_device(nnx.to_pure_dict(state))))
         )
     nnx.replace_by_pure_dict(state, restored.model)
     nnx.update(detector, state)
@@ -202,6 +278,10 @@ def abstract_detector(
     return nnx.eval_shape(lambda: build_detector(model_config, num_classes, compute=compute, rngs=nnx.Rngs(0)))
 
 
-def _abstract(tree: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _placed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _on_first_device(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)

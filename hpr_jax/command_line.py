@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from hpr_jax.errors import RunError, UserError
+from hpr_jax.errors import RunError, StoppedError, UserError
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,6 +44,9 @@ def run_command(run: Callable[[], None]) -> int:
     except RunError as error:
         print(f"hpr_jax: {error}", file=sys.stderr)
         return 1
+    except StoppedError as stopped:
+        print(f"hpr_jax: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("hpr_jax: stopped.", file=sys.stderr)
         return 130

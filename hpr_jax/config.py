@@ -127,7 +127,14 @@ def check(config: ConfigDict) -> None:
       UserError: names the setting and what it must be.
     """
     at_least_one = ("train.batch_size", "train.log_every", "train.checkpoint_every", "train.evaluate_every")
-    at_least_one += ("train.keep_checkpoints", "data.buckets", "data.threads", "evaluate.batch_size", "evaluate.side")
+    at_least_one += (
+        "train.parts",
+        "train.keep_checkpoints",
+        "data.buckets",
+        "data.threads",
+        "evaluate.batch_size",
+        "evaluate.side",
+    )
     at_least_one += ("evaluate.max_side", "evaluate.detections", "evaluate.buckets", "augmentation.max_side")
     for key in at_least_one:
         section, name = key.split(".")
@@ -145,6 +152,8 @@ def check(config: ConfigDict) -> None:
         if not config.augmentation[key] or min(config.augmentation[key]) < 1:
             raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")
     _check_augmentation(config.augmentation)
+    if not 0 <= config.train.average_decay < 1:
+        raise UserError(f"config.train.average_decay is {config.train.average_decay}; it must be at least 0 and below 1.")
     canvas = config.evaluate.canvas
     if canvas and canvas < config.evaluate.max_side:
         raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least config.evaluate.max_side.")

@@ -57,7 +57,6 @@ def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Pat
     checkpoints = Checkpoints(workdir, keep=1)
     step = step if isinstance(step, int) and step >= 0 else 0
     checkpoints.save_best(step, nnx.state(detector), Meta(to_plain(config), classes, step, {}))
-    checkpoints.close()
     print(f"{workdir}: {len(tensors)} tensors, {count} classes. python -m hpr_jax.main --mode evaluate --workdir {workdir}")
 
 

@@ -267,29 +267,32 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
     optimizer, settings = make_optimizer(config), config.train
     moments = jax.eval_shape(optimizer.init, params)
-    state = TrainState(_array(dtype=jnp.int32), params, frozen, moments)
+    average = params if settings.average_decay else None
+    state = TrainState(_array(dtype=jnp.int32), params, frozen, moments, average)
     views = 1 + config.augmentation.strong_views
-    images = _array(views * settings.batch_size, *image, 3, dtype=jnp.uint8)
-    batch = DeviceBatch(images=images, targets=_targets(views * settings.batch_size, max_boxes))
-    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, views)
-    forward = jax.eval_shape(step.forward, state, batch)
+    images = _array(views, settings.batch_size, *image, 3, dtype=jnp.uint8)
+    targets = jax.tree.map(lambda x: _array(views, settings.batch_size, *x.shape[1:], dtype=x.dtype), _targets(1, max_boxes))
+    batch, part = DeviceBatch(images=images, targets=targets), _array(dtype=jnp.int32)
+    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, parts=settings.parts)
+    forward = jax.eval_shape(step.forward, state, batch, part)
     assigned = [_array(*request.cost.shape[:3], dtype=jnp.int32) for request in forward.requests]
+    losses = batch, [forward.outputs] * settings.parts, forward.denoising, [assigned] * settings.parts
+    _, cotangents = jax.eval_shape(step.loss, *losses)
+    gradients = jax.eval_shape(step.backward, state, forward.pullback, cotangents[-1])
+    programs = (
+        compiled_memory(step.forward, state, batch, part),
+        compiled_memory(step.loss, *losses),
+        compiled_memory(step.backward, state, forward.pullback, cotangents[-1]),
+        compiled_memory(step.update, state, gradients, 0.0),
+    )
     return {
-        "parameters": _bytes((params, frozen)),
+        "parameters": _bytes((params, frozen, average)),
         "optimizer moments": _bytes(moments),
         "batch": _bytes(batch),
+        "gradients": _bytes(gradients) * min(settings.parts, 2),
         "kept for the backward pass": _bytes(forward),
-        **_larger(
-            compiled_memory(step.forward, state, batch),
-            compiled_memory(step.backward, state, batch, forward, assigned, 0.0),
-        ),
-        "gradients": _bytes(params),
+        **({"temporaries": max(program["temporaries"] for program in programs)} if all(programs) else {}),
     }
-
-
-def _larger(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    """Memory of two programs, one after the other, beside what the first hands to the second."""
-    return {**second, **({"temporaries": max(first["temporaries"], second["temporaries"])} if second else {})}
 
 
 def compiled_memory(function: Callable, *inputs: Any) -> dict[str, int]:
@@ -381,11 +384,8 @@ def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
     except jax.errors.JaxRuntimeError as error:
         print(f"XLA cannot compile it: {str(error).splitlines()[0]}")
         return
-    gradients = sizes.pop("gradients", 0)
     rows = list(sizes.items())
     analysed = "temporaries" in sizes
-    if gradients:
-        rows.append(("  gradients among them" if analysed else "gradients", gradients))
     if analysed:
         rows.append(("total", sum(sizes.values())))
     _print_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows)

@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, for reasons in the run itself: `main` prints it as one sentence and exits with code 1."""
+
+
+class StoppedError(Exception):
+    """A run that was asked to stop and has saved: `main` prints it and exits with its code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

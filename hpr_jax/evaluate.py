@@ -1,6 +1,7 @@
 """Detections of a whole split, and their average precision."""
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -18,6 +20,7 @@ from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
 from hpr_jax.data.coco import Classes, CocoDataset, load_coco
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
 from hpr_jax.data.transforms import whole
+from hpr_jax.devices import EVERYWHERE, data_mesh, gather, leads, on_devices_of, split_at, spread
 from hpr_jax.logs import log_dropped
 from hpr_jax.metrics import coco_average_precision, find_evaluator
 from hpr_jax.models.detector import detections
@@ -34,41 +37,49 @@ class EvaluationResult:
     detections: list[dict[str, Any]]
 
 
-def make_detect(graph: nnx.GraphDef, count: int):
-    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid."""
+def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
+    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid. A mesh splits the
+    images over its devices."""
 
-    @jax.jit
     def detect(state, images, sizes):
         detector = nnx.merge(graph, state)
         outputs = detector(detector.normalize(images, sizes), sizes)
         return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, count)
 
-    return detect
+    if mesh is not None:
+        specs = EVERYWHERE, split_at(0), split_at(0)
+        detect = jax.shard_map(detect, mesh=mesh, in_specs=specs, out_specs=split_at(0), check_vma=False)
+    return jax.jit(detect)
 
 
 class Evaluator:
-    """Evaluates states of one detector on one split; compiled programs are kept between runs."""
+    """Evaluates states of one detector on one split; compiled programs are kept between runs. Every process detects on a
+    share of the images with its own devices, and all have the result."""
 
     def __init__(self, config: ConfigDict, dataset: CocoDataset, graph: nnx.GraphDef):
         settings = config.evaluate
         geometries = whole(dataset.sizes, settings.side, settings.max_side, settings.canvas)
         buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
-        plan = evaluation_plan(geometries, batch_size=settings.batch_size, buckets=buckets)
-        self.loader = EvaluationLoader(dataset, plan, settings.batch_size)
+        self.mesh = data_mesh(jax.local_devices())
+        batch_size = settings.batch_size * self.mesh.size
+        plan = evaluation_plan(geometries, batch_size=batch_size, buckets=buckets)
+        self.loader = EvaluationLoader(dataset, plan, batch_size, share=(jax.process_index(), jax.process_count()))
         self.dataset, self.threads = dataset, config.data.threads
         find_evaluator(settings.evaluator)
         self.evaluator = settings.evaluator
-        self.detect = make_detect(graph, settings.detections)
+        self.detect = make_detect(graph, settings.detections, self.mesh)
 
     def run(self, state: nnx.State) -> EvaluationResult:
-        """Detects on every image and computes AP."""
+        """Detects on every image and computes AP; the state is on all devices of the process, or of all processes."""
+        state = on_devices_of(self.mesh, state)
         found: list[dict[str, Any]] = []
         batches = evaluation_batches(self.loader, self.threads)
         bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False)
         for batch, planned in zip(bar, self.loader.plan):
             for report in batch.reports:
                 log.warning("%s", report)
-            arrays = jax.device_get(self.detect(state, batch.images, batch.sizes))
+            images, sizes = spread(self.mesh, (batch.images, batch.sizes))
+            arrays = jax.device_get(self.detect(state, images, sizes))
             for place, record in enumerate(batch.records):
                 if record is not None:
                     height, width = planned.slots[place].geometry.resized
@@ -76,6 +87,8 @@ class Evaluator:
                     found += _coco_results(
                         record.image_id, self.dataset.classes, *(array[place] for array in arrays), scale=scale
                     )
+        # In the same order, however many processes there are.
+        found = sorted(itertools.chain(*gather(found)), key=lambda one: one["image_id"])
         metrics, per_category = coco_average_precision(self.dataset.annotations, found, self.evaluator)
         classes = self.dataset.classes
         names = {
@@ -126,12 +139,15 @@ def evaluate(
     dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
     log_dropped(dataset)
     log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.annotations)
-    output.mkdir(parents=True, exist_ok=True)
+    if leads():
+        output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)
     result = Evaluator(config, dataset, graph).run(state)
     for name, value in result.metrics.items():
         log.info("%-10s %7.4f", name, value)
     log_table(result)
+    if not leads():
+        return result
     (output / "detections.json").write_text(json.dumps(result.detections))
     (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
     log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")

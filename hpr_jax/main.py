@@ -36,6 +36,15 @@ def _parser() -> CommandParser:
     parser.add_argument("--output", type=Path, help="folder of the results; default: WORKDIR/evaluation or /predictions")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that predict keeps (default 0.3)")
     parser.add_argument("--classes", type=int, default=80, help="classes of a config's detector to describe (default 80)")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="be one of several processes, which Slurm, Open MPI or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID bring together",
+    )
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on with a run whose settings or data were others when it began"
+    )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.add_argument("inputs", nargs="*", type=Path, help="images and folders of images, for predict")
     return parser
@@ -59,6 +68,8 @@ def _check(arguments: argparse.Namespace, unknown: list[str], parser: CommandPar
             raise UserError(f"--classes is {arguments.classes}; it must be at least 1.")
     elif not arguments.workdir and (arguments.mode == "train" or not (arguments.checkpoint and arguments.output)):
         raise UserError("Give --workdir DIR, the folder of the run.")
+    if arguments.distributed and arguments.mode not in ("train", "evaluate"):
+        raise UserError("Several processes can train and evaluate; leave out --distributed.")
     if arguments.workdir and arguments.workdir.exists() and not arguments.workdir.is_dir():
         raise UserError(f"The workdir {arguments.workdir} is a file; give a folder.")
 
@@ -87,10 +98,14 @@ def run(command_line: list[str]) -> None:
     from hpr_jax.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
+    if arguments.distributed:
+        from hpr_jax.devices import join_processes
+
+        join_processes()
     if arguments.mode == "train":
         from hpr_jax.train import train
 
-        train(config, arguments.workdir)
+        train(config, arguments.workdir, accept_changes=arguments.accept_changes)
         return
     if arguments.mode == "describe":
         from hpr_jax.describe import describe

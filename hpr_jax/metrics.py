@@ -95,19 +95,52 @@ def find_evaluator(name: str) -> tuple[type, type]:
 
 
 class MetricWriter:
-    """Writes numbers to `metrics.jsonl` and to TensorBoard event files in one directory."""
+    """Writes numbers to `metrics.jsonl` and to TensorBoard event files in one directory.
 
-    def __init__(self, workdir: Path):
+    Args:
+      workdir: None writes nothing.
+      start: the step that a run goes on from; what was written of later ones is dropped, as it comes again.
+    """
+
+    def __init__(self, workdir: Path | None, start: int = 0):
+        self._file = self._board = None
+        if workdir is None:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._file = (workdir / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(workdir))
+        path = workdir / "metrics.jsonl"
+        _drop_later(path, start)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+
+def _drop_later(path: Path, start: int) -> None:
+    """Leaves the lines of steps up to `start`; a process that was killed may have left half a line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            early = json.loads(line)["step"] <= start
+        except (ValueError, KeyError, TypeError):
+            continue
+        if early:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

@@ -50,6 +50,13 @@ class Optimizer:
         )
 
 
+def moving_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """The next average of parameters after step `step`, counted from 0; early steps forget faster, so that the start does
+    not linger."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+
+
 def global_norm(gradients: Any) -> jax.Array:
     """Norm of all gradients together."""
     return jnp.linalg.norm(ravel_pytree(gradients)[0])

@@ -66,6 +66,20 @@ def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
     return config
 
 
+def check_batch(config: ConfigDict, devices: int) -> None:
+    """Looks whether a batch can be split.
+
+    Raises:
+      UserError: it cannot.
+    """
+    size, parts = config.train.batch_size, config.train.parts
+    if size % (devices * parts):
+        raise UserError(
+            f"config.train.batch_size is {size}; with {devices} {'device' if devices == 1 else 'devices'} and "
+            f"config.train.parts {parts} it must be a multiple of {devices * parts}."
+        )
+
+
 def warn_of_recipe(config: ConfigDict) -> None:
     """Says what of a recipe hardly is meant."""
     side, canvas = config.augmentation.lsj.side, config.evaluate.canvas

@@ -1,10 +1,11 @@
-"""Training: plan, loader, one jitted step, checkpoints, evaluation at intervals."""
+"""Training: plan, loader, compiled steps, checkpoints, evaluation at intervals."""
 
+import dataclasses
 import functools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.checkpoint import Checkpoints, Meta
-from hpr_jax.config import check, differences, to_plain
+from hpr_jax.config import check, to_plain
 from hpr_jax.data.batching import Batch, TrainLoader, train_batches
 from hpr_jax.data.coco import CocoDataset, load_coco
-from hpr_jax.errors import RunError, UserError
+from hpr_jax.devices import EVERYWHERE, data_mesh, leads, replicate, spread
+from hpr_jax.errors import RunError
 from hpr_jax.evaluate import Evaluator, log_table
 from hpr_jax.initial_weights import load_initial_weights
 from hpr_jax.logs import log_dropped, log_to_file
@@ -28,6 +31,7 @@ from hpr_jax.metrics import MetricWriter
 from hpr_jax.models.build import Compute, build_detector
 from hpr_jax.optimizer import Optimizer, learning_rate
 from hpr_jax.recipe import (
+    check_batch,
     in_steps,
     make_criterion,
     make_optimizer,
@@ -37,6 +41,8 @@ from hpr_jax.recipe import (
     wants_masks,
     warn_of_recipe,
 )
+from hpr_jax.resume import check_same_everywhere, check_same_run, dependencies
+from hpr_jax.stopping import StopRequests
 from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
 
@@ -47,9 +53,11 @@ DATA_WAIT = 0.1
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, views: int = 1) -> TrainStep:
+def make_train_step(
+    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, average_decay: float, parts: int, mesh: Mesh
+) -> TrainStep:
     """Cached, so that a run resumed in the same process does not compile again."""
-    return TrainStep(graph, criterion, optimizer, seed, views)
+    return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)
 
 
 def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
@@ -73,8 +81,8 @@ def report_data(train: CocoDataset, usable: CocoDataset, val: CocoDataset) -> No
     )
 
 
-def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, TrainState]:
-    """A new detector, split into its structure and its state."""
+def initial_state(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
+    """A new detector, split into its structure and its state, which is on every device."""
     # This generator's programs compile several times faster than the default one's.
     key = jax.random.key(config.train.seed, impl="rbg")
     detector = nnx.jit(lambda key: build_detector(config.model, num_classes, compute=config.compute, rngs=nnx.Rngs(key)))(
@@ -88,158 +96,200 @@ def initial_state(config: ConfigDict, num_classes: int) -> tuple[nnx.GraphDef, T
             "variant that trains from scratch."
         )
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
-    moments = jax.jit(make_optimizer(config).init)(params)
-    return graph, TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
+    params, frozen = replicate(mesh, (params, frozen))
+    everywhere = NamedSharding(mesh, EVERYWHERE)
+    moments = jax.jit(make_optimizer(config).init, out_shardings=everywhere)(params)
+    average = jax.tree.map(jnp.copy, params) if config.train.average_decay else None
+    return graph, TrainState(replicate(mesh, np.int32(0)), params, frozen, moments, average)
 
 
-def to_device(batch: Batch) -> DeviceBatch:
-    """Starts the transfer of a batch."""
+def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBatch:
+    """Starts the transfer of the part of a batch that this process has loaded.
+
+    Args:
+      counts: this process's share of each of the batch's counts.
+    """
     targets = Targets(boxes=batch.boxes, labels=batch.labels, valid=batch.valid, sizes=batch.sizes)
-    return jax.device_put(DeviceBatch(images=batch.images, targets=targets))
+    arrays = jax.tree.map(lambda x: x.reshape(batch.views, -1, *x.shape[1:]), (batch.images, targets))
+    devices = len(mesh.local_devices)
+    rows = {name: np.array([count] + [0] * (devices - 1), np.int32) for name, count in counts.items()}
+    return DeviceBatch(*spread(mesh, arrays, axis=1), spread(mesh, rows))
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) -> dict[str, float]:
     """Trains, going on from the workdir's latest checkpoint if there is one; returns the last evaluation's numbers.
+
+    Args:
+      accept_changes: goes on even if settings or data are others than those that the run began with.
 
     Raises:
       UserError: settings or data that cannot be trained on.
-      RunError: the loss is not finite.
+      RunError: the loss is not finite, or a checkpoint cannot be written.
+      StoppedError: SIGTERM or SIGINT came; the run is saved.
     """
     check(config)
     # Looks at the settings; what it makes is made again with the detector.
     Compute(**config.compute)
     criterion = make_criterion(config)
+    mesh = data_mesh()
+    check_batch(config, mesh.size)
     warn_of_recipe(config)
     whole_train_set, val_set = load_training_data(config)
     train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     plan = make_plan(config, train_set)
     config = in_steps(config, plan.steps_per_epoch)
+    meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(whole_train_set, val_set))
+    check_same_everywhere(meta)
     # Nothing is written before the settings and the data have turned out usable.
-    log_to_file(workdir / "train.log")
+    log_to_file(workdir / ("train.log" if leads() else f"train.{jax.process_index()}.log"))
     report_data(whole_train_set, train_set, val_set)
     views = make_views(config, train_set)
     max_boxes = room_for_boxes(config, train_set, views)
-    graph, state = initial_state(config, len(train_set.classes.names))
+    graph, state = initial_state(config, len(train_set.classes.names), mesh)
     log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
     what = "images, a weak and a strong view of each," if views.strong else "images"
     log.info("batches of %d %s in the shapes %s", plan.batch_size, what, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
+    if mesh.size > 1:
+        log.info("on %d devices of %d processes", mesh.size, jax.process_count())
 
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    meta = Meta(to_plain(config), train_set.classes, 0, {})
-    state = _resume(checkpoints, state, meta)
+    state, progress = _resume(checkpoints, state, meta, accept_changes)
     start, steps = int(state.step), config.train.steps
     if start >= steps:
         log.info("Step %d of %d is done already.", start, steps)
-    loader = TrainLoader(plan, views, max_boxes)
+    loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
     evaluator = Evaluator(config, val_set, graph)
-    step_function = make_train_step(graph, criterion, make_optimizer(config), config.train.seed, views.count)
-    run = _Run(config, workdir, checkpoints, evaluator, meta, start)
-    batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
-    try:
-        metrics = run.loop(step_function, state, batches)
-    finally:
-        batches.close()
-        run.close()
-        checkpoints.close()
-    return metrics
+    settings = config.train
+    step_function = make_train_step(
+        graph, criterion, make_optimizer(config), settings.seed, settings.average_decay, settings.parts, mesh
+    )
+    with StopRequests() as requests, MetricWriter(workdir if leads() else None, start) as writer:
+        run = _Run(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
+        batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
+        try:
+            return run.loop(step_function, state, batches)
+        finally:
+            batches.close()
+            run.bar.close()
 
 
 class _Run:
     """The loop, with its bookkeeping."""
 
-    def __init__(self, config, workdir, checkpoints, evaluator, meta, start):
-        self.config, self.checkpoints, self.evaluator, self.meta = config, checkpoints, evaluator, meta
-        self.writer = MetricWriter(workdir)
-        self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True)
+    def __init__(self, config, mesh, checkpoints, evaluator, meta, writer, requests, progress):
+        self.config, self.mesh, self.checkpoints, self.evaluator = config, mesh, checkpoints, evaluator
+        self.meta, self.writer, self.requests, self.progress = meta, writer, requests, progress
+        self.bar = tqdm(total=config.train.steps, unit="step", dynamic_ncols=True, disable=None if leads() else True)
         best = checkpoints.best_meta()
         self.best = best.metrics.get("AP", -1.0) if best else -1.0
-        self.refilled, self.said_to_wait = 0, False
+        # Shapes of batches that the step has been compiled for, and how many programs that took.
+        self.shapes, self.compiled = set(), 0
+        # Whether another process was asked to stop.
+        self.others_stop = self.said_to_wait = False
 
     def loop(self, step_function, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         settings, metrics = self.config.train, {}
         # The numbers of a step are read while the next one runs.
         pending = None
         step = first = int(state.step)
+        self.bar.update(step)
         # Nothing was loaded ahead of the first batch: waiting for it says nothing.
         upcoming = self._fetch(step, batches, _Interval())
         interval = _Interval()
         while step < settings.steps:
-            batch, images = upcoming
-            state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
-            # The device works on the step while the next batch is waited for and goes to it.
+            batch = upcoming
+            with jax.transfer_guard("disallow"):
+                state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
+            self._watch_compilation(step, step_function, batch.images.shape)
+            # The devices work on the step while the next batch is waited for and goes to them.
             upcoming = self._fetch(step + 1, batches, interval)
             if pending is not None:
-                self._check(step, pending, interval)
+                self._check(step, pending)
             pending = numbers
             step += 1
-            interval.images += images
+            interval.images += self.config.train.batch_size
             last = step == settings.steps
-            logs = step % settings.log_every == 0 or last or step == first + 1
+            logs = step % settings.log_every == 0 or last or step == 1
             saves = step % settings.checkpoint_every == 0 or last
             evaluates = step % settings.evaluate_every == 0 or last
-            if logs or saves or evaluates:
-                self._check(step, pending, interval)
+            stops = self.others_stop if jax.process_count() > 1 else self.requests.noted is not None
+            if logs or saves or evaluates or stops:
+                self._check(step, pending)
                 pending = None
             self.bar.update()
             if logs:
-                self._log(step, numbers, interval)
+                self._log(step, numbers, interval, loaded_ahead=step > first + 1)
                 interval = _Interval()
-            if saves:
-                self._save(step, state)
             if evaluates:
                 metrics = self._evaluate(step, state)
                 interval = _Interval()
+            # Last, so that what a checkpoint goes on from is written as far as it goes.
+            if saves or stops:
+                self._save(step, state)
+            if stops and not last:
+                raise self.requests.stop(step)
         if not metrics:
-            metrics = self._evaluate(step, state)
+            metrics = self.evaluator.run(_evaluated(state)).metrics
         return metrics
 
-    def _check(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
+    def _check(self, step: int, numbers: StepNumbers) -> None:
         """Waits for the numbers of `step` and stops the run if they are not finite."""
-        loss, norm = float(numbers["loss"]), float(numbers["gradient_norm"])
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            offending = [name for name, value in jax.device_get(numbers).items() if not np.isfinite(value)]
+        numbers = jax.device_get(numbers)
+        offending = [name for name, value in numbers.items() if not np.isfinite(value)]
+        if offending:
             kept = self.checkpoints.latest_meta()
             raise RunError(
                 f"The loss is not finite at step {step}: {', '.join(offending)}. "
                 + (f"The checkpoint of step {kept.step} is kept." if kept else "There was no checkpoint yet.")
             )
-        interval.losses.append(loss)
+        self.progress.losses.append(float(numbers["loss"]))
+        self.progress.reports += int(numbers["reports"])
+        self.others_stop = bool(numbers["stop"])
 
-    def _fetch(self, step: int, batches: Iterator[Batch], interval: "_Interval") -> tuple[DeviceBatch, int] | None:
-        """The batch of a step, on its way to the device, and how many images it has; None behind the last step."""
+    def _fetch(self, step: int, batches: Iterator[Batch], interval: "_Interval") -> DeviceBatch | None:
+        """The batch of a step, on its way to the devices; None behind the last step."""
         if step >= self.config.train.steps:
             return None
         began = time.perf_counter()
         batch = next(batches)
         interval.waited += time.perf_counter() - began
-        self.refilled += len(batch.reports)
-        for report in batch.reports:
-            log.warning("step %d: %s (%d such reports so far)", step + 1, report, self.refilled)
-        return to_device(batch), len(batch.images) // batch.views
+        for number, report in enumerate(batch.reports, start=self.progress.reports + 1):
+            log.warning("step %d: %s (%d such reports so far)", step + 1, report, number)
+        return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
 
-    def _log(self, step: int, numbers: StepNumbers, interval: "_Interval") -> None:
+    def _watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
+        """Each shape of batches is compiled once; what is compiled again would go unnoticed, and slow."""
+        compiled = step_function.compilations
+        # The second step compiles nothing either: states come back as they went in.
+        if compiled > self.compiled and shape in self.shapes:
+            log.warning("step %d: compiled again for batches %dx%d, which had been compiled.", step + 1, *shape[2:4])
+        self.shapes.add(shape)
+        self.compiled = compiled
+
+    def _log(self, step: int, numbers: StepNumbers, interval: "_Interval", *, loaded_ahead: bool) -> None:
         seconds = time.perf_counter() - interval.began
         images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
-        data_wait = interval.waited / seconds
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
+        loss, data_wait = float(np.mean(self.progress.losses)), interval.waited / seconds
+        self.progress.losses.clear()
         self.writer.write(
             step,
             {
-                "loss": float(np.mean(interval.losses)),
+                "loss": loss,
                 "learning_rate": rate,
                 "gradient_norm": float(numbers["gradient_norm"]),
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
-                "reports": self.refilled,
+                "compilations": self.compiled,
+                "reports": self.progress.reports,
                 **terms,
             },
         )
         self.bar.set_postfix_str(
-            f"loss {np.mean(interval.losses):.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
+            f"loss {loss:.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
             + (f", waiting for data {data_wait:.0%}" if data_wait > DATA_WAIT else "")
         )
-        # Behind the first step hardly anything has been loaded ahead.
-        if data_wait > DATA_WAIT and step > self.bar.initial + 1 and not self.said_to_wait:
+        if data_wait > DATA_WAIT and loaded_ahead and not self.said_to_wait:
             self.said_to_wait = True
             log.warning(
                 "step %d: %.0f%% of the time went into waiting for data; raise config.data.workers (now %d, on %d cores).",
@@ -250,57 +300,67 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        training = {"optimizer": state.optimizer, "step": state.step}
-        self.checkpoints.save(step, _model(state), training, self._meta(step, {}))
+        self.checkpoints.save(step, _evaluated(state), _training(state), self._meta(step, {}))
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        result = self.evaluator.run(nnx.merge_state(state.params, state.frozen))
+        result = self.evaluator.run(_evaluated(state))
         self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
         if result.metrics["AP"] > self.best:
-            self.checkpoints.save_best(step, _model(state), self._meta(step, result.metrics))
+            self.checkpoints.save_best(step, _evaluated(state), self._meta(step, result.metrics))
             self.best = result.metrics["AP"]
         return result.metrics
 
     def _meta(self, step, metrics) -> Meta:
-        return Meta(self.meta.config, self.meta.classes, step, metrics)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.writer.close()
+        run = {**self.meta.run, "progress": dataclasses.asdict(self.progress)}
+        return Meta(self.meta.config, self.meta.classes, step, metrics, run)
 
 
 class _Interval:
-    """Numbers since the last line of the log."""
+    """Numbers since the last line of the log that do not outlive the process."""
 
     def __init__(self):
-        self.began, self.waited, self.images, self.losses = time.perf_counter(), 0.0, 0, []
+        self.began, self.waited, self.images = time.perf_counter(), 0.0, 0
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> TrainState:
+@dataclasses.dataclass
+class Progress:
+    """What a run knows beside its state.
+
+    Attributes:
+      losses: of the steps since the last line of the log.
+      reports: sentences about the data so far, in all processes.
+    """
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    reports: int = 0
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_changes: bool) -> tuple[TrainState, Progress]:
     found = checkpoints.latest_meta()
     if found is None:
-        return state
-    different = differences(found.config["model"], meta.config["model"], "config.model.")
-    if found.classes != meta.classes:
-        different.append("the classes of the data set")
-    if different:
-        raise UserError(
-            f"The workdir holds a run of another model, which differs in {', '.join(different)}; choose another workdir."
-        )
-    for section in ("compute", "data", "augmentation", "optimizer", "loss", "train"):
-        for difference in differences(found.config[section], meta.config[section], f"config.{section}."):
-            log.warning("Goes on with another setting than the run began with: %s.", difference)
-    training = {"optimizer": state.optimizer, "step": state.step}
-    model, training = checkpoints.restore(found.step, _model(state), training)
+        return state, Progress()
+    check_same_run(found, meta, accept_changes)
+    model, training = checkpoints.restore(found.step, _evaluated(state), _training(state))
     params, frozen = nnx.split_state(model, nnx.Param, ...)
     log.info("Goes on from step %d.", found.step)
-    return TrainState(training["step"], params, frozen, training["optimizer"])
+    average = None
+    if state.average is not None:
+        params, average = nnx.restore_int_paths(training["params"]), params
+    state = TrainState(training["step"], params, frozen, training["optimizer"], average)
+    return state, Progress(**found.run.get("progress", {}))
 
 
-def _model(state: TrainState) -> nnx.State:
-    return nnx.merge_state(state.params, state.frozen)
+def _evaluated(state: TrainState) -> nnx.State:
+    """The variables that evaluation takes: the average of the parameters, if there is one."""
+    return nnx.merge_state(state.params if state.average is None else state.average, state.frozen)
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    """The rest of what a run goes on from."""
+    training = {"optimizer": state.optimizer, "step": state.step}
+    return training if state.average is None else {**training, "params": nnx.to_pure_dict(state.params)}
 
 
 def _millions(state: Any) -> float:

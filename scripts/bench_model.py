@@ -76,6 +76,7 @@ class Bench:
 
     def step(self, optimizer: Any) -> tuple[Any, Any, Any]:
         """The training step with an optimizer, its first state and batch; the bench's own copy of the weights is gone."""
+        import jax
         import jax.numpy as jnp
         from flax import nnx
 
@@ -86,7 +87,7 @@ class Bench:
         del self.detector
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0)
-        return step, state, DeviceBatch(self.images, self.targets)
+        return step, state, jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
 
 
 def peak_memory() -> float:
@@ -159,8 +160,10 @@ def training_step(bench: Bench) -> dict[str, float]:
 
 def matching(bench: Bench) -> dict[str, float]:
     """Transfer of the costs and solving, of all layers, branches and dense queries of one step."""
+    import jax
     import jax.numpy as jnp
 
+    from hpr_jax.devices import data_mesh
     from hpr_jax.losses.assignment import Request
     from hpr_jax.recipe import make_criterion
     from hpr_jax.train_step import solve
@@ -171,6 +174,7 @@ def matching(bench: Bench) -> dict[str, float]:
     if model.queries.kind == "distinct":
         dense = int(model.queries.count * model.queries.dense_ratio)
         shapes.append((dense, (criterion.dense.positives,) * (1 + layers * branches)))
+    mesh = data_mesh(jax.local_devices()[:1])
     rng, (batch, objects) = np.random.default_rng(0), bench.targets.valid.shape
     requests = []
     for queries, repeats in shapes:
@@ -179,7 +183,7 @@ def matching(bench: Bench) -> dict[str, float]:
 
     def run():
         # A device array keeps its first copy on the host; another array has to be fetched.
-        return solve([request.replace(cost=request.cost + 0.0) for request in requests], bench.targets.valid)
+        return solve(mesh, [request.replace(cost=request.cost + 0.0) for request in requests], bench.targets.valid)
 
     return bench.timed(run) | {"problems": sum(len(repeats) for _, repeats in shapes) * batch}
 

@@ -81,11 +81,11 @@ def test_embedding_is_zero_without_object():
 
 
 def test_both_views_of_an_image_share_a_chunk():
-    """The first views of two images, then the second ones; two views a chunk."""
-    targets = tiny.targets([3, 1, 2, 2], 4, SIZES)
+    """The two views of one image, then those of another; two views a chunk."""
+    targets = tiny.targets([3, 2, 1, 2], 4, SIZES)
     drawn = denoiser().draw(jax.random.key(0), targets, views=2)
     # First image: 3 boxes at most, 2 groups of 3 + 3; second image: 2 at most, 3 groups of 2 + 2.
-    assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6, [0] * 4 + [1] * 4 + [2] * 4] * 2
+    assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6] * 2 + [[0] * 4 + [1] * 4 + [2] * 4] * 2
     # Four views a chunk hold both images.
     drawn = denoiser(views_per_chunk=4).draw(jax.random.key(0), targets, views=2)
     assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6] * 4

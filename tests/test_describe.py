@@ -221,7 +221,6 @@ def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
     checkpoints = Checkpoints(tmp_path, 1)
     classes = Classes(("cup", "pen", "hat"), (2, 5, 9))
     checkpoints.save_best(1, state, Meta(to_plain(tiny.config()), classes, 1, {}))
-    checkpoints.close()
     arguments = ["--mode", "describe", "--workdir", str(tmp_path), "--classes", "7", "--config.evaluate.side=32"]
     command.run([*arguments, "--config.evaluate.max_side=32"])
     printed = capsys.readouterr().out

@@ -93,7 +93,6 @@ def test_another_number_of_classes(tmp_path, caplog, kind):
         checkpoints = Checkpoints(tmp_path / "run", keep=1)
         meta = Meta(to_plain(config), Classes(names, tuple(range(len(names)))), 3, {})
         checkpoints.save_best(3, nnx.state(reference.detector("ddq")), meta)
-        checkpoints.close()
         path = tmp_path / "run"
     else:
         path = save(tmp_path, kind)

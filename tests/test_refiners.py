@@ -18,8 +18,7 @@ from hpr_jax.models.build import build_detector
 from hpr_jax.models.detector import detections
 from hpr_jax.models.refiner import Merge
 from hpr_jax.recipe import make_criterion, make_optimizer
-from hpr_jax.train import make_train_step
-from hpr_jax.train_step import DeviceBatch, TrainState
+from hpr_jax.train_step import DeviceBatch, TrainState, TrainStep
 
 ABLATIONS = tiny.ROOT / "configs" / "ablations.py"
 VARIANTS = re.findall(r'^    "(table\w+)":', ABLATIONS.read_text(), re.MULTILINE)
@@ -63,7 +62,8 @@ def assert_trains_and_evaluates(c, dataset):
     optimizer = make_optimizer(c)
     state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
     batch = DeviceBatch(jnp.asarray(IMAGES), tiny.targets([2, 1], 4, [[64, 64], [48, 40]]))
-    step, losses = make_train_step(graph, make_criterion(c), optimizer, 0), []
+    batch = jax.tree.map(lambda x: x[None], batch)
+    step, losses = TrainStep(graph, make_criterion(c), optimizer, 0), []
     for _ in range(4):
         state, numbers = step(state, batch, 3e-3)
         losses.append(float(numbers["loss"]))

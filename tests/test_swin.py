@@ -43,8 +43,8 @@ def model(*, remat=False, **settings):
 
 # Compiled once per shape and setting.
 @jax.jit
-def extract(model, images, sizes, key=None):
-    return model(images, sizes, key)
+def extract(model, images, sizes, keys=None):
+    return model(images, sizes, keys)
 
 
 def padded(images, shape=CANVAS, fill=0.0):
@@ -102,7 +102,7 @@ def test_without_key_or_rate_nothing_is_dropped():
     without_rate = model(**SHALLOW, drop_path=0.0)
     assert_same(again, kept, 0)
     assert_same(extract(without_rate, *batch)[0], kept)
-    assert_same(extract(without_rate, *batch, jax.random.key(0))[0], kept)
+    assert_same(extract(without_rate, *batch, jax.random.split(jax.random.key(0), len(IMAGES)))[0], kept)
 
 
 def test_drop_path_zeroes_whole_branches_of_an_image():
@@ -110,19 +110,23 @@ def test_drop_path_zeroes_whole_branches_of_an_image():
     images, sizes = padded([IMAGES[0][:20, :20]] * 32, (20, 20))
     dropping = model(**SHALLOW, drop_path=0.9)
     kept, _ = extract(dropping, images, sizes)
-    dropped, _ = extract(dropping, images, sizes, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 32)
+    dropped, _ = extract(dropping, images, sizes, keys)
     # Of the two branches of the second block, none, one, the other or both.
     assert len(np.unique(np.asarray(dropped[0]).round(4), axis=0)) == 4
     assert len(np.unique(np.asarray(dropped[1]).round(4), axis=0)) > 8
     assert len(np.unique(np.asarray(kept[1]).round(4), axis=0)) == 1
-    again, _ = extract(dropping, images, sizes, jax.random.key(0))
-    other, _ = extract(dropping, images, sizes, jax.random.key(1))
+    again, _ = extract(dropping, images, sizes, keys)
+    other, _ = extract(dropping, images, sizes, jax.random.split(jax.random.key(1), 32))
+    swapped, _ = extract(dropping, images, sizes, keys[::-1])
     assert_same(again, dropped, 0)
+    # What an image drops is its own key's matter.
+    assert_same([map_[::-1] for map_ in swapped], dropped)
     assert not np.array_equal(other[0], dropped[0])
 
 
 def test_drop_path_keeps_the_mean():
-    dropped = np.asarray(drop_path(jnp.full((4000, 2, 3), 2.0), jnp.float32(0.3), jax.random.key(0)))
+    dropped = np.asarray(drop_path(jnp.full((4000, 2, 3), 2.0), jnp.float32(0.3), jax.random.split(jax.random.key(0), 4000)))
     assert np.all(dropped == dropped[:, :1, :1]), "an image's branch goes as a whole"
     np.testing.assert_allclose([dropped.min(), dropped.max()], [0, 2 / 0.7], rtol=1e-6)
     np.testing.assert_allclose(dropped.mean(), 2, rtol=0.05)
@@ -143,26 +147,26 @@ def test_frozen_stages_are_not_parameters():
 def test_frozen_stages_drop_nothing():
     frozen, batch = model(**SHALLOW, drop_path=0.9, frozen_stages=1), padded(IMAGES)
     kept, _ = extract(frozen, *batch)
-    dropped, _ = extract(frozen, *batch, jax.random.key(0))
+    dropped, _ = extract(frozen, *batch, jax.random.split(jax.random.key(0), len(IMAGES)))
     assert_same(dropped[:1], kept[:1])
     assert np.abs(dropped[1] - kept[1]).max() > 0.01
 
 
 @jax.jit
-def gradients(model, images, sizes, key):
+def gradients(model, images, sizes, keys):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
-        maps, _ = nnx.merge(graph, params, rest)(images, sizes, key)
+        maps, _ = nnx.merge(graph, params, rest)(images, sizes, keys)
         return sum(jnp.sum(jnp.square(map_[..., 0])) for map_ in maps)
 
     return jax.grad(loss)(params)
 
 
 def test_recomputation_changes_no_gradient():
-    batch, key = padded([IMAGES[0][:37, :30]], (40, 40)), jax.random.key(0)
-    stored = gradients(model(**SHALLOW), *batch, key)
-    recomputed = gradients(model(**SHALLOW, remat=True), *batch, key)
+    batch, keys = padded([IMAGES[0][:37, :30]], (40, 40)), jax.random.split(jax.random.key(0), 1)
+    stored = gradients(model(**SHALLOW), *batch, keys)
+    recomputed = gradients(model(**SHALLOW, remat=True), *batch, keys)
     for (path, a), (_, b) in zip(nnx.to_flat_state(stored), nnx.to_flat_state(recomputed)):
         assert_close(b.get_value(), a.get_value(), 1e-5, str(path))
         assert np.any(np.asarray(a.get_value()) != 0), path

@@ -65,10 +65,27 @@ def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_pat
     train(config, tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2"]
     config.train.steps = 4
-    train(config, tmp_path)
+    with pytest.raises(UserError, match=r"differs in config.train.steps \(2 and 4\)\. .*--accept-changes"):
+        train(config, tmp_path)
+    train(config, tmp_path, accept_changes=True)
     one, two = weights(trained[0] / "checkpoints"), weights(tmp_path / "checkpoints")
     for name in one:
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+class NoStep:
+    """In place of a training step: counts, and hands its batches to a function."""
+
+    compilations = 0
+
+    def __init__(self, see):
+        self.see = see
+
+    def __call__(self, state, batch, learning_rate):
+        self.see(batch)
+        numbers = {name: np.sum(count) for name, count in jax.device_get(batch.counts).items()}
+        step = jax.device_put(np.int32(jax.device_get(state.step) + 1))
+        return state.replace(step=step), {"loss": 0.0, "gradient_norm": 0.0, **numbers}
 
 
 def with_strong_views(coco):
@@ -93,26 +110,21 @@ def test_training_on_weak_and_strong_views(coco, tmp_path):
 def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
     """And images are counted, not views. Steps and evaluation are left out."""
     batches, images = [], []
-
-    def step(state, batch, learning_rate):
-        batches.append(jax.device_get(batch))
-        return state.replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
-
-    monkeypatch.setattr(training, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(training, "make_train_step", lambda *_: NoStep(lambda batch: batches.append(jax.device_get(batch))))
     monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
-    monkeypatch.setattr(training._Run, "_log", lambda self, step, numbers, interval: images.append(interval.images))
+    monkeypatch.setattr(training._Run, "_log", lambda self, step, numbers, interval, **_: images.append(interval.images))
     config = with_strong_views(coco)
     train(config, tmp_path / "whole")
     # However they are loaded.
     for config.train.steps, config.data.workers in ((2, 0), (4, 2)):
-        train(config, tmp_path / "parts")
+        train(config, tmp_path / "parts", accept_changes=True)
     assert len(batches) == 8
     for one, two in zip(batches[:4], batches[4:]):
-        assert one.images.shape == (4, 64, 64, 3)
+        assert one.images.shape == (2, 2, 64, 64, 3)
         jax.tree.map(np.testing.assert_array_equal, one, two)
     assert not np.array_equal(batches[0].images, batches[3].images)
-    # Logged behind the steps 1, 2 and 4, and 1, 2, 3 and 4: two images each.
-    assert images == [2, 2, 4, 2, 2, 2, 2]
+    # Logged behind the steps 1, 2 and 4: two images each.
+    assert images == [2, 2, 4, 2, 2, 4]
 
 
 def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_path, monkeypatch, caplog):
@@ -131,14 +143,10 @@ def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_
         def close(self):
             events.append("close")
 
-    def step(state, batch, learning_rate):
-        events.append("step")
-        return state.replace(step=state.step + 1), {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
-
     check_numbers = training._Run._check
     monkeypatch.setattr(training._Run, "_check", lambda *arguments: (events.append("wait"), check_numbers(*arguments)))
     monkeypatch.setattr(training, "train_batches", SlowBatches)
-    monkeypatch.setattr(training, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(training, "make_train_step", lambda *_: NoStep(lambda batch: events.append("step")))
     monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
     config = tiny.config(coco)
     config.train.update(steps=6, checkpoint_every=100)
@@ -278,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(coco, tmp_path):
     config.train.steps = 4
     config.optimizer.learning_rate = 1e30
     with pytest.raises(RunError, match=r"not finite at step 4: .*loss.*The checkpoint of step 2 is kept"):
-        train(config, tmp_path)
+        train(config, tmp_path, accept_changes=True)
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2"]
     assert all(np.array_equal(kept[name], value) for name, value in weights(tmp_path / "checkpoints").items())
 

@@ -1,6 +1,7 @@
 """COCO-format annotations (https://cocodataset.org/#format-data), checked."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ class CocoDataset:
 
     Attributes:
       annotations: path of the JSON file.
+      fingerprint: SHA-256 of the annotations.
       dropped: a sentence for each box that cannot be.
       unmasked: a sentence for each mask that cannot be.
     """
@@ -77,6 +79,7 @@ class CocoDataset:
     records: tuple[Record, ...]
     dropped: tuple[str, ...]
     unmasked: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -124,11 +127,13 @@ def load_coco(
     if not path.is_file():
         raise UserError(f"The annotation file {path} does not exist; set config.data.*_annotations.")
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        content = json.loads(raw)
     except ValueError as error:
         raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
     try:
-        return _parse(content, path, Path(directory) / images, classes, masks)
+        dataset = _parse(content, path, Path(directory) / images, classes, masks)
+        return dataclasses.replace(dataset, fingerprint=hashlib.sha256(raw).hexdigest())
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -35,7 +35,7 @@ class Denoiser(nnx.Module):
         """Noisy queries for a batch; 2 max(queries, N) slots a view, always enough.
 
         Args:
-          views: of each image; the batch has the first views of all images, then the second ones in the same order.
+          views: of each image, side by side in the batch.
         """
         batch, most, _ = targets.boxes.shape
         slots = 2 * max(self.queries, most)
@@ -64,8 +64,7 @@ class Denoiser(nnx.Module):
     def _layout(self, targets: Targets, slots: int, views: int) -> dict[str, jax.Array]:
         batch = len(targets.valid)
         counts = jnp.sum(targets.valid, axis=1)
-        image = jnp.arange(batch) % (batch // views)
-        chunk = image // max(self.views_per_chunk // views, 1)
+        chunk = jnp.arange(batch) // (views * max(self.views_per_chunk // views, 1))
         most = jax.ops.segment_max(counts, chunk, num_segments=batch)[chunk][:, None]
         return group_layout(counts[:, None], most, jnp.maximum(self.queries // jnp.maximum(most, 1), 1), slots)
 

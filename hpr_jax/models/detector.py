@@ -19,7 +19,7 @@ class Detector(nnx.Module):
     """Backbone, neck, encoder, initial queries, refiner and heads.
 
     Args:
-      backbone: images, sizes and a key or None -> feature maps and their valid sizes.
+      backbone: images, sizes and keys or None -> feature maps and their valid sizes.
       query_init: memory -> matching queries and dense ones or None.
       denoiser: or None for training without denoising queries.
       heads: of the primary branch; branch_heads: of each auxiliary branch.
@@ -65,7 +65,7 @@ class Detector(nnx.Module):
         *,
         denoising: DenoisingQueries | None = None,
         train: bool = False,
-        key: jax.Array | None = None,
+        keys: jax.Array | None = None,
     ) -> Outputs:
         """Runs the detector.
 
@@ -74,9 +74,9 @@ class Detector(nnx.Module):
           sizes: int32 `[B, 2]`, valid (height, width) in pixels.
           denoising: queries from `denoiser.draw`, in training.
           train: with the dense queries that only losses read.
-          key: for what is random in training (drop path); None: nothing is.
+          keys: `[B]`, for what is random in training (drop path); None: nothing is.
         """
-        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes).astype(self.dtype), sizes, key))
+        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes).astype(self.dtype), sizes, keys))
         memory = self.encoder(flatten(maps, map_sizes, sizes))
         matching, dense = self.query_init(memory, with_dense=train)
         queries = self._decoder_input(denoising, matching, dense)

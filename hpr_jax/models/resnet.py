@@ -137,9 +137,9 @@ class ResNet(nnx.Module):
             freeze(stage)
 
     def __call__(
-        self, images: jax.Array, sizes: jax.Array, key: jax.Array | None = None
+        self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]`; nothing here is random, so `key` is not read.
+        """Normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]`; nothing here is random, so `keys` are not read.
 
         Returns:
           Maps `[B, h, w, C]` of strides 8, 16, 32, and the valid sizes of each.

@@ -151,12 +151,19 @@ class GeluMLP(nnx.Module):
         return self.contract(jax.nn.gelu(self.expand(x), approximate=False))
 
 
-def drop_path(branch: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Zeroes an image's residual branch `[B, ...]` with probability `rate`, else makes up for that; no key, no drop."""
-    if key is None:
+def drop_path(branch: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Zeroes an image's residual branch `[B, ...]` with probability `rate`, else makes up for that; no keys, no drop."""
+    if keys is None:
         return branch
-    keep = jax.random.bernoulli(key, 1 - rate, (len(branch),) + (1,) * (branch.ndim - 1))
-    return branch * (keep / (1 - rate)).astype(branch.dtype)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
+    return branch * (keep / (1 - rate)).astype(branch.dtype).reshape(-1, *(1,) * (branch.ndim - 1))
+
+
+def split_keys(keys: jax.Array | None, count: int) -> jax.Array | list[None]:
+    """`[B]` -> `[count, B]`; an image's key is its own, so that its drops do not depend on the rest of the batch."""
+    if keys is None:
+        return [None] * count
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
 class Block(nnx.Module):
@@ -169,10 +176,10 @@ class Block(nnx.Module):
         self.mlp = GeluMLP(channels, int(mlp_ratio * channels), rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, sizes: jax.Array, regions: jax.Array, rate: jax.Array, key: jax.Array | None
+        self, x: jax.Array, sizes: jax.Array, regions: jax.Array, rate: jax.Array, keys: jax.Array | None
     ) -> jax.Array:
-        """`[B, h, w, C]` -> the same shape; `rate` and `key` are those of `drop_path`."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        """`[B, h, w, C]` -> the same shape; `rate` and `keys` are those of `drop_path`."""
+        keys = split_keys(keys, 2)
         x = x + drop_path(self.attention(self.norm1(x), sizes, regions), rate, keys[0])
         return x + drop_path(self.mlp(self.norm2(x)), rate, keys[1])
 
@@ -204,7 +211,7 @@ class Stage(nnx.Module):
         self.merge = nnx.data(PatchMerging(channels, rngs=rngs) if merge else None)
         self.window, self.remat = window, remat
 
-    def __call__(self, x: jax.Array, sizes: jax.Array, rates: np.ndarray, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, sizes: jax.Array, rates: np.ndarray, keys: jax.Array | None) -> jax.Array:
         """The blocks alone: `[B, h, w, C]` -> the same shape; `rates` are the drop path rates, `[depth]`."""
         _, height, width, _ = x.shape
         plain = window_regions(sizes, height, width, self.window, 0)
@@ -213,12 +220,12 @@ class Stage(nnx.Module):
         rates = jnp.asarray(rates, jnp.float32).reshape(-1, 2)
 
         def step(x, scanned):
-            pair, rate, key = scanned
-            keys = (None, None) if key is None else jax.random.split(key)
+            pair, rate, keys = scanned
+            keys = split_keys(keys, 2)
             x = run(pair.plain, x, sizes, plain, rate[0], keys[0])
             return run(pair.shifted, x, sizes, shifted, rate[1], keys[1]), None
 
-        keys = None if key is None else jax.random.split(key, len(rates))
+        keys = None if keys is None else split_keys(keys, len(rates))
         return jax.lax.scan(step, x, (self.pairs, rates, keys))[0]
 
 
@@ -280,22 +287,22 @@ class SwinTransformer(nnx.Module):
             freeze(norm)
 
     def __call__(
-        self, images: jax.Array, sizes: jax.Array, key: jax.Array | None = None
+        self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]`; the key draws the drop path, None has none.
+        """Normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]`; keys `[B]` draw the drop path, None has none.
 
         Returns:
           Maps `[B, h, w, C]` of strides 4, 8, 16, 32, and the valid sizes of each.
         """
         rates = np.split(np.linspace(0, self.drop_path, sum(self.depths)), np.cumsum(self.depths)[:-1])
-        keys = [None] * len(self.stages) if key is None else list(jax.random.split(key, len(self.stages)))
+        keys = list(split_keys(keys, len(self.stages)))
         # Frozen stages are in evaluation mode.
         frozen = max(self.frozen_stages, 0)
         keys[:frozen] = [None] * frozen
         x, sizes = self.patch_embed(images, sizes)
         features, feature_sizes = [], []
-        for stage, norm, rate, stage_key in zip(self.stages, self.norms, rates, keys):
-            x = stage(x, sizes, rate, stage_key)
+        for stage, norm, rate, stage_keys in zip(self.stages, self.norms, rates, keys):
+            x = stage(x, sizes, rate, stage_keys)
             features.append(norm(x))
             feature_sizes.append(sizes)
             if stage.merge is not None:

@@ -1,0 +1,89 @@
+"""What a run depends on: compared when it goes on, so that it ends as if it had never stopped, or is refused."""
+
+import logging
+import os
+from typing import Any
+
+import jax
+
+from hpr_jax.checkpoint import Meta
+from hpr_jax.config import differences
+from hpr_jax.data.coco import CocoDataset
+from hpr_jax.devices import gather
+from hpr_jax.errors import UserError
+
+log = logging.getLogger("hpr_jax")
+
+# Settings that leave the result as it is, but for the last bits.
+FREE = (
+    "compute.operations",
+    "compute.remat",
+    "data.directory",
+    "data.threads",
+    "data.workers",
+    "train.parts",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+
+def dependencies(train: CocoDataset, val: CocoDataset) -> dict[str, Any]:
+    """What a run depends on beside its config, JSON types."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "data": {"training split": train.fingerprint, "validation split": val.fingerprint},
+        "machine": {
+            "devices": jax.device_count(),
+            "kind of device": jax.devices()[0].device_kind,
+            "processes": jax.process_count(),
+            "CPU cores": threads,
+            "JAX": jax.__version__,
+        },
+    }
+
+
+def check_same_run(found: Meta, now: Meta, accept_changes: bool) -> None:
+    """Compares a run with the one that left a checkpoint.
+
+    Raises:
+      UserError: of another model or other classes, or, unless changes are accepted, of other settings or data.
+    """
+    different = differences(found.config["model"], now.config["model"], "config.model.")
+    if found.classes != now.classes:
+        different.append("the classes of the data set")
+    if different:
+        raise UserError(
+            f"The workdir holds a run of another model, which differs in {', '.join(different)}; choose another workdir."
+        )
+    changed = []
+    for section in ("compute", "data", "augmentation", "optimizer", "loss", "train", "evaluate"):
+        for difference in differences(found.config[section], now.config[section], f"{section}."):
+            if difference.partition(" ")[0] in FREE:
+                log.info("Goes on with another setting: config.%s.", difference)
+            else:
+                changed.append(f"config.{difference}")
+    data = found.run.get("data", {})
+    changed += [f"the {split} of the data set" for split in data if data[split] != now.run["data"][split]]
+    if changed and not accept_changes:
+        raise UserError(
+            f"The workdir holds a run that differs in {', '.join(changed)}. Choose another workdir, or go on all the same "
+            "with --accept-changes."
+        )
+    for change in changed:
+        log.warning("Goes on with another setting than the run began with: %s.", change)
+    machine = differences(found.run.get("machine", {}), now.run["machine"])
+    if machine:
+        log.warning("Goes on elsewhere: %s. The last bits of the result depend on these.", ", ".join(machine))
+
+
+def check_same_everywhere(meta: Meta) -> None:
+    """Looks whether all processes are about to do the same.
+
+    Raises:
+      UserError: one has another config or other data than the first.
+    """
+    first, *others = gather([meta.config, list(meta.classes.names), meta.run["data"]])
+    for number, other in enumerate(others, start=1):
+        if other != first:
+            different = differences(first[0], other[0], "config.") or ["the data set"]
+            raise UserError(f"Process {number} differs from process 0 in {', '.join(different)}; start all with the same.")
