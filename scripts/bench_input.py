@@ -1,16 +1,21 @@
-"""Times the host's part of training: from JPEG files to padded batches, on one core.
+"""Times the host's part of training: from JPEG files to padded batches, on one core, and with worker processes.
 
-    python scripts/bench_input.py [--recipes r50_1x r50_1x_lsj] [--images 64] [--objects 7] [--batches 9]
+    python scripts/bench_input.py [--recipes r50_1x r50_1x_lsj] [--images 64] [--objects 7] [--batches 9] [--workers 0 1 2]
 
 Draws photograph-like 640x480 images with objects and their outlines into a temporary folder, and loads batches of each
 recipe in one thread, weak and strong views of 16 images. Times are CPU times, so that other jobs on the machine count
 less: medians over batches, the first one apart. The last column of the first table is the ratio to the official input
 pipeline, measured on a core of the same kind.
+
+With workers, times are those of a clock on the wall, medians over rounds of one batch a worker which the calling process
+takes one after the other as fast as they come; 0 stands for the config's threads. A core's rate is that of a worker, or of
+each of the cores if there are fewer. Handing over is the calling process' own CPU time for a batch.
 """
 
 import argparse
 import collections
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -18,11 +23,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 from make_shapes import CATEGORIES, outline
+from ml_collections import ConfigDict
 
 from hpr_jax.config import load_config
 from hpr_jax.data import batching, views
-from hpr_jax.data.batching import TrainLoader, keep_freed_memory
+from hpr_jax.data.batching import TrainLoader, train_batches
 from hpr_jax.data.coco import CocoDataset, load_coco
+from hpr_jax.data.workers import keep_freed_memory
 from hpr_jax.recipe import make_plan, make_views, room_for_boxes, wants_masks
 
 HEIGHT, WIDTH = 480, 640
@@ -93,12 +100,15 @@ class Stopwatch:
         return timed
 
 
-def bench(recipe: str, directory: Path, batches: int) -> tuple[str, float, dict[str, float]]:
-    """Kind of augmentation, images a second, and milliseconds an image of each stage."""
-    config = load_config(str(Path(__file__).parent.parent / f"configs/ddq.py:{recipe}"))
+def make_loader(config: ConfigDict, directory: Path) -> TrainLoader:
+    """The loader that training has."""
     dataset: CocoDataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
     make = make_views(config, dataset)
-    loader = TrainLoader(make_plan(config, dataset), make, room_for_boxes(config, dataset, make))
+    return TrainLoader(make_plan(config, dataset), make, room_for_boxes(config, dataset, make))
+
+
+def bench(loader: TrainLoader, batches: int) -> tuple[float, dict[str, float]]:
+    """Images a second of a core, and milliseconds an image of each stage."""
     rates, stages = [], collections.defaultdict(list)
     with Stopwatch() as watch:
         for step in range(batches + 1):
@@ -108,11 +118,32 @@ def bench(recipe: str, directory: Path, batches: int) -> tuple[str, float, dict[
             seconds = time.thread_time() - began
             if not step:
                 continue
-            rates.append(config.train.batch_size / seconds)
+            rates.append(loader.plan.batch_size / seconds)
             watch.seconds["the rest"] = seconds - watch.seconds.total()
             for stage in (*STAGES, "the rest"):
-                stages[stage].append(1e3 * watch.seconds[stage] / config.train.batch_size)
-    return config.augmentation.kind, float(np.median(rates)), {stage: float(np.median(t)) for stage, t in stages.items()}
+                stages[stage].append(1e3 * watch.seconds[stage] / loader.plan.batch_size)
+    return float(np.median(rates)), {stage: float(np.median(t)) for stage, t in stages.items()}
+
+
+def bench_workers(loader: TrainLoader, threads: int, workers: int, rounds: int) -> tuple[float, float, float]:
+    """Seconds to the first batch, images a second, and CPU milliseconds of handing over a batch."""
+    together = workers or threads
+    began = time.perf_counter()
+    batches = train_batches(loader, 0, 2**40, threads, workers)
+    next(batches)
+    start = time.perf_counter() - began
+    # What was loaded before anyone asked is no measure.
+    for _ in range(3 * together):
+        next(batches)
+    walls, hand_overs = [], []
+    for _ in range(rounds):
+        began, used = time.perf_counter(), time.thread_time()
+        for _ in range(together):
+            next(batches)
+        walls.append(time.perf_counter() - began)
+        hand_overs.append(1e3 * (time.thread_time() - used) / together)
+    batches.close()
+    return start, together * loader.plan.batch_size / float(np.median(walls)), float(np.median(hand_overs))
 
 
 def main() -> None:
@@ -121,6 +152,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--objects", type=int, default=7, help="in each image")
     parser.add_argument("--batches", type=int, default=9)
+    parser.add_argument("--workers", type=int, nargs="*", default=[], help="numbers of worker processes to compare")
     arguments = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
@@ -129,13 +161,34 @@ def main() -> None:
         print(
             f"{len(sizes)} images, {WIDTH}x{HEIGHT}, {np.median(sizes) / 1e3:.0f} kB each, {arguments.objects} objects each"
         )
-        results = {recipe: bench(recipe, Path(directory), arguments.batches) for recipe in arguments.recipes}
+        names = {recipe: str(Path(__file__).parent.parent / f"configs/ddq.py:{recipe}") for recipe in arguments.recipes}
+        configs = {recipe: load_config(name) for recipe, name in names.items()}
+        loaders = {recipe: make_loader(config, Path(directory)) for recipe, config in configs.items()}
+        results = {recipe: bench(loader, arguments.batches) for recipe, loader in loaders.items()}
+        by_workers = {
+            recipe: {w: bench_workers(loader, configs[recipe].data.threads, w, arguments.batches) for w in arguments.workers}
+            for recipe, loader in loaders.items()
+        }
     print(f"\n{'recipe':26}{'images/s of a core':>20}{'x official':>12}")
-    for recipe, (kind, rate, _) in results.items():
-        print(f"{recipe:26}{rate:20.1f}{rate / OFFICIAL[kind]:12.1f}")
+    for recipe, (rate, _) in results.items():
+        print(f"{recipe:26}{rate:20.1f}{rate / OFFICIAL[configs[recipe].augmentation.kind]:12.1f}")
     print(f"\n{'ms an image':26}" + "".join(f"{recipe:>16}" for recipe in results))
     for stage in (*STAGES, "the rest"):
-        print(f"{stage:26}" + "".join(f"{stages[stage]:16.2f}" for _, _, stages in results.values()))
+        print(f"{stage:26}" + "".join(f"{stages[stage]:16.2f}" for _, stages in results.values()))
+    for recipe, measured in by_workers.items():
+        show_workers(recipe, configs[recipe].data.threads, measured)
+
+
+def show_workers(recipe: str, threads: int, measured: dict[int, tuple[float, float, float]]) -> None:
+    """Prints a table by number of workers."""
+    if not measured:
+        return
+    print(f"\n{recipe:16}{'images/s':>10}{'x one worker':>14}{'a core':>10}{'hand over, ms':>15}{'first batch, s':>16}")
+    for workers, (start, rate, hand_over) in measured.items():
+        name = f"{workers} workers" if workers else f"{threads} threads"
+        ratio = f"{rate / measured[1][1]:.2f}" if 1 in measured else "-"
+        core = rate / min(workers or threads, os.cpu_count())
+        print(f"{name:16}{rate:10.1f}{ratio:>14}{core:10.1f}{hand_over:15.1f}{start:16.1f}")
 
 
 if __name__ == "__main__":

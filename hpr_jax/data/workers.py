@@ -8,6 +8,7 @@ through files without names, which are gone with the last process that has them 
 import contextlib
 import ctypes
 import gc
+import itertools
 import mmap
 import os
 import pickle
@@ -53,12 +54,15 @@ class LoadedByWorkers:
     Two batches a worker are in flight at most: one in shared memory, which is as large as its largest batch so far, and one
     that the worker loads meanwhile or holds.
 
-    An exception of a worker is raised here in the place of its batch, and ends the iteration. `close` ends it, too, as does
-    forgetting the iterator.
+    Whatever is raised ends the iteration and the workers. `close()` ends them, too, as does forgetting the iterator.
 
     Args:
-      loader: can be pickled; each worker has a copy.
+      loader: can be pickled, and its classes imported; each worker has a copy.
       workers: at least 1.
+
+    Raises, in the place of a batch:
+      RunError: its worker has ended before its time.
+      Exception: what the loader raised.
     """
 
     def __init__(self, loader: Any, steps: Sequence[int], workers: int):
@@ -71,29 +75,19 @@ class LoadedByWorkers:
             pickled.flush()
             for first in range(min(workers, len(steps))):
                 self._workers.append(_Worker(pickled, steps[first::workers]))
-        self._turns = iter([self._workers[place % workers] for place in range(len(steps))])
+        self._turns = itertools.islice(itertools.cycle(self._workers), len(steps))
 
     def __iter__(self) -> "LoadedByWorkers":
         return self
 
     def __next__(self) -> Any:
+        if not self.close.alive:
+            raise StopIteration
         try:
-            return self._take()
+            return next(self._turns).take()
         except BaseException:
             self.close()
             raise
-
-    def _take(self) -> Any:
-        if not self.close.alive:
-            raise StopIteration
-        worker = next(self._turns)
-        try:
-            return worker.take()
-        except (EOFError, ConnectionError):
-            raise RunError(
-                f"A worker process that loads batches {worker.end()}. If the machine ran out of memory, lower "
-                f"config.data.workers (now {len(self._workers)})."
-            ) from None
 
 
 class _Worker:
@@ -122,31 +116,28 @@ class _Worker:
             self.connection.send(message)
 
     def take(self) -> Any:
-        """Waits for its next batch.
-
-        Raises:
-          EOFError, ConnectionError: the process has ended.
-        """
-        message = self.connection.recv()
+        """Waits for its next batch."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise RunError(
+                f"A worker process that loads batches {self._how_it_ended()}. If the machine ran out of memory, lower "
+                "config.data.workers."
+            ) from None
         if isinstance(message, Exception):
             raise message
-        ends = np.cumsum([0, *map(_aligned, message)])
-        if self.memory is None or len(self.memory) < ends[-1]:
-            self.memory = mmap.mmap(self.shared.fileno(), int(ends[-1]), access=mmap.ACCESS_READ)
-        copy = np.frombuffer(self.memory, np.uint8, ends[-1]).copy()
+        *starts, total = itertools.accumulate(map(_aligned, message), initial=0)
+        if self.memory is None or len(self.memory) < total:
+            self.memory = mmap.mmap(self.shared.fileno(), total, access=mmap.ACCESS_READ)
+        copy = np.frombuffer(self.memory, np.uint8, total).copy()
         self._send("memory is free")
-        head, *arrays = (copy[start : start + size] for start, size in zip(ends, message))
+        head, *arrays = (copy[start : start + size] for start, size in zip(starts, message))
         return pickle.loads(head, buffers=arrays)
 
-    def end(self) -> str:
-        """Ends the process; says how it has ended, to be read behind its name."""
-        self.connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # What has died by itself takes a moment to be known as dead.
-            self.process.wait(1)
-        self.process.kill()
+    def _how_it_ended(self) -> str:
+        """How a process that has closed its end of the connection has ended, to be read behind its name."""
         code = self.process.wait()
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _end(workers: list[_Worker]) -> None:
