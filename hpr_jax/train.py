@@ -347,7 +347,8 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_chan
     log.info("Goes on from step %d.", found.step)
     average = None
     if state.average is not None:
-        params, average = nnx.restore_int_paths(training["params"]), params
+        params, average = state.params, params
+        nnx.replace_by_pure_dict(params, training["params"])
     state = TrainState(training["step"], params, frozen, training["optimizer"], average)
     return state, Progress(**found.run.get("progress", {}))
 

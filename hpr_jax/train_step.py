@@ -134,16 +134,18 @@ class TrainStep:
         return sum(program._cache_size() for program in programs)
 
     def __call__(self, state: TrainState, batch: DeviceBatch, learning_rate: float) -> tuple[TrainState, StepNumbers]:
+        # The others are the optimizer's.
+        variables = state.replace(optimizer=None, average=None)
         *others, last = [replicate(self.mesh, np.int32(part)) for part in range(self.parts)]
         rate = replicate(self.mesh, np.float32(learning_rate))
-        passes = [self.outputs(state, batch, part) for part in others] + [self.forward(state, batch, last)]
+        passes = [self.outputs(variables, batch, part) for part in others] + [self.forward(variables, batch, last)]
         # While the host solves the problems of one part, the devices are at the next.
         assigned = [solve(self.mesh, one.requests, one.target_valid) for one in passes]
         numbers, cotangents = self.loss(batch, [one.outputs for one in passes], passes[-1].denoising, assigned)
         # Popped, so that its memory is free when the next part's is needed.
-        gradients = self.backward(state, passes.pop().pullback, cotangents.pop())
+        gradients = self.backward(variables, passes.pop().pullback, cotangents.pop())
         for part, cotangent in zip(others, cotangents):
-            more = self.backward(state, self.forward(state, batch, part).pullback, cotangent)
+            more = self.backward(variables, self.forward(variables, batch, part).pullback, cotangent)
             gradients = self.add(gradients, more)
         state, norm = self.update(state, gradients, rate)
         return state, {**numbers, "gradient_norm": norm}

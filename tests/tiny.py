@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -69,6 +70,35 @@ def targets(counts, most, sizes, seed=0):
         valid=jnp.arange(most) < jnp.asarray(counts)[:, None],
         sizes=jnp.asarray(sizes, jnp.int32),
     )
+
+
+CONFIG_FILE = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {tests!r})
+import tiny
+
+
+def get_config():
+    return tiny.config(Path({directory!r}))
+"""
+
+
+def write_config(path: Path, directory: Path) -> Path:
+    """A config file of `config(directory)`, for the command line."""
+    path.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests"), directory=str(directory)))
+    return path
+
+
+def process_environment(**more: str) -> dict[str, str]:
+    """Of a process with this project, the tests' modules and their compilation cache."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
+    }
+    return {**os.environ, "PYTHONPATH": path, **cache, **more}
 
 
 def write_coco(directory: Path, train: int = 6, val: int = 3) -> Path:
