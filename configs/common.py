@@ -87,11 +87,11 @@ def base() -> ConfigDict:
     config.train = {
         # On all devices together.
         "batch_size": 16,
-        # A device computes its images in so many parts, one after the other: the same result with less memory, in a quarter
-        # more time.
-        "parts": 1,
-        # Of a moving average of the weights, which evaluation then takes, e.g. 0.9997; 0: none.
-        "average_decay": 0.0,
+        # Gradient accumulation: a device computes its images in so many parts, one after the other, which takes less memory
+        # and a quarter more time. Losses have the normalisers of the whole batch: the result is the same.
+        "accumulation_steps": 1,
+        # Of an exponential moving average of the weights, which evaluation then takes, e.g. 0.9997; 0: none.
+        "ema_decay": 0.0,
         # Length: in steps or, if that is 0, in epochs; evaluate_every and the optimizer's milestones count the same unit.
         "steps": 0,
         "epochs": 0,

@@ -29,6 +29,9 @@ LATEST, BEST = "checkpoints", "best"
 # Of the names of folders that are being written or deleted.
 PARTIAL = ".partial"
 
+# Settings that the first checkpoints do not name, with the values that mean what was done then.
+LATER = {"train": {"accumulation_steps": 1, "ema_decay": 0.0}, "data": {"workers": 0}}
+
 log = logging.getLogger("hpr_jax")
 
 
@@ -63,7 +66,9 @@ class Meta:
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's config as configs are now: once, how to compute was part of the model, and views were weak alone."""
+    """A checkpoint's config as configs are now: it may lack what came later. Once, how to compute was part of the model, and
+    views were weak alone."""
+    config = {section: {**LATER.get(section, {}), **values} for section, values in config.items()}
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}
@@ -85,9 +90,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
         if leads():
-            for folder in (self._latest, self._best):
-                for left in folder.glob(f"*{PARTIAL}*"):
-                    shutil.rmtree(left)
+            _delete_partial(self._latest)
+            _delete_partial(self._best)
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
         """Saves a checkpoint to resume from, then deletes the oldest.
@@ -159,7 +163,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
             _delete_now([path] if path.exists() else [])
             partial.rename(path)
     except (OSError, ValueError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete_partial(path.parent)
         raise RunError(
             f"The checkpoint {path} cannot be written: {_reason(error)}. Earlier checkpoints are as they were; the same "
             "command goes on from the latest."
@@ -177,6 +181,11 @@ def _delete_now(paths: Iterable[Path]) -> None:
     for path in paths:
         # What is being deleted does not look like a checkpoint.
         shutil.rmtree(path.rename(path.with_suffix(f"{PARTIAL}-old")))
+
+
+def _delete_partial(folder: Path) -> None:
+    for left in folder.glob(f"*{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _steps(folder: Path) -> list[Path]:

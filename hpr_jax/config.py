@@ -128,7 +128,7 @@ def check(config: ConfigDict) -> None:
     """
     at_least_one = ("train.batch_size", "train.log_every", "train.checkpoint_every", "train.evaluate_every")
     at_least_one += (
-        "train.parts",
+        "train.accumulation_steps",
         "train.keep_checkpoints",
         "data.buckets",
         "data.threads",
@@ -140,8 +140,7 @@ def check(config: ConfigDict) -> None:
         section, name = key.split(".")
         if config[section][name] < 1:
             raise UserError(f"config.{key} is {config[section][name]}; it must be at least 1.")
-    # Checkpoints of runs before there were workers do not name them.
-    if config.data.get("workers", 0) < 0:
+    if config.data.workers < 0:
         raise UserError(f"config.data.workers is {config.data.workers}; it must be at least 0.")
     if min(config.train.steps, config.train.epochs) < 0 or bool(config.train.steps) == bool(config.train.epochs):
         raise UserError(
@@ -152,8 +151,8 @@ def check(config: ConfigDict) -> None:
         if not config.augmentation[key] or min(config.augmentation[key]) < 1:
             raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")
     _check_augmentation(config.augmentation)
-    if not 0 <= config.train.average_decay < 1:
-        raise UserError(f"config.train.average_decay is {config.train.average_decay}; it must be at least 0 and below 1.")
+    if not 0 <= config.train.ema_decay < 1:
+        raise UserError(f"config.train.ema_decay is {config.train.ema_decay}; it must be at least 0 and below 1.")
     canvas = config.evaluate.canvas
     if canvas and canvas < config.evaluate.max_side:
         raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least config.evaluate.max_side.")

@@ -267,29 +267,30 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
     optimizer, settings = make_optimizer(config), config.train
     moments = jax.eval_shape(optimizer.init, params)
-    average = params if settings.average_decay else None
+    average = params if settings.ema_decay else None
     state = TrainState(_array(dtype=jnp.int32), params, frozen, moments, average)
     views = 1 + config.augmentation.strong_views
     images = _array(views, settings.batch_size, *image, 3, dtype=jnp.uint8)
     targets = jax.tree.map(lambda x: _array(views, settings.batch_size, *x.shape[1:], dtype=x.dtype), _targets(1, max_boxes))
     batch, part = DeviceBatch(images=images, targets=targets), _array(dtype=jnp.int32)
-    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, parts=settings.parts)
-    forward = jax.eval_shape(step.forward, state, batch, part)
+    parts, variables = settings.accumulation_steps, state.replace(optimizer=None, average=None)
+    step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, parts=parts)
+    forward = jax.eval_shape(step.forward, variables, batch, part)
     assigned = [_array(*request.cost.shape[:3], dtype=jnp.int32) for request in forward.requests]
-    losses = batch, [forward.outputs] * settings.parts, forward.denoising, [assigned] * settings.parts
+    losses = batch, [forward.outputs] * parts, forward.denoising, [assigned] * parts
     _, cotangents = jax.eval_shape(step.loss, *losses)
-    gradients = jax.eval_shape(step.backward, state, forward.pullback, cotangents[-1])
+    gradients = jax.eval_shape(step.backward, variables, forward.pullback, cotangents[-1])
     programs = (
-        compiled_memory(step.forward, state, batch, part),
+        compiled_memory(step.forward, variables, batch, part),
         compiled_memory(step.loss, *losses),
-        compiled_memory(step.backward, state, forward.pullback, cotangents[-1]),
+        compiled_memory(step.backward, variables, forward.pullback, cotangents[-1]),
         compiled_memory(step.update, state, gradients, 0.0),
     )
     return {
         "parameters": _bytes((params, frozen, average)),
         "optimizer moments": _bytes(moments),
         "batch": _bytes(batch),
-        "gradients": _bytes(gradients) * min(settings.parts, 2),
+        "gradients": _bytes(gradients) * min(parts, 2),
         "kept for the backward pass": _bytes(forward),
         **({"temporaries": max(program["temporaries"] for program in programs)} if all(programs) else {}),
     }

@@ -19,6 +19,8 @@ class _BesideBars(logging.Handler):
 def log_to_console() -> None:
     """Sends the log to standard output, and nowhere else."""
     log.setLevel(logging.INFO)
+    # That of Orbax, which logs tracebacks of errors that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     log.propagate = False
     for handler in log.handlers[:]:
         log.removeHandler(handler)

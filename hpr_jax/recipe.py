@@ -72,11 +72,11 @@ def check_batch(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: it cannot.
     """
-    size, parts = config.train.batch_size, config.train.parts
+    size, parts = config.train.batch_size, config.train.accumulation_steps
     if size % (devices * parts):
         raise UserError(
             f"config.train.batch_size is {size}; with {devices} {'device' if devices == 1 else 'devices'} and "
-            f"config.train.parts {parts} it must be a multiple of {devices * parts}."
+            f"config.train.accumulation_steps {parts} it must be a multiple of {devices * parts}."
         )
 
 

@@ -21,7 +21,7 @@ FREE = (
     "data.directory",
     "data.threads",
     "data.workers",
-    "train.parts",
+    "train.accumulation_steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )

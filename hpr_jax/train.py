@@ -99,7 +99,7 @@ def initial_state(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[nnx
     params, frozen = replicate(mesh, (params, frozen))
     everywhere = NamedSharding(mesh, EVERYWHERE)
     moments = jax.jit(make_optimizer(config).init, out_shardings=everywhere)(params)
-    average = jax.tree.map(jnp.copy, params) if config.train.average_decay else None
+    average = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
     return graph, TrainState(replicate(mesh, np.int32(0)), params, frozen, moments, average)
 
 
@@ -161,7 +161,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
     evaluator = Evaluator(config, val_set, graph)
     settings = config.train
     step_function = make_train_step(
-        graph, criterion, make_optimizer(config), settings.seed, settings.average_decay, settings.parts, mesh
+        graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
     )
     with StopRequests() as requests, MetricWriter(workdir if leads() else None, start) as writer:
         run = _Run(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)

@@ -56,7 +56,7 @@ def run(config, devices, parts):
 
 def main(directory):
     config = tiny.config(Path(directory))
-    config.train.average_decay = 0.5
+    config.train.ema_decay = 0.5
     found, first = {}, None
     for devices, parts in WAYS:
         rows, weights, recompiled, moved, graph, state = run(config, devices, parts)
