@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.config import check, differences, from_plain, override, to_plain
-from hpr_jax.data.coco import Classes
+from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, build_detector
 from hpr_jax.models.detector import Detector
@@ -49,7 +49,9 @@ class Meta:
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's config as configs are now: once, how to compute was part of the model, and views were weak alone."""
+    """A checkpoint's config as configs are now: once, splits had no names; before, how to compute was part of the model, and
+    views were weak alone."""
+    config = {**config, "data": {"train_split": "train", "val_split": "validation", **config["data"]}}
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}

@@ -22,7 +22,7 @@ from make_shapes import CATEGORIES, outline
 from hpr_jax.config import load_config
 from hpr_jax.data import batching, views
 from hpr_jax.data.batching import TrainLoader, keep_freed_memory
-from hpr_jax.data.coco import CocoDataset, load_coco
+from hpr_jax.data.coco import load_coco
 from hpr_jax.recipe import make_plan, make_views, room_for_boxes, wants_masks
 
 HEIGHT, WIDTH = 480, 640
@@ -96,7 +96,7 @@ class Stopwatch:
 def bench(recipe: str, directory: Path, batches: int) -> tuple[str, float, dict[str, float]]:
     """Kind of augmentation, images a second, and milliseconds an image of each stage."""
     config = load_config(str(Path(__file__).parent.parent / f"configs/ddq.py:{recipe}"))
-    dataset: CocoDataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
+    dataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
     make = make_views(config, dataset)
     loader = TrainLoader(make_plan(config, dataset), make, room_for_boxes(config, dataset, make))
     rates, stages = [], collections.defaultdict(list)

@@ -4,6 +4,7 @@ A drawn mask is a `Region`, the part of a canvas that holds it: work grows with 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -94,6 +95,61 @@ def _decompress(text: str) -> list[int]:
             value -= 1 << shift
         lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
     return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMasks:
+    """Masks, or None where there is none, in a few arrays.
+
+    Attributes:
+      corners: of all polygons, float32 `[c, 2]`.
+      polygon_starts: where each polygon's corners begin, int64 `[p + 1]`.
+      mask_starts: where each mask's polygons begin, int64 `[n + 1]`.
+      run_lengths: the masks that are such, by index.
+    """
+
+    corners: np.ndarray
+    polygon_starts: np.ndarray
+    mask_starts: np.ndarray
+    run_lengths: Mapping[int, RunLengths]
+
+    def __getitem__(self, index: int) -> Mask | None:
+        if index in self.run_lengths:
+            return self.run_lengths[index]
+        starts = self.polygon_starts[self.mask_starts[index] : self.mask_starts[index + 1] + 1]
+        return tuple(self.corners[start:stop] for start, stop in itertools.pairwise(starts)) or None
+
+    def between(self, start: int, stop: int) -> tuple[Mask | None, ...]:
+        """The masks from `start` to before `stop`."""
+        return tuple(self[index] for index in range(start, stop))
+
+    def present(self) -> np.ndarray:
+        """Where there is a mask: bool `[n]`."""
+        has_mask = np.diff(self.mask_starts) > 0
+        has_mask[list(self.run_lengths)] = True
+        return has_mask
+
+    class Packer:
+        """Packs masks one by one."""
+
+        def __init__(self):
+            self.corners, self.polygons, self.masks, self.run_lengths = bytearray(), [0], [0], {}
+
+        def extend(self, masks: Iterable[Mask | None]) -> None:
+            """Adds masks."""
+            for mask in masks:
+                if isinstance(mask, Mapping):
+                    self.run_lengths[len(self.masks) - 1] = mask
+                elif mask is not None:
+                    for polygon in mask:
+                        self.corners += polygon.tobytes()
+                        self.polygons.append(self.polygons[-1] + len(polygon))
+                self.masks.append(len(self.polygons) - 1)
+
+        def finish(self) -> "PackedMasks":
+            """All masks that were added."""
+            corners = np.frombuffer(bytes(self.corners), np.float32).reshape(-1, 2)
+            return PackedMasks(corners, np.array(self.polygons), np.array(self.masks), self.run_lengths)
 
 
 @dataclasses.dataclass(frozen=True)
