@@ -185,10 +185,7 @@ class TestImages:
         path = tmp_path / f"exif{orientation}.jpg"
         pixels = np.zeros((20, 40, 3), np.uint8)
         pixels[:, :20] = 255
-        data = cv2.imencode(".jpg", pixels)[1].tobytes()
-        tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([orientation, 0, 0, 0]) + b"\0\0\0\0"
-        segment = b"Exif\0\0" + tiff
-        path.write_bytes(data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:])
+        tiny.write_turned(path, pixels, orientation)
         return path
 
     def test_exif_rotation_is_applied(self, tmp_path):

@@ -212,6 +212,8 @@ def _parse_image(
 ) -> Record:
     """The record of an image, without the image; appends to `dropped` and `unmasked`."""
     image_id, width, height = image["id"], float(image["width"]), float(image["height"])
+    if width < 1 or height < 1:
+        raise UserError(f"Image {image_id} of {name} is {width:g}x{height:g} pixels large.")
     boxes, labels, masks, crowds = [], [], [], []
     for annotation in annotations:
         subject, category = f"annotation {annotation.get('id')} of image {image_id}:", annotation["category_id"]

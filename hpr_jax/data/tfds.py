@@ -1,8 +1,8 @@
 """Data sets of TensorFlow Datasets (https://www.tensorflow.org/datasets), in ArrayRecord files, without TensorFlow.
 
 Records have the features of TFDS's own detection data sets: `image`, and `objects` with `bbox` and `label`. Those that
-`scripts/make_tfds` writes have one more, `coco`, an image's entry and annotations as in the COCO file: it is used in place of
-the others, with masks, and nothing is rounded.
+`scripts/make_tfds` writes have one more, `coco`, an image's entry and annotations as in the COCO file: it is used in place
+of the others, with masks, and nothing is rounded.
 """
 
 import dataclasses
@@ -146,7 +146,7 @@ def _exact_entry(features: Features, index: int, first_id: int) -> Entry:
 
 
 def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int]) -> Entry:
-    """A COCO entry of a record that has TFDS's features alone. Boxes refer to the image as stored: TensorFlow ignores EXIF."""
+    """A COCO entry of a record with TFDS's features alone. Boxes refer to the image as stored: TensorFlow ignores EXIF."""
     name = _bytes(features, "image/filename").decode() if "image/filename" in features else f"record {index}"
     numbers = _numbers(features, "image/id")
     image_id = int(numbers[0]) if len(numbers) else index + 1
@@ -182,8 +182,8 @@ def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
         return key in place and isinstance(place[key], kind)
 
     fits = is_a(features, "image", tfds.features.Image) and is_a(features, "objects", tfds.features.Sequence)
-    objects = features["objects"].feature if fits else {}
-    fits = isinstance(objects, Mapping) and is_a(objects, "bbox", tfds.features.BBoxFeature)
+    objects = features["objects"].feature if fits else None
+    fits = isinstance(objects, tfds.features.FeaturesDict) and is_a(objects, "bbox", tfds.features.BBoxFeature)
     if not fits or not is_a(objects, "label", tfds.features.ClassLabel):
         raise UserError(
             f"{directory} has the features {', '.join(features)}; detection wants image (Image) and objects, a Sequence of "

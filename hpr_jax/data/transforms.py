@@ -58,6 +58,10 @@ class UnreadableImageError(Exception):
     """An image that is missing, broken, or not the one that was annotated."""
 
 
+class OtherSizeError(UnreadableImageError):
+    """An image that can be read, but not of the annotated size."""
+
+
 class EncodedImage(Protocol):
     """An image as it is stored; little to send to another process.
 
@@ -122,7 +126,7 @@ def decode_annotated(data: bytes, image: EncodedImage, height: int, width: int) 
         stored = _decode(data, image.name, turned=False)
         pixels = stored if stored.shape[:2] == (height, width) else pixels
     if pixels.shape[:2] != (height, width):
-        raise UnreadableImageError(
+        raise OtherSizeError(
             f"{image.name} is {pixels.shape[1]}x{pixels.shape[0]} pixels, its annotation says {width}x{height}"
         )
     return pixels
