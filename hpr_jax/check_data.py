@@ -75,13 +75,13 @@ def check_data(config: ConfigDict, output: Path, samples: int) -> Verdict:
     warn_of_recipe(config)
     verdict = Verdict()
     datasets = _load(config, verdict)
-    digests = {}
+    names, digests = {}, {}
     for split, dataset in datasets.items():
         print(f"\n{SPLITS[split]}: {dataset.name}\n  {'fingerprint':14}{dataset.fingerprint}")
-        _show_annotations(config, split, dataset, verdict)
+        names[split] = _show_annotations(config, split, dataset, verdict)
         digests[split] = _open_images(config, split, dataset, verdict)
     if len(digests) == 2:
-        _compare_splits(datasets, digests, verdict)
+        _compare_splits(datasets, names, digests, verdict)
     if "train" in datasets:
         _try_training(config, datasets["train"], digests["train"], output, samples, verdict)
     print(f"\n{verdict}")
@@ -117,7 +117,8 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.min():,.0f} / {np.median(values):,.0f} / {values.max():,.0f}"
 
 
-def _show_annotations(config: ConfigDict, split: str, dataset: Dataset, verdict: Verdict) -> None:
+def _show_annotations(config: ConfigDict, split: str, dataset: Dataset, verdict: Verdict) -> set[str]:
+    """Prints counts and problems; returns the names of the files."""
     counts, sizes, what = dataset.records.counts, dataset.sizes, SPLITS[split]
     truth = dataset.ground_truth()
     crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in truth["annotations"])
@@ -126,7 +127,7 @@ def _show_annotations(config: ConfigDict, split: str, dataset: Dataset, verdict:
     _line("objects", f"{counts.sum():,}, and {crowds:,} crowds")
     if not len(dataset):
         verdict.obstacles.append(f"the {what} split has no images")
-        return
+        return set()
     if not counts.sum():
         (verdict.obstacles if split == "train" else verdict.doubts).append(f"the {what} split has no objects")
     fullest = dataset.records[int(np.argmax(counts))]
@@ -145,7 +146,7 @@ def _show_annotations(config: ConfigDict, split: str, dataset: Dataset, verdict:
     if split == "train":
         _show_masks(config, dataset, verdict)
     _show_classes(dataset, what, verdict)
-    _show_ids(dataset, truth, what, verdict)
+    return _show_ids(truth, what, verdict)
 
 
 def _show_boxes(dataset: Dataset, truth: Mapping[str, Any], what: str, verdict: Verdict) -> None:
@@ -212,7 +213,7 @@ def _show_classes(dataset: Dataset, what: str, verdict: Verdict) -> None:
         verdict.doubt(f"classes without {what} objects", len(absent), ", ".join(_first(absent)))
 
 
-def _show_ids(dataset: Dataset, truth: Mapping[str, Any], what: str, verdict: Verdict) -> None:
+def _show_ids(truth: Mapping[str, Any], what: str, verdict: Verdict) -> set[str]:
     ids = collections.Counter(annotation.get("id") for annotation in truth["annotations"])
     again = sum(count - 1 for count in ids.values())
     names = collections.Counter(str(image["file_name"]) for image in truth["images"])
@@ -222,6 +223,7 @@ def _show_ids(dataset: Dataset, truth: Mapping[str, Any], what: str, verdict: Ve
     if double:
         _line("names", f"{len(double):,} file names are listed more than once:", _first(double))
         verdict.doubt(f"{what} file names listed more than once", len(double))
+    return set(names)
 
 
 def _open_images(config: ConfigDict, split: str, dataset: Dataset, verdict: Verdict) -> list[str]:
@@ -263,12 +265,14 @@ def _open_image(record: Record) -> tuple[str, str, str]:
     return hashlib.sha256(data).hexdigest(), "", ""
 
 
-def _compare_splits(datasets: Mapping[str, Dataset], digests: Mapping[str, list[str]], verdict: Verdict) -> None:
-    names = [{str(image["file_name"]) for image in dataset.ground_truth()["images"]} for dataset in datasets.values()]
+def _compare_splits(
+    datasets: Mapping[str, Dataset], names: Mapping[str, set[str]], digests: Mapping[str, list[str]], verdict: Verdict
+) -> None:
+    both = sorted(names["train"] & names["val"])
     shared = {digest: record.image.name for digest, record in zip(digests["val"], datasets["val"].records) if digest}
     common = [shared[digest] for digest in sorted(shared.keys() & set(digests["train"]), key=shared.get)]
     print("\ntraining and validation")
-    _line("same names", f"{len(names[0] & names[1]):,} file names are in both", _first(sorted(names[0] & names[1])))
+    _line("same names", f"{len(both):,} file names are in both", _first(both))
     _line("same images", f"{len(common):,} images are in both, byte by byte", _first(common))
     verdict.doubt("validation images that are training images, too", len(common))
 

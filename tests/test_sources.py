@@ -365,6 +365,11 @@ class TestWrongDirectories:
             with pytest.raises(UserError, match=rf"set --config.data.directory={copied}\."):
                 load_dataset(settings(directory), "train")
 
+    def test_beside_a_coco_folder(self, tmp_path):
+        directory = tiny.write_coco(tmp_path / "data")
+        make_tfds(settings(directory), directory / "tfds")
+        assert len(load_dataset(settings(directory), "train")) == 6
+
     def test_other_classes(self, copied, folder):
         classes = load_dataset(settings(folder), "train").classes
         path = copied / "metadata.json"

@@ -5,6 +5,7 @@ A drawn mask is a `Region`, the part of a canvas that holds it: work grows with 
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def parse_segmentation(segmentation: Any, height: int, width: int) -> Mask:
 
 
 def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
-    polygons, far = [], 2 * np.array([width, height])
+    polygons = []
     for polygon in segmentation:
         if not isinstance(polygon, list):
             raise MalformedMaskError("is not a list of polygons, each a list of numbers")
@@ -46,11 +47,14 @@ def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
             corners = np.array(polygon, np.float32)
         except (TypeError, ValueError):
             raise MalformedMaskError("has a polygon that is not a list of numbers") from None
-        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.all(np.isfinite(corners)):
+        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2:
             continue
         corners = corners.reshape(-1, 2)
+        right, bottom = np.abs(corners).max(axis=0).tolist()
+        if not (math.isfinite(right) and math.isfinite(bottom)):
+            continue
         # pycocotools walks along every outline, and beyond its memory along endless ones.
-        if np.any(np.abs(corners) > far):
+        if right > 2 * width or bottom > 2 * height:
             raise MalformedMaskError("has a corner far outside its image")
         polygons.append(corners)
     if not polygons:

@@ -27,7 +27,10 @@ def load_dataset(settings: Mapping[str, Any], split: str, classes: Classes | Non
     directory = Path(settings["directory"])
     if (directory / _TFDS_FILE).is_file():
         return load_tfds(directory, settings[f"{split}_split"], classes, masks=masks)
-    for pattern in ("*", "*/*", "*/*/*"):
-        for file in directory.glob(f"{pattern}/{_TFDS_FILE}"):
-            raise UserError(f"{directory} has TFDS directories below it; set --config.data.directory={file.parent}.")
-    return load_coco(directory, settings[f"{split}_images"], settings[f"{split}_annotations"], classes, masks=masks)
+    images, annotations = settings[f"{split}_images"], settings[f"{split}_annotations"]
+    if not (directory / annotations).exists():
+        # As for `tfds.load`, the folder above may have been given.
+        for pattern in ("*", "*/*", "*/*/*"):
+            for file in directory.glob(f"{pattern}/{_TFDS_FILE}"):
+                raise UserError(f"{directory} has TFDS directories below it; set --config.data.directory={file.parent}.")
+    return load_coco(directory, images, annotations, classes, masks=masks)

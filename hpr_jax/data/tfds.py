@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from hpr_jax.data.coco import Entry, named_errors, parse_entries
+from hpr_jax.data.coco import Entry, named_errors, no_collection, parse_entries
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.transforms import EncodedImage, UnreadableImageError
 from hpr_jax.errors import UserError
@@ -82,7 +82,7 @@ def load_tfds(directory: Path, split: str, classes: Classes | None = None, *, ma
     builder, name = _builder(directory), f"{directory} (split {split!r})"
     source, features = _open(str(directory), split), builder.info.features
     exact = COCO in features and COCO in (builder.info.metadata or {})
-    with named_errors(name):
+    with no_collection(), named_errors(name):
         if exact:
             categories = builder.info.metadata[COCO]["categories"]
             read_entry = _exact_entry
@@ -117,13 +117,13 @@ class _Scan:
                 raise UserError(
                     f"Record {index} of split {self.split!r} of {self.directory} cannot be read: {error}."
                 ) from error
-            image, annotations = self.read_entry(features, index, self.objects + 1)
+            (image, annotations), identity = self.read_entry(features, index, self.objects + 1)
             if image["id"] in seen:
                 raise UserError(f"Split {self.split!r} of {self.directory} lists image id {image['id']} twice.")
             seen.add(image["id"])
             self.objects += len(annotations)
             self.names.append(str(image["file_name"]))
-            self.digest.update(json.dumps([image, annotations], sort_keys=True).encode())
+            self.digest.update(identity + b"\n")
             # Box evaluation has no use for masks, which are the most of it.
             boxes = [{key: value for key, value in a.items() if key != "segmentation"} for a in annotations]
             self._packed += self._packer.compress(json.dumps([image, boxes]).encode() + b"\n")
@@ -140,19 +140,20 @@ def _ground_truth(categories: Sequence[Mapping[str, Any]], packed: bytes) -> dic
     return {"images": [image for image, _ in entries], "annotations": annotations, "categories": list(categories)}
 
 
-def _exact_entry(features: Features, index: int, first_id: int) -> Entry:
-    entry = json.loads(_bytes(features, COCO))
-    return entry["image"], entry["annotations"]
+def _exact_entry(features: Features, index: int, first_id: int) -> tuple[Entry, bytes]:
+    text = _bytes(features, COCO)
+    entry = json.loads(text)
+    return (entry["image"], entry["annotations"]), text
 
 
-def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int]) -> Entry:
+def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int]) -> tuple[Entry, bytes]:
     """A COCO entry of a record with TFDS's features alone. Boxes refer to the image as stored: TensorFlow ignores EXIF."""
     name = _bytes(features, "image/filename").decode() if "image/filename" in features else f"record {index}"
     numbers = _numbers(features, "image/id")
     image_id = int(numbers[0]) if len(numbers) else index + 1
     try:
         width, height = Image.open(io.BytesIO(_bytes(features, "image"))).size
-    except (UnidentifiedImageError, OSError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
         # Known by name, and left out where it is to be decoded.
         width = height = 1
     relative = _numbers(features, "objects/bbox").reshape(-1, 4).astype(np.float64)
@@ -167,7 +168,8 @@ def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence
         if areas:
             annotation["area"] = areas[number]
         annotations.append(annotation)
-    return {"id": image_id, "file_name": name, "width": width, "height": height}, annotations
+    entry = {"id": image_id, "file_name": name, "width": width, "height": height}, annotations
+    return entry, json.dumps(entry).encode()
 
 
 def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
