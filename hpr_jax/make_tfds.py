@@ -60,7 +60,7 @@ class _Split:
         dataset = load_coco(source, images, annotations, classes)
         path = source / annotations
         content = read_json(path)
-        self.path, self.classes, self.categories = path, dataset.classes, content["categories"]
+        self.classes, self.categories = dataset.classes, content["categories"]
         self.entries = group_annotations(content, path)
         self.files = [
             image.path for image in ImageFolder(source / images, [image["file_name"] for image, _ in self.entries])
@@ -93,13 +93,14 @@ def _example(entry: Entry, file: Path, category_ids: Sequence[int]) -> dict[str,
             # TFDS knows no such boxes; the feature `coco` has it.
             continue
         left, top, right, bottom = box
+        own_id, area = annotation.get("id"), annotation.get("area")
         objects.append(
             {
-                "id": annotation.get("id", number),
+                "id": own_id if isinstance(own_id, int) else number,
                 "bbox": np.array([top / height, left / width, bottom / height, right / width]),
                 "label": category_ids.index(annotation["category_id"]),
                 "is_crowd": bool(annotation.get("iscrowd", 0)),
-                "area": float(annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])),
+                "area": area if isinstance(area, int | float) else (right - left) * (bottom - top),
             }
         )
     return {

@@ -105,7 +105,7 @@ def test_boxes_and_masks(coco, checked):
     def change(content):
         annotations = content["annotations"]
         annotations[0]["bbox"] = [-3, 0, 20, 15]
-        annotations[1]["bbox"] = [50, 40, 17.2, 15]
+        annotations[1]["bbox"] = [50, 40, 17.8, 15]
         annotations[2]["bbox"] = [0.2, 0, 60, 48]
         annotations[3]["bbox"] = [1, 1, 0, 5]
         annotations[4]["bbox"] = [1, 1, 5, 0.5]
@@ -115,7 +115,7 @@ def test_boxes_and_masks(coco, checked):
 
     edit(coco, change)
     report = checked(augmentation={"kind": "lsj"}, evaluate={"canvas": 64, "max_side": 64})
-    assert report.lines("clipped")[0] == "2 boxes reach beyond their image, by 3 / 5 / 7 pixels (least / median / most)"
+    assert report.lines("clipped")[0] == "2 boxes reach beyond their image, by 3 / 6 / 8 pixels (least / median / most)"
     assert report.lines("dropped")[0] == "3 boxes"
     assert "2 for what is less than a pixel wide or high:" in report.text
     assert "annotation 6 of image 37: box [70, 1, 5, 5]" in report.text
