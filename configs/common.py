@@ -65,11 +65,15 @@ def base() -> ConfigDict:
     }
     config.loss = {"branch_weight": 0.5}
     config.data = {
+        # A folder in COCO layout, or the directory of one version of a TFDS data set, known by its dataset_info.json.
         "directory": "data/coco",
         "train_images": "train2017",
         "train_annotations": "annotations/instances_train2017.json",
         "val_images": "val2017",
         "val_annotations": "annotations/instances_val2017.json",
+        # Of a TFDS directory instead; parts of splits are welcome, like train[:90%].
+        "train_split": "train",
+        "val_split": "validation",
         # Images without objects, and those with a side below this, are left out of training.
         "keep_empty": False,
         "min_side": 32,

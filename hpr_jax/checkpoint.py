@@ -18,7 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.config import check, differences, from_plain, override, to_plain
-from hpr_jax.data.coco import Classes
+from hpr_jax.data.dataset import Classes
 from hpr_jax.devices import agree, leads, wait_for_all
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.manifest import find_damage, write_manifest
@@ -30,7 +30,10 @@ LATEST, BEST = "checkpoints", "best"
 PARTIAL = ".partial"
 
 # Settings that the first checkpoints do not name, with the values that mean what was done then.
-LATER = {"train": {"accumulation_steps": 1, "ema_decay": 0.0}, "data": {"workers": 0}}
+LATER = {
+    "train": {"accumulation_steps": 1, "ema_decay": 0.0},
+    "data": {"workers": 0, "train_split": "train", "val_split": "validation"},
+}
 
 log = logging.getLogger("hpr_jax")
 

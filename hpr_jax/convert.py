@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector, load_detector
 from hpr_jax.command_line import CommandParser, run_command, split_overrides
 from hpr_jax.config import check, load_config, override, to_plain
-from hpr_jax.data.coco import COCO_CLASSES, Classes
+from hpr_jax.data.coco import COCO_CLASSES
+from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.torch_file import find_tensors, read_checkpoint, write_checkpoint
 from hpr_jax.torch_import import load_official, official_buffers, to_official

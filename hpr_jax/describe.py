@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import abstract_detector, checkpoint_config, read_meta
 from hpr_jax.config import check
-from hpr_jax.data.coco import Classes, CocoDataset, Record
+from hpr_jax.data.dataset import Classes, Dataset, Record, Records
 from hpr_jax.data.plan import Shape, choose_buckets, smallest_bucket
 from hpr_jax.data.transforms import whole
 from hpr_jax.evaluate import make_detect
@@ -200,13 +200,13 @@ def _refiner_parts(refiner: HybridRefiner, queries: DecoderInput, memory: Pyrami
     ]
 
 
-def photographs(at_least: int = 1) -> CocoDataset:
+def photographs(at_least: int = 1) -> Dataset:
     """A data set of photographs of common sizes, which has sizes alone; `at_least` so many."""
     sizes = [size for size, count in PHOTOGRAPHS.items() for _ in range(count)]
     sizes *= -(-at_least // len(sizes))
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-    records = tuple(Record(index, Path(), height, width, *nothing) for index, (height, width) in enumerate(sizes))
-    return CocoDataset(Path(), Classes((), ()), records, ())
+    records = (Record(index, None, height, width, *nothing) for index, (height, width) in enumerate(sizes))
+    return Dataset("photographs", "", dict, Classes((), ()), Records.pack(records, images=()))
 
 
 def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:

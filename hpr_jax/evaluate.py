@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from hpr_jax.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
 from hpr_jax.data.batching import EvaluationLoader, evaluation_batches
-from hpr_jax.data.coco import Classes, CocoDataset, load_coco
+from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
+from hpr_jax.data.sources import load_dataset
 from hpr_jax.data.transforms import whole
 from hpr_jax.devices import EVERYWHERE, data_mesh, gather, leads, on_devices_of, split_at, spread
 from hpr_jax.logs import log_dropped
@@ -56,7 +57,7 @@ class Evaluator:
     """Evaluates states of one detector on one split; compiled programs are kept between runs. Every process detects on a
     share of the images with its own devices, and all have the result."""
 
-    def __init__(self, config: ConfigDict, dataset: CocoDataset, graph: nnx.GraphDef):
+    def __init__(self, config: ConfigDict, dataset: Dataset, graph: nnx.GraphDef):
         settings = config.evaluate
         geometries = whole(dataset.sizes, settings.side, settings.max_side, settings.canvas)
         buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
@@ -89,7 +90,7 @@ class Evaluator:
                     )
         # In the same order, however many processes there are.
         found = sorted(itertools.chain(*gather(found)), key=lambda one: one["image_id"])
-        metrics, per_category = coco_average_precision(self.dataset.annotations, found, self.evaluator)
+        metrics, per_category = coco_average_precision(self.dataset.ground_truth(), found, self.evaluator)
         classes = self.dataset.classes
         names = {
             number: name if classes.names.count(name) == 1 else f"{name} ({number})"
@@ -135,10 +136,9 @@ def evaluate(
     meta = read_meta(checkpoint)
     config = checkpoint_config(meta, overrides, config)
     detector, _ = load_detector(checkpoint, config.compute)
-    data = config.data
-    dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, meta.classes)
+    dataset = load_dataset(config.data, "val", meta.classes)
     log_dropped(dataset)
-    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.annotations)
+    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
     if leads():
         output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import checkpoint_config, load_detector, read_meta
 from hpr_jax.config import check, load_config, override
-from hpr_jax.data.coco import Classes
+from hpr_jax.data.dataset import Classes
 from hpr_jax.data.transforms import Geometry, UnreadableImageError, apply, read_image, whole
 from hpr_jax.errors import UserError
 from hpr_jax.evaluate import make_detect

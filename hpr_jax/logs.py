@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hpr_jax.data.coco import CocoDataset
+from hpr_jax.data.dataset import Dataset
 
 log = logging.getLogger("hpr_jax")
 
@@ -28,11 +28,11 @@ def log_to_console() -> None:
     log.addHandler(_BesideBars())
 
 
-def log_dropped(dataset: CocoDataset) -> None:
+def log_dropped(dataset: Dataset) -> None:
     """Counts and names the boxes and masks of a data set that cannot be."""
     for what, sentences in (("boxes", dataset.dropped), ("masks", dataset.unmasked)):
         if sentences:
-            log.warning("%d impossible %s dropped from %s:", len(sentences), what, dataset.annotations)
+            log.warning("%d impossible %s dropped from %s:", len(sentences), what, dataset.name)
         for sentence in sentences:
             log.warning("  %s", sentence)
 

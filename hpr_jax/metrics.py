@@ -18,12 +18,12 @@ NAMES += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 
 def coco_average_precision(
-    annotations: Path, detections: Sequence[Mapping[str, Any]], evaluator: str = "auto"
+    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], evaluator: str = "auto"
 ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
     """Box AP as COCO defines it.
 
     Args:
-      annotations: the JSON file of the split.
+      truth: the annotations of the split, in COCO form.
       detections: COCO results: `image_id`, `category_id`, `bbox` (left, top, width, height), `score`.
       evaluator: `pycocotools`, the reference; `hotcoco`, the same numbers much faster; `auto`: the latter if installed.
 
@@ -31,7 +31,7 @@ def coco_average_precision(
       The twelve COCO numbers as fractions, and per category id `AP` and `AP50`. What no object defines is -1.
     """
     coco, coco_eval = find_evaluator(evaluator)
-    truth = _complete(json.loads(annotations.read_bytes()))
+    truth = _complete(truth)
     if not detections and truth["images"]:
         # The evaluators take no empty list; a speck that matches nothing has the same numbers.
         category = truth["categories"][0]["id"]
@@ -56,14 +56,15 @@ def coco_average_precision(
     return dict(zip(NAMES, numbers)), per_category
 
 
-def _complete(content: dict[str, Any]) -> dict[str, Any]:
-    """Annotations with what evaluators need and many files lack (id, area, iscrowd), without boxes that are none."""
+def _complete(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotations with what evaluators need and many files lack (area, iscrowd), without boxes that are none. Numbered anew:
+    pycocotools takes a match with an object whose id is 0 for none, and one of two objects with the same id for both."""
     annotations = []
     for number, annotation in enumerate(content["annotations"], start=1):
         box = annotation["bbox"]
         if len(box) == 4 and np.all(np.isfinite(np.asarray(box, float))):
-            defaults = {"id": number, "area": float(box[2]) * float(box[3]), "iscrowd": 0}
-            annotations.append({**defaults, **annotation})
+            defaults = {"area": float(box[2]) * float(box[3]), "iscrowd": 0}
+            annotations.append({**defaults, **annotation, "id": number})
     return {**content, "annotations": annotations}
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from hpr_jax.data.coco import CocoDataset
 from hpr_jax.data.copy_paste import MAX_PASTED
+from hpr_jax.data.dataset import Dataset
 from hpr_jax.data.plan import Shape, TrainPlan, choose_buckets
 from hpr_jax.data.transforms import Geometry, draw_large_scale, draw_weak
 from hpr_jax.data.views import ViewMaker
@@ -109,12 +109,12 @@ def wants_masks(config: ConfigDict) -> bool:
     return config.augmentation.kind == "lsj" and config.augmentation.lsj.copy_paste
 
 
-def make_plan(config: ConfigDict, dataset: CocoDataset) -> TrainPlan:
+def make_plan(config: ConfigDict, dataset: Dataset) -> TrainPlan:
     """The batches of a run; its buckets suit the sizes of a trial epoch."""
     settings, sizes, batch_size = config.augmentation, dataset.sizes, config.train.batch_size
     if len(dataset) < batch_size:
         raise UserError(
-            f"{dataset.annotations} has {len(dataset)} images to train on, fewer than config.train.batch_size "
+            f"{dataset.name} has {len(dataset)} images to train on, fewer than config.train.batch_size "
             f"{batch_size}; lower it, or set --config.data.keep_empty=True if images without objects shall count."
         )
     draw = functools.partial(_draw(settings), sizes, settings.to_dict())
@@ -135,7 +135,7 @@ def _largest(settings: ConfigDict, sizes: np.ndarray) -> list[Shape]:
     return largest + [(max_side, min(side, max_side))] * bool(crops or not landscape.all())
 
 
-def make_views(config: ConfigDict, dataset: CocoDataset) -> ViewMaker:
+def make_views(config: ConfigDict, dataset: Dataset) -> ViewMaker:
     """How the views of an image are made; says if copy-paste cannot be had."""
     settings, draw_donor = config.augmentation, None
     if wants_masks(config):
@@ -144,7 +144,7 @@ def make_views(config: ConfigDict, dataset: CocoDataset) -> ViewMaker:
             log.warning(
                 "%s has no masks: nothing is copied and pasted. Give its annotations a segmentation, or set "
                 "--config.augmentation.lsj.copy_paste=False.",
-                dataset.annotations,
+                dataset.name,
             )
         else:
             draw_donor = functools.partial(draw_large_scale, settings=settings.to_dict())
@@ -153,8 +153,8 @@ def make_views(config: ConfigDict, dataset: CocoDataset) -> ViewMaker:
     return ViewMaker(dataset, strong=settings.strong_views, drop_vanished=settings.drop_vanished, draw_donor=draw_donor)
 
 
-def room_for_boxes(config: ConfigDict, dataset: CocoDataset, make_views: ViewMaker) -> int:
+def room_for_boxes(config: ConfigDict, dataset: Dataset, make_views: ViewMaker) -> int:
     """Boxes that every view has room for."""
-    most = max(1, *(len(record.boxes) for record in dataset.records))
+    most = max(1, int(dataset.records.counts.max()))
     pasted = min(most, MAX_PASTED - 1) if make_views.draw_donor else 0
     return config.data.max_boxes or most + pasted

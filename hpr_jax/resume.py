@@ -8,7 +8,7 @@ import jax
 
 from hpr_jax.checkpoint import Meta
 from hpr_jax.config import differences
-from hpr_jax.data.coco import CocoDataset
+from hpr_jax.data.dataset import Dataset
 from hpr_jax.devices import gather
 from hpr_jax.errors import UserError
 
@@ -27,7 +27,7 @@ FREE = (
 )
 
 
-def dependencies(train: CocoDataset, val: CocoDataset) -> dict[str, Any]:
+def dependencies(train: Dataset, val: Dataset) -> dict[str, Any]:
     """What a run depends on beside its config, JSON types."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {

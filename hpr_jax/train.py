@@ -20,7 +20,8 @@ from tqdm import tqdm
 from hpr_jax.checkpoint import Checkpoints, Meta
 from hpr_jax.config import check, to_plain
 from hpr_jax.data.batching import Batch, TrainLoader, train_batches
-from hpr_jax.data.coco import CocoDataset, load_coco
+from hpr_jax.data.dataset import Dataset
+from hpr_jax.data.sources import load_dataset
 from hpr_jax.devices import EVERYWHERE, data_mesh, leads, replicate, spread
 from hpr_jax.errors import RunError
 from hpr_jax.evaluate import Evaluator, log_table
@@ -60,15 +61,13 @@ def make_train_step(
     return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)
 
 
-def load_training_data(config: ConfigDict) -> tuple[CocoDataset, CocoDataset]:
+def load_training_data(config: ConfigDict) -> tuple[Dataset, Dataset]:
     """The whole training and validation splits."""
-    data = config.data
-    masks = wants_masks(config)
-    train = load_coco(Path(data.directory), data.train_images, data.train_annotations, masks=masks)
-    return train, load_coco(Path(data.directory), data.val_images, data.val_annotations, train.classes)
+    train = load_dataset(config.data, "train", masks=wants_masks(config))
+    return train, load_dataset(config.data, "val", train.classes)
 
 
-def report_data(train: CocoDataset, usable: CocoDataset, val: CocoDataset) -> None:
+def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
     """Logs what was dropped and left out."""
     for dataset in (train, val):
         log_dropped(dataset)

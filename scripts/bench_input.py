@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from hpr_jax.config import load_config
 from hpr_jax.data import batching, views
 from hpr_jax.data.batching import TrainLoader, train_batches
-from hpr_jax.data.coco import CocoDataset, load_coco
+from hpr_jax.data.coco import load_coco
 from hpr_jax.data.workers import keep_freed_memory
 from hpr_jax.recipe import make_plan, make_views, room_for_boxes, wants_masks
 
@@ -102,7 +102,7 @@ class Stopwatch:
 
 def make_loader(config: ConfigDict, directory: Path) -> TrainLoader:
     """The loader that training has."""
-    dataset: CocoDataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
+    dataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
     make = make_views(config, dataset)
     return TrainLoader(make_plan(config, dataset), make, room_for_boxes(config, dataset, make))
 

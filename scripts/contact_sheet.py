@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 import hpr_jax
-from hpr_jax.data.coco import load_coco
+from hpr_jax.data.sources import load_dataset
 from hpr_jax.data.transforms import read_annotated_image
 from hpr_jax.errors import UserError
 from hpr_jax.visualize import contact_sheet, draw, write_image
@@ -30,11 +30,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     detector = hpr_jax.load(arguments.workdir)
-    data = detector.config.data
-    dataset = load_coco(Path(data.directory), data.val_images, data.val_annotations, detector.classes)
+    dataset = load_dataset(detector.config.data, "val", detector.classes)
     pairs = []
-    for record in dataset.records[: arguments.images]:
-        image = read_annotated_image(record.path, record.height, record.width)
+    for record in itertools.islice(dataset.records, arguments.images):
+        image = read_annotated_image(record.image, record.height, record.width)
         found = detector(image, arguments.threshold)
         captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores)]
         names = [dataset.classes.names[label] for label in record.labels]

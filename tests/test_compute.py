@@ -10,7 +10,7 @@ from flax import nnx
 from hpr_jax.checkpoint import Meta, abstract_detector
 from hpr_jax.compilation_cache import enable_compilation_cache
 from hpr_jax.config import to_plain
-from hpr_jax.data.coco import Classes
+from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute
 

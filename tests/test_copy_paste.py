@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from hpr_jax.data.coco import Record
 from hpr_jax.data.copy_paste import choose_donated, masked_objects, paste
+from hpr_jax.data.dataset import Record
 from hpr_jax.data.masks import EMPTY, MalformedMaskError, Region, box_region, draw_mask, parse_segmentation
 from hpr_jax.data.objects import Objects
-from hpr_jax.data.transforms import GREY, Geometry, apply_to_boxes, apply_to_image, draw_large_scale
+from hpr_jax.data.transforms import GREY, Geometry, ImageFile, apply_to_boxes, apply_to_image, draw_large_scale
 
 LSJ = {"flip": 0.5, "lsj": {"side": 64, "scale_range": (0.1, 2.0)}}
 AS_IT_IS = np.eye(2, 3)
@@ -189,7 +189,7 @@ def record(boxes, masks, crowds=(), labels=None):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     labels = np.arange(len(boxes)) if labels is None else labels
     masks = tuple(mask and parse_segmentation(mask, *SIZE) for mask in masks)
-    return Record(1, Path(), *SIZE, boxes, np.array(labels, np.int32), masks, tuple(crowds))
+    return Record(1, ImageFile(Path()), *SIZE, boxes, np.array(labels, np.int32), masks, tuple(crowds))
 
 
 def whole(size=SIZE):

@@ -13,7 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from hpr_jax import main as command
 from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector
 from hpr_jax.config import load_config, to_plain
-from hpr_jax.data.coco import Classes
+from hpr_jax.data.dataset import Classes
 from hpr_jax.describe import (
     compiled_memory,
     evaluation_buckets,

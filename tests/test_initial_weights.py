@@ -11,7 +11,8 @@ from flax import nnx
 from hpr_jax import convert
 from hpr_jax.checkpoint import Checkpoints, Meta, load_detector
 from hpr_jax.config import to_plain
-from hpr_jax.data.coco import COCO_CLASSES, Classes
+from hpr_jax.data.coco import COCO_CLASSES
+from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.initial_weights import load_initial_weights
 from hpr_jax.models.build import build_detector

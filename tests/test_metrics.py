@@ -1,5 +1,6 @@
 """Average precision: the fast evaluator against the reference, and edge cases."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture
-def annotations(tmp_path):
+def annotations():
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in range(8)]
     objects = []
     for image in images:
@@ -28,9 +29,7 @@ def annotations(tmp_path):
                 }
             )
     categories = [{"id": c, "name": str(c)} for c in (3, 8, 11)]
-    path = tmp_path / "annotations.json"
-    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
-    return path, objects
+    return {"images": images, "annotations": objects, "categories": categories}, objects
 
 
 def noisy(objects):
@@ -47,10 +46,10 @@ def noisy(objects):
 
 def test_fast_evaluator_gives_the_same_numbers(annotations):
     pytest.importorskip("hotcoco", reason="the extra fast-eval is not installed")
-    path, objects = annotations
+    truth, objects = annotations
     found = noisy(objects)
-    slow, slow_classes = coco_average_precision(path, found, "pycocotools")
-    fast, fast_classes = coco_average_precision(path, found, "hotcoco")
+    slow, slow_classes = coco_average_precision(truth, found, "pycocotools")
+    fast, fast_classes = coco_average_precision(truth, found, "hotcoco")
     assert list(slow) == list(NAMES)
     assert 0.1 < slow["AP"] < 0.9
     for name in NAMES:
@@ -61,16 +60,16 @@ def test_fast_evaluator_gives_the_same_numbers(annotations):
 
 
 def test_perfect_detections(annotations):
-    path, objects = annotations
+    truth, objects = annotations
     found = [{**o, "score": 0.9} for o in objects if not o["iscrowd"]]
-    metrics, per_class = coco_average_precision(path, found, "pycocotools")
+    metrics, per_class = coco_average_precision(truth, found, "pycocotools")
     assert metrics["AP"] == pytest.approx(1.0)
     assert per_class[3]["AP"] == pytest.approx(1.0)
 
 
 def test_no_detections(annotations):
-    path, _ = annotations
-    metrics, per_class = coco_average_precision(path, [])
+    truth, _ = annotations
+    metrics, per_class = coco_average_precision(truth, [])
     # What no object defines is -1.
     areas = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
     real = [o["area"] for o in annotations[1] if not o["iscrowd"]]
@@ -84,18 +83,30 @@ def test_no_detections(annotations):
 
 @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
 def test_files_that_lack_what_evaluators_want(annotations, evaluator):
-    path, objects = annotations
+    truth, objects = annotations
     found = noisy(objects)
-    expected, _ = coco_average_precision(path, found, evaluator)
-    content = json.loads(path.read_text())
+    expected, _ = coco_average_precision(truth, found, evaluator)
+    content = copy.deepcopy(truth)
     for annotation in content["annotations"]:
         del annotation["area"], annotation["id"]
         if not annotation["iscrowd"]:
             del annotation["iscrowd"]
     broken = {"image_id": 0, "category_id": 3}
     content["annotations"] += [{**broken, "bbox": [1, 2, 3]}, {**broken, "bbox": [1, 2, float("inf"), 3]}]
-    path.write_text(json.dumps(content))
-    assert coco_average_precision(path, found, evaluator)[0] == expected
+    assert coco_average_precision(content, found, evaluator)[0] == expected
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+@pytest.mark.parametrize("number", [lambda place: place, lambda place: 1])
+def test_ids_of_objects_do_not_count(annotations, evaluator, number):
+    """Neither an id of 0 nor ids that occur twice."""
+    truth, objects = annotations
+    found = noisy(objects)
+    expected, _ = coco_average_precision(truth, found, evaluator)
+    content = copy.deepcopy(truth)
+    for place, annotation in enumerate(content["annotations"]):
+        annotation["id"] = number(place)
+    assert coco_average_precision(content, found, evaluator)[0] == expected
 
 
 def test_metric_files(tmp_path):

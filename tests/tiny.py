@@ -101,6 +101,14 @@ def process_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **cache, **more}
 
 
+def write_turned(path: Path, pixels: np.ndarray, orientation: int) -> None:
+    """A JPEG with an EXIF orientation."""
+    data = cv2.imencode(".jpg", pixels)[1].tobytes()
+    tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([orientation, 0, 0, 0]) + b"\0\0\0\0"
+    segment = b"Exif\0\0" + tiff
+    path.write_bytes(data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:])
+
+
 def write_coco(directory: Path, train: int = 6, val: int = 3) -> Path:
     """A data set with gaps in the category ids, a crowd box, an image without objects and an impossible box; masks fill the
     boxes."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hpr_jax.data.coco import CocoDataset, Record
+from hpr_jax.data.dataset import Dataset, Record
 from hpr_jax.data.plan import PlannedBatch, Shape, Slot, TrainPlan
 from hpr_jax.data.transforms import UnreadableImageError, apply, read_annotated_image
 from hpr_jax.data.views import ViewMaker
@@ -61,7 +61,7 @@ def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes
     room = batch.boxes.shape[1]
     if len(boxes) > room:
         batch.reports.append(
-            f"{record.path} has {len(boxes)} boxes, the batch has room for {room}; the rest is left out of this step"
+            f"{record.image.name} has {len(boxes)} boxes, the batch has room for {room}; the rest is left out of this step"
         )
         boxes, labels = boxes[:room], labels[:room]
     count = len(boxes)
@@ -125,7 +125,7 @@ class TrainLoader:
             except UnreadableImageError as another:
                 batch.reports.append(f"{another}; it cannot take the place of another")
                 continue
-            batch.reports.append(f"{error}; {self.make_views.dataset.records[other.index].path.name} takes its place")
+            batch.reports.append(f"{error}; {self.make_views.dataset.records[other.index].image.name} takes its place")
             return
         raise UserError(f"{error}, and none of the images planned next could be read in its place.")
 
@@ -162,7 +162,7 @@ class EvaluationLoader:
         processes does.
     """
 
-    def __init__(self, dataset: CocoDataset, plan: Sequence[PlannedBatch], batch_size: int, share: tuple[int, int] = (0, 1)):
+    def __init__(self, dataset: Dataset, plan: Sequence[PlannedBatch], batch_size: int, share: tuple[int, int] = (0, 1)):
         index, count = share
         self.dataset, self.plan, self.batch_size = dataset, plan[index::count], batch_size
 
@@ -175,7 +175,7 @@ class EvaluationLoader:
         for place, slot in enumerate(planned.slots):
             record = self.dataset.records[slot.index]
             try:
-                image = read_annotated_image(record.path, record.height, record.width)
+                image = read_annotated_image(record.image, record.height, record.width)
             except UnreadableImageError as error:
                 batch.reports.append(f"{error}; it has no detections")
                 continue

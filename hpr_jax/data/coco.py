@@ -1,52 +1,22 @@
-"""COCO-format annotations (https://cocodataset.org/#format-data), checked."""
+"""Annotations in COCO form (https://cocodataset.org/#format-data), checked; data sets that are a folder of them."""
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpr_jax.data.dataset import Classes, Dataset, Problem, Record, Records
 from hpr_jax.data.masks import MalformedMaskError, Mask, parse_segmentation
+from hpr_jax.data.transforms import EncodedImage, ImageFile
 from hpr_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One image and its objects.
-
-    Attributes:
-      image_id: as in the annotations.
-      path: of the image file.
-      height, width: in pixels, as annotated.
-      boxes: float32 xyxy `[n, 4]` in pixels, clipped to the image; crowds left out.
-      labels: int32 `[n]`, indices into the data set's classes.
-      masks: of the objects, None for those without; () where masks were not read.
-      crowds: masks of the crowds, where masks were read.
-    """
-
-    image_id: int
-    path: Path
-    height: int
-    width: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    masks: tuple[Mask | None, ...] = ()
-    crowds: tuple[Mask, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Classes:
-    """The classes of a data set, in the order of their labels; category ids may have gaps."""
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-
-    def as_set(self) -> set[tuple[int, str]]:
-        """Category ids and names, whatever their order."""
-        return set(zip(self.category_ids, self.names))
-
 
 _COCO_NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking "
@@ -62,51 +32,27 @@ COCO_CLASSES = Classes(
     tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})),
 )
 
+# An image's entry, and those of its annotations.
+Entry = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]
+
 
 @dataclasses.dataclass(frozen=True)
-class CocoDataset:
-    """A split of a COCO-format data set.
+class ImageFolder(Sequence[EncodedImage]):
+    """Image files below a folder, by their names."""
 
-    Attributes:
-      annotations: path of the JSON file.
-      fingerprint: SHA-256 of the annotations.
-      dropped: a sentence for each box that cannot be.
-      unmasked: a sentence for each mask that cannot be.
-    """
-
-    annotations: Path
-    classes: Classes
-    records: tuple[Record, ...]
-    dropped: tuple[str, ...]
-    unmasked: tuple[str, ...] = ()
-    fingerprint: str = ""
+    folder: Path
+    names: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.names)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """(height, width) of every image: int `[M, 2]`."""
-        return np.array([(record.height, record.width) for record in self.records], np.int64).reshape(-1, 2)
-
-    def count_masks(self) -> tuple[int, int]:
-        """How many objects have a mask, and how many there are."""
-        masks = [mask for record in self.records for mask in record.masks]
-        return sum(mask is not None for mask in masks), sum(len(record.boxes) for record in self.records)
-
-    def subset(self, *, keep_empty: bool, min_side: int) -> "CocoDataset":
-        """Without images whose shorter side is below `min_side`, and without those that have no object unless kept."""
-        records = [
-            record
-            for record in self.records
-            if min(record.height, record.width) >= min_side and (keep_empty or len(record.boxes))
-        ]
-        return dataclasses.replace(self, records=tuple(records))
+    def __getitem__(self, index: int) -> ImageFile:
+        return ImageFile(self.folder / self.names[index])
 
 
 def load_coco(
     directory: Path, images: str, annotations: str, classes: Classes | None = None, *, masks: bool = False
-) -> CocoDataset:
+) -> Dataset:
     """Reads the annotations of one split.
 
     Args:
@@ -126,89 +72,185 @@ def load_coco(
         raise UserError(f"The image folder {Path(directory) / images} does not exist; set config.data.*_images.")
     if not path.is_file():
         raise UserError(f"The annotation file {path} does not exist; set config.data.*_annotations.")
+    data = path.read_bytes()
+    fingerprint = hashlib.sha256(data).hexdigest()
+    with no_collection(), named_errors(f"The annotation file {path}"):
+        content = _read_json(path, data)
+        # Half a gigabyte for COCO, as large as all that is kept of it.
+        del data
+        entries = group_annotations(content, path)
+        names = [str(image["file_name"]) for image in content["images"]]
+        folder = ImageFolder(Path(directory) / images, names)
+        parsed = parse_entries(entries, content["categories"], str(path), folder, classes, masks=masks)
+    return Dataset(str(path), fingerprint, functools.partial(read_json, path), *parsed)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without garbage collection: where millions of objects are made and all of them stay, it takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Turns what goes wrong in entries that are not as they should be into a sentence about `what`."""
     try:
-        dataset = _parse(content, path, Path(directory) / images, classes, masks)
-        return dataclasses.replace(dataset, fingerprint=hashlib.sha256(raw).hexdigest())
+        yield
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"The annotation file {path} is not in COCO format: {_explain(error)}.") from error
+        explained = f"an entry has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{what} is not in COCO format: {explained}.") from error
 
 
-def _explain(error: Exception) -> str:
-    return f"an entry has no {error}" if isinstance(error, KeyError) else str(error)
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of an annotation file.
+
+    Raises:
+      UserError: it is not JSON.
+    """
+    with no_collection():
+        return _read_json(path, path.read_bytes())
 
 
-def _parse(content: dict, path: Path, folder: Path, classes: Classes | None, with_masks: bool) -> CocoDataset:
-    categories = sorted(content["categories"], key=lambda category: category["id"])
+def _read_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
+
+
+def group_annotations(content: Mapping[str, Any], path: Path) -> list[Entry]:
+    """The images of an annotation file, each with its annotations.
+
+    Raises:
+      UserError: an image id is listed twice, or an annotation belongs to no image.
+    """
+    entries: dict[int, Entry] = {}
+    for image in content["images"]:
+        if image["id"] in entries:
+            raise UserError(f"The annotation file {path} lists image id {image['id']} twice.")
+        entries[image["id"]] = image, []
+    for annotation in content["annotations"]:
+        image = annotation["image_id"]
+        if image not in entries:
+            raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed.")
+        entries[image][1].append(annotation)
+    return list(entries.values())
+
+
+class Parsed(NamedTuple):
+    """What a `Dataset` holds of its annotations."""
+
+    classes: Classes
+    records: Records
+    dropped: tuple[Problem, ...]
+    unmasked: tuple[Problem, ...]
+
+
+def parse_entries(
+    entries: Iterable[Entry],
+    categories: Sequence[Mapping[str, Any]],
+    name: str,
+    images: Sequence[EncodedImage],
+    classes: Classes | None,
+    *,
+    masks: bool,
+) -> Parsed:
+    """Checks annotations in COCO form.
+
+    Args:
+      name: of the split, for messages.
+      images: the images of the entries, in their order; may be filled while the entries are read.
+      classes: those that the categories must be, or None.
+      masks: whether to read the segmentations, too.
+
+    Raises:
+      UserError: categories are missing, double or not `classes`, or an annotation's category is not listed.
+    """
+    classes = _parse_categories(categories, name, classes)
+    label_of = {category: label for label, category in enumerate(classes.category_ids)}
+    dropped: list[Problem] = []
+    unmasked: list[Problem] = []
+
+    def records() -> Iterator[Record]:
+        for image, annotations in entries:
+            yield _parse_image(image, annotations, name, label_of, masks, dropped, unmasked)
+
+    packed = Records.pack(records(), images, with_masks=masks)
+    return Parsed(classes, packed, tuple(dropped), tuple(unmasked))
+
+
+def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classes: Classes | None) -> Classes:
+    categories = sorted(categories, key=lambda category: category["id"])
     own = Classes(
         names=tuple(str(category["name"]) for category in categories),
         category_ids=tuple(int(category["id"]) for category in categories),
     )
     if not own.names:
-        raise UserError(f"The annotation file {path} lists no categories.")
+        raise UserError(f"{name} lists no categories.")
     if len(set(own.category_ids)) != len(own.category_ids):
-        raise UserError(f"The annotation file {path} lists a category id twice.")
+        raise UserError(f"{name} lists a category id twice.")
     if classes is not None and classes.as_set() == own.as_set():
         # Models converted from elsewhere may number them in another order.
-        own = classes
-    elif classes is not None:
-        raise UserError(f"The categories of {path} ({_show(own)}) are not those that the model knows ({_show(classes)}).")
-    label_of = {category: label for label, category in enumerate(own.category_ids)}
+        return classes
+    if classes is not None:
+        raise UserError(f"The categories of {name} ({_show(own)}) are not those that the model knows ({_show(classes)}).")
+    return own
 
-    objects: dict[int, list] = {}
-    crowds: dict[int, list[Mask]] = {}
-    sizes = {}
-    for image in content["images"]:
-        if image["id"] in sizes:
-            raise UserError(f"The annotation file {path} lists image id {image['id']} twice.")
-        sizes[image["id"]] = (float(image["width"]), float(image["height"]))
-        objects[image["id"]], crowds[image["id"]] = [], []
-    dropped, unmasked = [], []
-    for annotation in content["annotations"]:
-        image, category = annotation["image_id"], annotation["category_id"]
-        if image not in sizes:
-            raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed.")
+
+def _parse_image(
+    image: Mapping[str, Any],
+    annotations: Sequence[Mapping[str, Any]],
+    name: str,
+    label_of: Mapping[int, int],
+    with_masks: bool,
+    dropped: list[Problem],
+    unmasked: list[Problem],
+) -> Record:
+    """The record of an image, without the image; appends to `dropped` and `unmasked`."""
+    image_id, width, height = image["id"], float(image["width"]), float(image["height"])
+    if width < 1 or height < 1:
+        raise UserError(f"Image {image_id} of {name} is {width:g}x{height:g} pixels large.")
+    boxes, labels, masks, crowds = [], [], [], []
+    for annotation in annotations:
+        subject, category = f"annotation {annotation.get('id')} of image {image_id}:", annotation["category_id"]
         if category not in label_of:
-            raise UserError(f"Annotation {annotation.get('id')} of {path} has category {category}, which is not listed.")
-        mask, crowd = None, annotation.get("iscrowd", 0)
+            raise UserError(f"Annotation {annotation.get('id')} of {name} has category {category}, which is not listed.")
+        mask = None
         if with_masks:
-            mask, reason = _read_mask(annotation, *sizes[image])
+            mask, reason = _read_mask(annotation, width, height)
             if reason:
-                unmasked.append(f"annotation {annotation.get('id')} of image {image}: its segmentation {reason}")
-        if crowd:
-            crowds[image] += [mask] * (mask is not None)
+                unmasked.append(Problem(f"{subject} its segmentation", reason))
+        if annotation.get("iscrowd", 0):
+            crowds += [mask] * (mask is not None)
             continue
-        box, reason = _clip(annotation["bbox"], *sizes[image])
+        box, reason = clip_box(annotation["bbox"], width, height)
         if reason:
-            dropped.append(f"annotation {annotation.get('id')} of image {image}: box {annotation['bbox']} {reason}")
-        else:
-            objects[image].append((box, label_of[category], mask))
-
-    records = []
-    for image in content["images"]:
-        found = objects[image["id"]]
-        records.append(
-            Record(
-                image_id=image["id"],
-                path=folder / image["file_name"],
-                height=int(image["height"]),
-                width=int(image["width"]),
-                boxes=np.array([box for box, _, _ in found], np.float32).reshape(-1, 4),
-                labels=np.array([label for _, label, _ in found], np.int32),
-                masks=tuple(mask for _, _, mask in found) if with_masks else (),
-                crowds=tuple(crowds[image["id"]]),
-            )
-        )
-    return CocoDataset(path, own, tuple(records), tuple(dropped), tuple(unmasked))
+            dropped.append(Problem(f"{subject} box {annotation['bbox']}", reason))
+            continue
+        boxes.append(box)
+        labels.append(label_of[category])
+        masks.append(mask)
+    return Record(
+        image_id=image_id,
+        image=None,
+        height=int(height),
+        width=int(width),
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.array(labels, np.int32),
+        masks=tuple(masks) if with_masks else (),
+        crowds=tuple(crowds),
+    )
 
 
-def _read_mask(annotation: dict, width: float, height: float) -> tuple[Mask | None, str]:
+def _read_mask(annotation: Mapping[str, Any], width: float, height: float) -> tuple[Mask | None, str]:
     """An annotation's mask, None without one, and what is wrong with it."""
     segmentation = annotation.get("segmentation")
     if not segmentation:
@@ -219,12 +261,12 @@ def _read_mask(annotation: dict, width: float, height: float) -> tuple[Mask | No
         return None, str(error)
 
 
-def _clip(bbox: Sequence[float], width: float, height: float) -> tuple[tuple, str]:
+def clip_box(bbox: Sequence[float], width: float, height: float) -> tuple[tuple, str]:
     """COCO's (left, top, width, height) -> xyxy inside the image, or why the box cannot be."""
     if len(bbox) != 4:
         return (), "does not have four numbers"
     left, top, w, h = map(float, bbox)
-    if not np.all(np.isfinite((left, top, w, h))):
+    if not all(map(math.isfinite, (left, top, w, h))):
         return (), "is not finite"
     if w < 1 or h < 1:
         return (), "is less than a pixel wide or high"

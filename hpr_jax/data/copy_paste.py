@@ -8,7 +8,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from hpr_jax.data.coco import Record
+from hpr_jax.data.dataset import Record
 from hpr_jax.data.masks import Region, box_region, draw_mask
 from hpr_jax.data.objects import Objects, join
 from hpr_jax.data.transforms import Geometry, apply_to_boxes, has_area

@@ -4,6 +4,8 @@ A drawn mask is a `Region`, the part of a canvas that holds it: work grows with 
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,7 +39,7 @@ def parse_segmentation(segmentation: Any, height: int, width: int) -> Mask:
 
 
 def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
-    polygons, far = [], 2 * np.array([width, height])
+    polygons = []
     for polygon in segmentation:
         if not isinstance(polygon, list):
             raise MalformedMaskError("is not a list of polygons, each a list of numbers")
@@ -45,11 +47,14 @@ def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
             corners = np.array(polygon, np.float32)
         except (TypeError, ValueError):
             raise MalformedMaskError("has a polygon that is not a list of numbers") from None
-        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not np.all(np.isfinite(corners)):
+        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2:
             continue
         corners = corners.reshape(-1, 2)
+        right, bottom = np.abs(corners).max(axis=0).tolist()
+        if not (math.isfinite(right) and math.isfinite(bottom)):
+            continue
         # pycocotools walks along every outline, and beyond its memory along endless ones.
-        if np.any(np.abs(corners) > far):
+        if right > 2 * width or bottom > 2 * height:
             raise MalformedMaskError("has a corner far outside its image")
         polygons.append(corners)
     if not polygons:
@@ -94,6 +99,61 @@ def _decompress(text: str) -> list[int]:
             value -= 1 << shift
         lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
     return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMasks:
+    """Masks, or None where there is none, in a few arrays.
+
+    Attributes:
+      corners: of all polygons, float32 `[c, 2]`.
+      polygon_starts: where each polygon's corners begin, int64 `[p + 1]`.
+      mask_starts: where each mask's polygons begin, int64 `[n + 1]`.
+      run_lengths: the masks that are such, by index.
+    """
+
+    corners: np.ndarray
+    polygon_starts: np.ndarray
+    mask_starts: np.ndarray
+    run_lengths: Mapping[int, RunLengths]
+
+    def __getitem__(self, index: int) -> Mask | None:
+        if index in self.run_lengths:
+            return self.run_lengths[index]
+        starts = self.polygon_starts[self.mask_starts[index] : self.mask_starts[index + 1] + 1]
+        return tuple(self.corners[start:stop] for start, stop in itertools.pairwise(starts)) or None
+
+    def between(self, start: int, stop: int) -> tuple[Mask | None, ...]:
+        """The masks from `start` to before `stop`."""
+        return tuple(self[index] for index in range(start, stop))
+
+    def present(self) -> np.ndarray:
+        """Where there is a mask: bool `[n]`."""
+        has_mask = np.diff(self.mask_starts) > 0
+        has_mask[list(self.run_lengths)] = True
+        return has_mask
+
+    class Packer:
+        """Packs masks one by one."""
+
+        def __init__(self):
+            self.corners, self.polygons, self.masks, self.run_lengths = bytearray(), [0], [0], {}
+
+        def extend(self, masks: Iterable[Mask | None]) -> None:
+            """Adds masks."""
+            for mask in masks:
+                if isinstance(mask, Mapping):
+                    self.run_lengths[len(self.masks) - 1] = mask
+                elif mask is not None:
+                    for polygon in mask:
+                        self.corners += polygon.tobytes()
+                        self.polygons.append(self.polygons[-1] + len(polygon))
+                self.masks.append(len(self.polygons) - 1)
+
+        def finish(self) -> "PackedMasks":
+            """All masks that were added."""
+            corners = np.frombuffer(bytes(self.corners), np.float32).reshape(-1, 2)
+            return PackedMasks(corners, np.array(self.polygons), np.array(self.masks), self.run_lengths)
 
 
 @dataclasses.dataclass(frozen=True)

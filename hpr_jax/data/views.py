@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpr_jax.data.coco import CocoDataset
 from hpr_jax.data.copy_paste import choose_donated, masked_objects, paste
+from hpr_jax.data.dataset import Dataset
 from hpr_jax.data.objects import Objects
 from hpr_jax.data.plan import Slot
 from hpr_jax.data.reaugment import draw_strong_view, strong_image, strong_objects
@@ -39,7 +39,7 @@ class ViewMaker:
 
     def __init__(
         self,
-        dataset: CocoDataset,
+        dataset: Dataset,
         *,
         strong: bool = False,
         drop_vanished: bool = False,
@@ -60,7 +60,7 @@ class ViewMaker:
         """
         rng = np.random.default_rng(slot.seed)
         record = self.dataset.records[slot.index]
-        image = apply_to_image(read_annotated_image(record.path, record.height, record.width), slot.geometry)
+        image = apply_to_image(read_annotated_image(record.image, record.height, record.width), slot.geometry)
         if self.draw_donor is None:
             boxes, remains = apply_to_boxes(record.boxes, slot.geometry)
             objects = Objects(boxes, record.labels).take(remains)
@@ -83,7 +83,7 @@ class ViewMaker:
         if not len(donated) and not crowds:
             return view
         try:
-            image = read_annotated_image(donor.path, donor.height, donor.width)
+            image = read_annotated_image(donor.image, donor.height, donor.width)
         except UnreadableImageError as error:
             reports.append(f"{error}; nothing of it is pasted")
             return view
