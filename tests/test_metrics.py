@@ -110,8 +110,18 @@ def test_ids_of_objects_do_not_count(annotations, evaluator, number):
 
 
 def test_metric_files(tmp_path):
-    writer = MetricWriter(tmp_path)
-    writer.write(3, {"loss": 1.5})
-    writer.close()
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 1.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
     assert list(tmp_path.glob("events.*"))
+
+
+def test_metrics_of_a_run_that_goes_on(tmp_path):
+    """What was written behind the checkpoint comes again; a kill may have left half a line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "loss": 3.0}\n{"step": 8, "lo')
+    with MetricWriter(tmp_path, start=4) as writer:
+        writer.write(6, {"loss": 4.0})
+    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
+    with MetricWriter(None) as writer:
+        writer.write(6, {"loss": 4.0})
