@@ -95,6 +95,8 @@ class Checkpoints:
         if leads():
             _delete_partial(self._latest)
             _delete_partial(self._best)
+            # Of two, the older was about to be deleted.
+            _delete_now(_steps(self._best)[:-1])
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
         """Saves a checkpoint to resume from, then deletes the oldest.
@@ -116,29 +118,18 @@ class Checkpoints:
         Raises:
           UserError: all are damaged.
         """
-        damaged = []
-        while steps := _steps(self._latest):
-            damage = agree(lambda newest=steps[-1]: find_damage(newest))
-            if not damage:
-                return read_meta(steps[-1], check=False)
-            damaged.append(steps[-1].name)
-            aside = steps[-1].with_suffix(".damaged")
-            log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", steps[-1], damage, aside.name)
-            if leads():
-                shutil.rmtree(aside, ignore_errors=True)
-                steps[-1].rename(aside)
-            wait_for_all("put aside")
-        if damaged:
+        newest, damaged = _newest_undamaged(self._latest)
+        if newest is None and damaged:
             raise UserError(
                 f"All checkpoints in {self._latest} are damaged (steps {', '.join(damaged)}). To begin anew, choose another "
                 "workdir or delete this one."
             )
-        return None
+        return newest and read_meta(newest, check=False)
 
     def best_meta(self) -> Meta | None:
-        """What the best checkpoint says of itself, None if there is none."""
-        steps = _steps(self._best)
-        return read_meta(steps[-1], check=False) if steps else None
+        """What the best checkpoint says of itself, None if there is none that is undamaged."""
+        newest, _ = _newest_undamaged(self._best)
+        return newest and read_meta(newest, check=False)
 
     def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
         """The model and training state of a step, in the shapes and on the devices of the given ones."""
@@ -184,6 +175,24 @@ def _delete_now(paths: Iterable[Path]) -> None:
     for path in paths:
         # What is being deleted does not look like a checkpoint.
         shutil.rmtree(path.rename(path.with_suffix(f"{PARTIAL}-old")))
+
+
+def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and the names of damaged ones, which are put aside."""
+    damaged = []
+    while steps := _steps(folder):
+        newest = steps[-1]
+        damage = agree(lambda newest=newest: find_damage(newest))
+        if not damage:
+            return newest, damaged
+        damaged.append(newest.name)
+        aside = newest.with_suffix(".damaged")
+        log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", newest, damage, aside.name)
+        if leads():
+            shutil.rmtree(aside, ignore_errors=True)
+            newest.rename(aside)
+        wait_for_all("put aside")
+    return None, damaged
 
 
 def _delete_partial(folder: Path) -> None:

@@ -75,7 +75,7 @@ class Evaluator:
         state = on_devices_of(self.mesh, state)
         found: list[dict[str, Any]] = []
         batches = evaluation_batches(self.loader, self.threads)
-        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False)
+        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False, disable=not leads())
         for batch, planned in zip(bar, self.loader.plan):
             for report in batch.reports:
                 log.warning("%s", report)

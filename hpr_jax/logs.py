@@ -16,8 +16,8 @@ class _BesideBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def log_to_console() -> None:
-    """Sends the log to standard output, and nowhere else."""
+def log_to_console(level: int = logging.INFO) -> None:
+    """Sends the log, from a level on, to standard output, and nowhere else."""
     log.setLevel(logging.INFO)
     # That of Orbax, which logs tracebacks of errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -25,7 +25,7 @@ def log_to_console() -> None:
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
-    log.addHandler(_BesideBars())
+    log.addHandler(_BesideBars(level))
 
 
 def log_dropped(dataset: Dataset) -> None:

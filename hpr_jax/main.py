@@ -5,6 +5,7 @@ python -m hpr_jax.main --config configs/ddq.py[:variant] --workdir DIR
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -99,9 +100,12 @@ def run(command_line: list[str]) -> None:
 
     enable_compilation_cache()
     if arguments.distributed:
-        from hpr_jax.devices import join_processes
+        from hpr_jax.devices import join_processes, leads
 
         join_processes()
+        if not leads():
+            # What all have to say, one says.
+            log_to_console(logging.WARNING)
     if arguments.mode == "train":
         from hpr_jax.train import train
 

@@ -178,7 +178,7 @@ class _Run:
     def __init__(self, config, mesh, checkpoints, evaluator, meta, writer, requests, progress):
         self.config, self.mesh, self.checkpoints, self.evaluator = config, mesh, checkpoints, evaluator
         self.meta, self.writer, self.requests, self.progress = meta, writer, requests, progress
-        self.bar = tqdm(total=config.train.steps, unit="step", dynamic_ncols=True, disable=None if leads() else True)
+        self.bar = tqdm(total=config.train.steps, unit="step", dynamic_ncols=True, disable=not leads())
         best = checkpoints.best_meta()
         self.best = best.metrics.get("AP", -1.0) if best else -1.0
         # Shapes of batches that the step has been compiled for, and how many programs that took.
@@ -191,7 +191,7 @@ class _Run:
         # The numbers of a step are read while the next one runs.
         pending = None
         step = first = int(state.step)
-        self.bar.update(step)
+        self.bar.initial = self.bar.n = step
         # Nothing was loaded ahead of the first batch: waiting for it says nothing.
         upcoming = self._fetch(step, batches, _Interval())
         interval = _Interval()
