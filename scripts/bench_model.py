@@ -1,7 +1,7 @@
 """Times a full-size detector: inference, forward and backward, whole training steps, the matching, and the stages of each.
 
     python scripts/bench_model.py [--config configs/ddq.py:r50_1x] [--batch 1] [--height 800] [--width 1333] [--objects 7]
-        [--dtype float32|bfloat16] [--repeats 3] [--phase PHASE] [--cache DIR]
+        [--dtype float32|bfloat16] [--accumulation-steps 1] [--repeats 3] [--phase PHASE] [--cache DIR]
 
 Every phase runs in a process of its own, so that its peak memory is its own: the GPU's if there is one, else the process's.
 "compile" is what the first call takes longer than the others; with --cache, programs are kept in DIR, and a second run shows
@@ -86,7 +86,7 @@ class Bench:
         graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
         del self.detector
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
-        step = TrainStep(graph, make_criterion(self.config), optimizer, 0)
+        step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
         return step, state, jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
 
 
@@ -243,6 +243,7 @@ def main() -> None:
     for name, default in (("batch", 1), ("height", 800), ("width", 1333), ("objects", 7), ("classes", 80), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations; default: the config's")
+    parser.add_argument("--accumulation-steps", type=int, default=1, help="parts of the batch of a training step")
     parser.add_argument("--cache", help="folder that keeps compiled programs")
     parser.add_argument("--official", help="the official implementation's seconds and GB of inference, then of training")
     parser.add_argument(
