@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.config import check, differences, from_plain, override, to_plain
 from hpr_jax.data.dataset import Classes
-from hpr_jax.devices import agree, leads, wait_for_all
+from hpr_jax.devices import agree, gather, leads, wait_for_all
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.manifest import find_damage, write_manifest
 from hpr_jax.models.build import Compute, build_detector
@@ -121,8 +121,8 @@ class Checkpoints:
         newest, damaged = _newest_undamaged(self._latest)
         if newest is None and damaged:
             raise UserError(
-                f"All checkpoints in {self._latest} are damaged (steps {', '.join(damaged)}). To begin anew, choose another "
-                "workdir or delete this one."
+                f"All checkpoints in {self._latest} are damaged: {', '.join(damaged)}. To begin anew, choose another "
+                "workdir or delete them."
             )
         return newest and read_meta(newest, check=False)
 
@@ -149,6 +149,7 @@ class Checkpoints:
 def _write(path: Path, meta: Meta, **items: Any) -> None:
     partial = path.with_suffix(PARTIAL)
     arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    reason = None
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(partial, ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays), force=True)
@@ -157,12 +158,15 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
             _delete_now([path] if path.exists() else [])
             partial.rename(path)
     except (OSError, ValueError, RuntimeError) as error:
+        reason = _reason(error)
+    # Also waits for all.
+    reasons = [one for one in gather(reason) if one]
+    if reasons:
         _delete_partial(path.parent)
         raise RunError(
-            f"The checkpoint {path} cannot be written: {_reason(error)}. Earlier checkpoints are as they were; the same "
-            "command goes on from the latest."
-        ) from error
-    wait_for_all("written")
+            f"The checkpoint {path} cannot be written: {reasons[0]}. Earlier checkpoints are as they were; the same command "
+            "goes on from the latest."
+        )
 
 
 def _delete(paths: Iterable[Path]) -> None:
@@ -178,21 +182,23 @@ def _delete_now(paths: Iterable[Path]) -> None:
 
 
 def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without damage, and the names of damaged ones, which are put aside."""
-    damaged = []
-    while steps := _steps(folder):
-        newest = steps[-1]
-        damage = agree(lambda newest=newest: find_damage(newest))
-        if not damage:
-            return newest, damaged
-        damaged.append(newest.name)
-        aside = newest.with_suffix(".damaged")
-        log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", newest, damage, aside.name)
-        if leads():
+    """The newest checkpoint without damage, and the names of those that were put aside, now or before. One process looks,
+    for all: they may not see the same files yet."""
+
+    def look() -> tuple[str | None, list[str]]:
+        while steps := _steps(folder):
+            newest = steps[-1]
+            damage = find_damage(newest)
+            if not damage:
+                break
+            aside = newest.with_suffix(".damaged")
+            log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", newest, damage, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             newest.rename(aside)
-        wait_for_all("put aside")
-    return None, damaged
+        return steps[-1].name if steps else None, sorted(path.name for path in folder.glob("*.damaged"))
+
+    name, damaged = agree(look)
+    return folder / name if name else None, damaged
 
 
 def _delete_partial(folder: Path) -> None:

@@ -76,6 +76,8 @@ def join_processes() -> None:
     Raises:
       UserError: the environment does not say, or the others do not come.
     """
+    # It would swallow SIGTERM until training begins.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         numbers = {name: int(os.environ[f"JAX_{name.upper()}"]) for name in NUMBERS if f"JAX_{name.upper()}" in os.environ}
         jax.distributed.initialize(**numbers)

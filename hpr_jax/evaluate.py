@@ -21,7 +21,7 @@ from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.plan import choose_buckets, evaluation_plan
 from hpr_jax.data.sources import load_dataset
 from hpr_jax.data.transforms import whole
-from hpr_jax.devices import EVERYWHERE, data_mesh, gather, leads, on_devices_of, split_at, spread
+from hpr_jax.devices import EVERYWHERE, agree, data_mesh, gather, leads, on_devices_of, split_at, spread
 from hpr_jax.logs import log_dropped
 from hpr_jax.metrics import coco_average_precision, find_evaluator
 from hpr_jax.models.detector import detections
@@ -70,6 +70,11 @@ class Evaluator:
         self.evaluator = settings.evaluator
         self.detect = make_detect(graph, settings.detections, self.mesh)
 
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return self.detect._cache_size()
+
     def run(self, state: nnx.State) -> EvaluationResult:
         """Detects on every image and computes AP; the state is on all devices of the process, or of all processes."""
         state = on_devices_of(self.mesh, state)
@@ -90,13 +95,19 @@ class Evaluator:
                     )
         # In the same order, however many processes there are.
         found = sorted(itertools.chain(*gather(found)), key=lambda one: one["image_id"])
-        metrics, per_category = coco_average_precision(self.dataset.ground_truth(), found, self.evaluator)
+
+        def average_precision():
+            metrics, per_category = coco_average_precision(self.dataset.ground_truth(), found, self.evaluator)
+            # JSON, in which processes agree, has no numbers as keys.
+            return metrics, list(per_category.items())
+
+        metrics, per_category = agree(average_precision)
         classes = self.dataset.classes
         names = {
             number: name if classes.names.count(name) == 1 else f"{name} ({number})"
             for number, name in zip(classes.category_ids, classes.names)
         }
-        return EvaluationResult(metrics, {names[c]: numbers for c, numbers in per_category.items()}, found)
+        return EvaluationResult(metrics, {names[c]: numbers for c, numbers in per_category}, found)
 
 
 def _coco_results(image_id, classes: Classes, boxes, scores, labels, valid, scale) -> list[dict[str, Any]]:

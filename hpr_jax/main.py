@@ -6,6 +6,7 @@ python -m hpr_jax.main --config configs/ddq.py[:variant] --workdir DIR
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def _check(arguments: argparse.Namespace, unknown: list[str], parser: CommandPar
             raise UserError(f"--classes is {arguments.classes}; it must be at least 1.")
     elif not arguments.workdir and (arguments.mode == "train" or not (arguments.checkpoint and arguments.output)):
         raise UserError("Give --workdir DIR, the folder of the run.")
+    if arguments.accept_changes and arguments.mode != "train":
+        raise UserError("--accept-changes is for training that goes on; leave it out.")
     if arguments.distributed and arguments.mode not in ("train", "evaluate"):
         raise UserError("Several processes can train and evaluate; leave out --distributed.")
     if arguments.workdir and arguments.workdir.exists() and not arguments.workdir.is_dir():
@@ -104,7 +107,7 @@ def run(command_line: list[str]) -> None:
 
         join_processes()
         if not leads():
-            # What all have to say, one says.
+            # One says how it goes; warnings are each one's own.
             log_to_console(logging.WARNING)
     if arguments.mode == "train":
         from hpr_jax.train import train
@@ -131,7 +134,13 @@ def run(command_line: list[str]) -> None:
 
 
 def main() -> int:
-    return run_command(lambda: run(sys.argv[1:]))
+    code = run_command(lambda: run(sys.argv[1:]))
+    if code in (1, 2) and "--distributed" in sys.argv:
+        # JAX's way out would wait for the other processes, which wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ import contextlib
 import io
 import json
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from hpr_jax.errors import UserError
+from hpr_jax.errors import RunError, UserError
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 NAMES += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
@@ -104,30 +107,51 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path | None, start: int = 0):
-        self._file = self._board = None
+        self._file = None
         if workdir is None:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         _drop_later(path, start)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
+        # Not the usual writer, whose thread keeps events for minutes, and the caller waiting when the disk is full.
+        self._board = EventsWriter(str(workdir / "events"))
+        self._put(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            self._file.close()
-            self._board.close()
+            # Everything was written when it came.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes the numbers of a step.
+
+        Raises:
+          RunError: they cannot be written.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._file.flush()
+            for name, value in numbers.items():
+                self._put(Event(step=step, summary=scalar(name, value)))
+            self._board.flush()
+        except OSError as error:
+            raise RunError(
+                f"The metrics of step {step} cannot be written to {self._file.name}: {error.strerror}. The same command "
+                "goes on from the latest checkpoint."
+            ) from error
+
+    def _put(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._board.write_event(event)
 
 
 def _drop_later(path: Path, start: int) -> None:

@@ -183,6 +183,8 @@ class _Run:
         self.best = best.metrics.get("AP", -1.0) if best else -1.0
         # Shapes of batches that the step has been compiled for, and how many programs that took.
         self.shapes, self.compiled = set(), 0
+        # Sentences that this process has logged, or an earlier one.
+        self.reported = progress.reports
         # Whether another process was asked to stop.
         self.others_stop = self.said_to_wait = False
 
@@ -252,8 +254,9 @@ class _Run:
         began = time.perf_counter()
         batch = next(batches)
         interval.waited += time.perf_counter() - began
-        for number, report in enumerate(batch.reports, start=self.progress.reports + 1):
-            log.warning("step %d: %s (%d such reports so far)", step + 1, report, number)
+        for report in batch.reports:
+            self.reported += 1
+            log.warning("step %d: %s (%d such reports so far)", step + 1, report, self.reported)
         return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
 
     def _watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
@@ -279,7 +282,7 @@ class _Run:
                 "gradient_norm": float(numbers["gradient_norm"]),
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
-                "compilations": self.compiled,
+                "compilations": self.compiled + self.evaluator.compilations,
                 "reports": self.progress.reports,
                 **terms,
             },
@@ -338,16 +341,25 @@ class Progress:
 
 def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_changes: bool) -> tuple[TrainState, Progress]:
     found = checkpoints.latest_meta()
+    # A run may have had its best before its first checkpoint.
+    earlier = found or checkpoints.best_meta()
+    if earlier is not None:
+        check_same_run(earlier, meta, accept_changes)
     if found is None:
         return state, Progress()
-    check_same_run(found, meta, accept_changes)
-    model, training = checkpoints.restore(found.step, _evaluated(state), _training(state))
+    averaged = found.config["train"]["ema_decay"] > 0
+    stored = state.replace(average=jax.tree.map(lambda x: x, state.params) if averaged else None)
+    model, training = checkpoints.restore(found.step, _evaluated(stored), _training(stored))
     params, frozen = nnx.split_state(model, nnx.Param, ...)
     log.info("Goes on from step %d.", found.step)
-    average = None
-    if state.average is not None:
-        params, average = state.params, params
+    average = params
+    if averaged:
+        params = stored.params
         nnx.replace_by_pure_dict(params, training["params"])
+    if state.average is None:
+        average = None
+    elif not averaged:
+        average = jax.tree.map(jnp.copy, params)
     state = TrainState(training["step"], params, frozen, training["optimizer"], average)
     return state, Progress(**found.run.get("progress", {}))
 

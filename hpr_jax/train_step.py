@@ -6,8 +6,8 @@
     backward  every device, its images: gradients of the parameters
     update    sums these, clips, and steps
 
-Nothing but `loss` looks across images. So a batch has the same normalisers, and the same gradient, however it is split over
-devices, or over parts that one device computes one after the other.
+Nothing but `loss`, and the drawing of denoising queries, looks across images. So a batch has the same normalisers, and the
+same gradient, however it is split over devices, or over parts that one device computes one after the other.
 
 The solver does not run as a callback from a program: programs with callbacks are never kept in the compilation cache, and
 under several devices on few cores they can lock each other out.

@@ -10,6 +10,7 @@ is `configs/ddq.py:demo` on drawn shapes, cut down to 60 steps. Exits with 1 if 
 """
 
 import argparse
+import datetime
 import json
 import random
 import shutil
@@ -138,7 +139,7 @@ def main() -> None:
         overrides = [f"--config.{setting}" for setting in (*SHORT, f"data.directory={data}")] + overrides
     command = [sys.executable, "-m", "hpr_jax.main", "--config", config, *overrides]
 
-    seconds, reference = 60.0, arguments.reference
+    reference = arguments.reference
     if reference is None:
         reference = arguments.workdir / "reference"
         shutil.rmtree(reference, ignore_errors=True)
@@ -149,6 +150,11 @@ def main() -> None:
             if Trial(command, reference, 0, random.Random()).start().wait():
                 raise SystemExit(f"The run failed; see {reference.with_suffix('.log')}.")
             seconds = time.monotonic() - began
+    else:
+        times = [line.split(",")[0] for line in (reference / "train.log").read_text().splitlines() if line[:2] == "20"]
+        first, last = (datetime.datetime.fromisoformat(times[place]) for place in (0, -1))
+        # And some seconds until the log begins.
+        seconds = (last - first).total_seconds() + 5
     expected = read_run(reference)
 
     killed = arguments.workdir / "killed"

@@ -24,7 +24,7 @@ import hpr_jax.train as training
 from hpr_jax import checkpoint
 from hpr_jax.checkpoint import find_checkpoint, load_detector
 from hpr_jax.errors import RunError, StoppedError, UserError
-from hpr_jax.evaluate import evaluate
+from hpr_jax.evaluate import Evaluator, evaluate
 from hpr_jax.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.predict import predict
 from hpr_jax.recipe import make_plan
@@ -154,8 +154,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, coco, tmp_pat
     assert_same_end(workdir, trained[0])
     for step in (2, 4):
         flip_byte(workdir / f"checkpoints/{step}")
-    with pytest.raises(UserError, match=r"All checkpoints in .* are damaged \(steps 4, 2\)"):
-        train(tiny.config(coco), workdir)
+    # Nor does a second start begin anew.
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"All checkpoints in .* are damaged: 2.damaged, 4.damaged"):
+            train(tiny.config(coco), workdir)
+    assert len(lines(workdir)) == 4
 
 
 def fails_at_once(*_, **__):
@@ -200,9 +203,16 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
     train(config, tmp_path / "parts")
     config.train.steps = 4
     train(config, tmp_path / "parts", accept_changes=True)
-    whole, resumed, best = tmp_path / "whole/checkpoints", tmp_path / "parts/checkpoints", tmp_path / "whole/best"
+    resumed = weights(tmp_path / "parts/checkpoints")
+    # It can be switched off, and on: then it begins with the parameters.
+    for config.train.steps, config.train.ema_decay in ((5, 0.0), (6, 0.9)):
+        train(config, tmp_path / "parts", accept_changes=True)
+        assert find_checkpoint(tmp_path / "parts/checkpoints").name == str(config.train.steps)
+    off = weights(tmp_path / "parts/checkpoints/5")
+    whole, best = tmp_path / "whole/checkpoints", tmp_path / "whole/best"
     average, raw = weights(whole), weights(trained[0] / "checkpoints")
-    for other in (weights(resumed), weights(best)):
+    assert any(not np.array_equal(off[name], value) for name, value in average.items())
+    for other in (weights(best), resumed):
         for name, value in average.items():
             np.testing.assert_array_equal(other[name], value, err_msg=name)
     # The averaged parameters are others, and those that are trained are the same.
@@ -214,6 +224,32 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
     assert leaves
     for path, value in leaves:
         np.testing.assert_array_equal(value, raw[".".join(str(part.key) for part in path)])
+
+
+def test_a_best_checkpoint_alone_is_of_a_run_too(trained, coco, tmp_path):
+    shutil.copytree(trained[0] / "best", tmp_path / "best")
+    config = tiny.config(coco)
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match="differs in config.optimizer.learning_rate"):
+        train(config, tmp_path)
+
+
+def test_processes_share_an_evaluation(trained, coco, monkeypatch):
+    detector, _ = load_detector(trained[0])
+    config = tiny.config(coco)
+    config.evaluate.batch_size = 1
+    graph, state = nnx.split(detector)
+    _, dataset = training.load_training_data(config)
+    whole, shares = Evaluator(config, dataset, graph), []
+    for number in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "process_index", lambda number=number: number)
+            patched.setattr(jax, "process_count", lambda: 2)
+            share = Evaluator(config, dataset, graph)
+        share.detect = whole.detect
+        shares.append(share.run(state).detections)
+    assert [len(share) for share in shares] == [20, 10]
+    assert sorted(sum(shares, []), key=lambda one: one["image_id"]) == whole.run(state).detections
 
 
 def test_two_processes_do_what_one_does(trained, coco, tmp_path):

@@ -108,7 +108,7 @@ def solve_on_host(
     target_valid: np.ndarray,
     repeats: Sequence[Sequence[int]],
 ) -> list[np.ndarray]:
-    """NumPy side of `assign`; uses no JAX, as it runs inside a callback."""
+    """Solves all problems with NumPy and SciPy; uses no JAX, so that callbacks may call it. See `assign`."""
     counts = target_valid.sum(axis=1)
     results = [np.full(cost.shape[:3], -1, np.int32) for cost in costs]
     problems = [
