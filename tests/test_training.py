@@ -230,7 +230,7 @@ def test_a_best_checkpoint_alone_is_of_a_run_too(trained, coco, tmp_path):
     shutil.copytree(trained[0] / "best", tmp_path / "best")
     config = tiny.config(coco)
     config.optimizer.learning_rate = 0.5
-    with pytest.raises(UserError, match="differs in config.optimizer.learning_rate"):
+    with pytest.raises(UserError, match=r"differs in config\.optimizer\.learning_rate"):
         train(config, tmp_path)
 
 
@@ -249,7 +249,7 @@ def test_processes_share_an_evaluation(trained, coco, monkeypatch):
         share.detect = whole.detect
         shares.append(share.run(state).detections)
     assert [len(share) for share in shares] == [20, 10]
-    assert sorted(sum(shares, []), key=lambda one: one["image_id"]) == whole.run(state).detections
+    assert sorted([*shares[0], *shares[1]], key=lambda one: one["image_id"]) == whole.run(state).detections
 
 
 def test_two_processes_do_what_one_does(trained, coco, tmp_path):
