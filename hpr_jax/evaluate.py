@@ -1,6 +1,7 @@
 """Detections of a whole split, and their average precision."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -38,9 +39,10 @@ class EvaluationResult:
     detections: list[dict[str, Any]]
 
 
+@functools.lru_cache(maxsize=8)
 def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
     """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid. A mesh splits the
-    images over its devices."""
+    images over its devices. Cached, so that runs in the same process share what is compiled."""
 
     def detect(state, images, sizes):
         detector = nnx.merge(graph, state)
