@@ -91,8 +91,9 @@ def base() -> ConfigDict:
     config.train = {
         # On all devices together.
         "batch_size": 16,
-        # Gradient accumulation: a device computes its images in so many parts, one after the other, which takes less memory
-        # and a quarter more time. Losses have the normalisers of the whole batch: the result is the same.
+        # Gradient accumulation: a device computes its images in so many parts, one after the other, which takes less memory,
+        # and a second forward pass of all parts but the last. Losses have the normalisers of the whole batch: the result is
+        # the same.
         "accumulation_steps": 1,
         # Of an exponential moving average of the weights, which evaluation then takes, e.g. 0.9997; 0: none.
         "ema_decay": 0.0,
