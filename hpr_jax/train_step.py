@@ -124,7 +124,7 @@ class TrainStep:
         self.outputs = jax.jit(lambda *arguments: self._forward(*arguments).replace(pullback=None))
         self.loss = jax.jit(self._loss)
         self.backward = jax.jit(self._backward)
-        self.add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=(0, 1))
+        self.add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=everywhere)
 
     @property
