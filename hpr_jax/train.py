@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.checkpoint import Checkpoints, Meta
-from hpr_jax.config import check, to_plain
+from hpr_jax.config import check, from_plain, to_plain
 from hpr_jax.data.batching import Batch, TrainLoader, train_batches
 from hpr_jax.data.dataset import Dataset
 from hpr_jax.data.sources import load_dataset
@@ -61,6 +62,17 @@ def make_train_step(
     return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)
 
 
+@functools.lru_cache(maxsize=8)
+def make_builder(settings: str, num_classes: int) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
+    """Jitted: key -> a new detector, split. Cached as steps are.
+
+    Args:
+      settings: the sections `model` and `compute` of a config, as JSON.
+    """
+    model, compute = (from_plain(section) for section in json.loads(settings))
+    return jax.jit(lambda key: nnx.split(build_detector(model, num_classes, compute=compute, rngs=nnx.Rngs(key))))
+
+
 def load_training_data(config: ConfigDict) -> tuple[Dataset, Dataset]:
     """The whole training and validation splits."""
     train = load_dataset(config.data, "train", masks=wants_masks(config))
@@ -84,9 +96,8 @@ def initial_state(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[nnx
     """A new detector, split into its structure and its state, which is on every device."""
     # This generator's programs compile several times faster than the default one's.
     key = jax.random.key(config.train.seed, impl="rbg")
-    detector = nnx.jit(lambda key: build_detector(config.model, num_classes, compute=config.compute, rngs=nnx.Rngs(key)))(
-        key
-    )
+    settings = to_plain(config)
+    detector = nnx.merge(*make_builder(json.dumps([settings["model"], settings["compute"]]), num_classes)(key))
     if config.train.initial_weights:
         load_initial_weights(detector, Path(config.train.initial_weights))
     elif config.model.backbone.get("norm") != "group":
