@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.command_line import CommandParser, run_command, split_overrides
-from hpr_jax.config import check, load_config, override
+from hpr_jax.config import check, load_config
 from hpr_jax.data.batching import TrainLoader
 from hpr_jax.data.coco import clip_box
 from hpr_jax.data.dataset import Dataset, Problem, Record
@@ -363,9 +363,7 @@ def run(command_line: list[str]) -> Verdict:
     arguments = parser.parse_args(command_line)
     if arguments.samples < 0:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 0.")
-    config = load_config(arguments.config)
-    for key, text in overrides:
-        override(config, key, text)
+    config = load_config(arguments.config, overrides)
     log_to_console()
     return check_data(config, arguments.output, arguments.samples)
 

@@ -25,12 +25,22 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
 
 
-def load_config(spec: str) -> ConfigDict:
+def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """Loads `path.py` or `path.py:variant`: calls the file's `get_config(variant)`.
 
+    Args:
+      overrides: (dotted key, text) as `override` takes them.
+
     Raises:
-      UserError: no such file, no such variant, or a file without `get_config`.
+      UserError: no such file, no such variant, or a file without `get_config`; what `override` raises.
     """
+    config = _load(spec)
+    for key, text in overrides:
+        override(config, key, text)
+    return config
+
+
+def _load(spec: str) -> ConfigDict:
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector, load_detector
 from hpr_jax.command_line import CommandParser, run_command, split_overrides
-from hpr_jax.config import check, load_config, override, to_plain
+from hpr_jax.config import check, load_config, to_plain
 from hpr_jax.data.coco import COCO_CLASSES
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
@@ -128,9 +128,7 @@ def run(command_line: list[str]) -> None:
     elif not arguments.config:
         raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch.")
     else:
-        config = load_config(arguments.config)
-        for key, text in overrides:
-            override(config, key, text)
+        config = load_config(arguments.config, overrides)
         from_torch(config, arguments.source, arguments.target, arguments.annotations)
 
 

@@ -17,8 +17,6 @@ AXIS = "data"
 
 EVERYWHERE = PartitionSpec()
 
-NUMBERS = ("num_processes", "process_id")
-
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the given devices, or of all there are in all processes."""
@@ -79,8 +77,8 @@ def join_processes() -> None:
     # It would swallow SIGTERM until training begins.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        numbers = {name: int(os.environ[f"JAX_{name.upper()}"]) for name in NUMBERS if f"JAX_{name.upper()}" in os.environ}
-        jax.distributed.initialize(**numbers)
+        names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        jax.distributed.initialize(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"The processes cannot be brought together: {str(error).splitlines()[0]} Start them by Slurm or Open MPI, or "

@@ -16,12 +16,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import checkpoint_config, load_detector, read_meta
-from hpr_jax.config import check, load_config, override
+from hpr_jax.config import check, load_config
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.transforms import Geometry, UnreadableImageError, apply, read_image, whole
 from hpr_jax.errors import UserError
 from hpr_jax.evaluate import make_detect
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.types import Outputs
 from hpr_jax.visualize import draw
@@ -173,15 +173,12 @@ def load(
     """
     settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
     if str(source).partition(":")[0].endswith(".py"):
-        config = load_config(str(source))
+        config = load_config(str(source), settings)
         names = tuple(class_names or (f"class {number}" for number in range(80)))
         classes = Classes(names, tuple(range(1, len(names) + 1)))
-        for setting in settings:
-            override(config, *setting)
         check(config)
-        key = jax.random.key(seed, impl="rbg")
-        make = nnx.jit(lambda key: build_detector(config.model, len(names), compute=config.compute, rngs=nnx.Rngs(key)))
-        return ImageDetector(make(key), classes, config)
+        module = random_detector(config.model, len(names), compute=config.compute, seed=seed)
+        return ImageDetector(module, classes, config)
     meta = read_meta(Path(source))
     config = checkpoint_config(meta, settings, config)
     module, _ = load_detector(Path(source), config.compute)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from hpr_jax.command_line import CommandParser, run_command, split_overrides
-from hpr_jax.config import load_config, override, suggestion
+from hpr_jax.config import load_config, suggestion
 from hpr_jax.errors import UserError
 from hpr_jax.logs import log_to_console
 
@@ -93,10 +93,7 @@ def run(command_line: list[str]) -> None:
         print(version("hpr_jax"))
         return
     _check(arguments, unknown, parser)
-    config = load_config(arguments.config) if arguments.config else None
-    if config is not None:
-        for key, text in overrides:
-            override(config, key, text)
+    config = load_config(arguments.config, overrides) if arguments.config else None
 
     log_to_console()
     from hpr_jax.compilation_cache import enable_compilation_cache

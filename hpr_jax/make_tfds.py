@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hpr_jax.command_line import CommandParser, run_command, split_overrides
-from hpr_jax.config import load_config, override
+from hpr_jax.config import load_config
 from hpr_jax.data.coco import Entry, ImageFolder, clip_box, group_annotations, load_coco, read_json
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.tfds import COCO
@@ -173,9 +173,7 @@ def run(command_line: list[str]) -> None:
     parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
     command_line, overrides = split_overrides(command_line)
     arguments = parser.parse_args(command_line)
-    config = load_config(arguments.config)
-    for key, text in overrides:
-        override(config, key, text)
+    config = load_config(arguments.config, overrides)
     directory = make_tfds(config.data, arguments.target)
     print(f"{directory}: --config.data.directory={directory} trains on it.")
 

@@ -1,16 +1,20 @@
-"""What a run depends on: compared when it goes on, so that it ends as if it had never stopped, or is refused."""
+"""How a run goes on: what it depends on is compared, so that it ends as if it had never stopped, or is refused."""
 
+import dataclasses
 import logging
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from hpr_jax.checkpoint import Meta
+from hpr_jax.checkpoint import Checkpoints, Meta
 from hpr_jax.config import differences
 from hpr_jax.data.dataset import Dataset
 from hpr_jax.devices import gather
 from hpr_jax.errors import UserError
+from hpr_jax.train_step import TrainState
 
 log = logging.getLogger("hpr_jax")
 
@@ -87,3 +91,53 @@ def check_same_everywhere(meta: Meta) -> None:
         if other != first:
             different = differences(first[0], other[0], "config.") or ["the data set"]
             raise UserError(f"Process {number} differs from process 0 in {', '.join(different)}; start all with the same.")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run knows beside its state.
+
+    Attributes:
+      losses: of the steps since the last line of the log.
+      reports: sentences about the data so far, in all processes.
+    """
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    reports: int = 0
+
+
+def resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_changes: bool) -> tuple[TrainState, Progress]:
+    """A run's latest checkpoint, or the given state if there is none; raises as `check_same_run` does."""
+    found = checkpoints.latest_meta()
+    # A run may have had its best before its first checkpoint.
+    earlier = found or checkpoints.best_meta()
+    if earlier is not None:
+        check_same_run(earlier, meta, accept_changes)
+    if found is None:
+        return state, Progress()
+    # A moving average may have been switched on or off meanwhile.
+    averaged = found.config["train"]["ema_decay"] > 0
+    stored = state.replace(average=jax.tree.map(lambda x: x, state.params) if averaged else None)
+    model, training = checkpoints.restore(found.step, evaluated(stored), rest_of(stored))
+    params, frozen = nnx.split_state(model, nnx.Param, ...)
+    log.info("Goes on from step %d.", found.step)
+    average = params
+    if averaged:
+        params = stored.params
+        nnx.replace_by_pure_dict(params, training["params"])
+    elif state.average is not None:
+        average = jax.tree.map(jnp.copy, params)
+    average = None if state.average is None else average
+    state = TrainState(training["step"], params, frozen, training["optimizer"], average)
+    return state, Progress(**found.run.get("progress", {}))
+
+
+def evaluated(state: TrainState) -> nnx.State:
+    """The variables that evaluation takes: the average of the parameters, if there is one."""
+    return nnx.merge_state(state.params if state.average is None else state.average, state.frozen)
+
+
+def rest_of(state: TrainState) -> dict[str, Any]:
+    """What a run goes on from beside what is evaluated."""
+    training = {"optimizer": state.optimizer, "step": state.step}
+    return training if state.average is None else {**training, "params": nnx.to_pure_dict(state.params)}

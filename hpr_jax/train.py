@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.checkpoint import Checkpoints, Meta
-from hpr_jax.config import check, from_plain, to_plain
+from hpr_jax.config import check, to_plain
 from hpr_jax.data.batching import Batch, TrainLoader, train_batches
 from hpr_jax.data.dataset import Dataset
 from hpr_jax.data.sources import load_dataset
@@ -30,7 +29,7 @@ from hpr_jax.initial_weights import load_initial_weights
 from hpr_jax.logs import log_dropped, log_to_file
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.metrics import MetricWriter
-from hpr_jax.models.build import Compute, build_detector
+from hpr_jax.models.build import Compute, random_detector
 from hpr_jax.optimizer import Optimizer, learning_rate
 from hpr_jax.recipe import (
     check_batch,
@@ -43,7 +42,7 @@ from hpr_jax.recipe import (
     wants_masks,
     warn_of_recipe,
 )
-from hpr_jax.resume import check_same_everywhere, check_same_run, dependencies
+from hpr_jax.resume import check_same_everywhere, dependencies, evaluated, rest_of, resume
 from hpr_jax.stopping import StopRequests
 from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
@@ -60,17 +59,6 @@ def make_train_step(
 ) -> TrainStep:
     """Cached, so that a run resumed in the same process does not compile again."""
     return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)
-
-
-@functools.lru_cache(maxsize=8)
-def make_builder(settings: str, num_classes: int) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
-    """Jitted: key -> a new detector, split. Cached as steps are.
-
-    Args:
-      settings: the sections `model` and `compute` of a config, as JSON.
-    """
-    model, compute = (from_plain(section) for section in json.loads(settings))
-    return jax.jit(lambda key: nnx.split(build_detector(model, num_classes, compute=compute, rngs=nnx.Rngs(key))))
 
 
 def load_training_data(config: ConfigDict) -> tuple[Dataset, Dataset]:
@@ -94,10 +82,7 @@ def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
 
 def initial_state(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
     """A new detector, split into its structure and its state, which is on every device."""
-    # This generator's programs compile several times faster than the default one's.
-    key = jax.random.key(config.train.seed, impl="rbg")
-    settings = to_plain(config)
-    detector = nnx.merge(*make_builder(json.dumps([settings["model"], settings["compute"]]), num_classes)(key))
+    detector = random_detector(config.model, num_classes, compute=config.compute, seed=config.train.seed)
     if config.train.initial_weights:
         load_initial_weights(detector, Path(config.train.initial_weights))
     elif config.model.backbone.get("norm") != "group":
@@ -163,7 +148,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
         log.info("on %d devices of %d processes", mesh.size, jax.process_count())
 
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    state, progress = _resume(checkpoints, state, meta, accept_changes)
+    state, progress = resume(checkpoints, state, meta, accept_changes)
     start, steps = int(state.step), config.train.steps
     if start >= steps:
         log.info("Step %d of %d is done already.", start, steps)
@@ -241,7 +226,7 @@ class _Run:
             if stops and not last:
                 raise self.requests.stop(step)
         if not metrics:
-            metrics = self.evaluator.run(_evaluated(state)).metrics
+            metrics = self.evaluator.run(evaluated(state)).metrics
         return metrics
 
     def _check(self, step: int, numbers: StepNumbers) -> None:
@@ -313,15 +298,15 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, _evaluated(state), _training(state), self._meta(step, {}))
+        self.checkpoints.save(step, evaluated(state), rest_of(state), self._meta(step, {}))
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        result = self.evaluator.run(_evaluated(state))
+        result = self.evaluator.run(evaluated(state))
         self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
         if result.metrics["AP"] > self.best:
-            self.checkpoints.save_best(step, _evaluated(state), self._meta(step, result.metrics))
+            self.checkpoints.save_best(step, evaluated(state), self._meta(step, result.metrics))
             self.best = result.metrics["AP"]
         return result.metrics
 
@@ -335,55 +320,6 @@ class _Interval:
 
     def __init__(self):
         self.began, self.waited, self.images = time.perf_counter(), 0.0, 0
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a run knows beside its state.
-
-    Attributes:
-      losses: of the steps since the last line of the log.
-      reports: sentences about the data so far, in all processes.
-    """
-
-    losses: list[float] = dataclasses.field(default_factory=list)
-    reports: int = 0
-
-
-def _resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_changes: bool) -> tuple[TrainState, Progress]:
-    found = checkpoints.latest_meta()
-    # A run may have had its best before its first checkpoint.
-    earlier = found or checkpoints.best_meta()
-    if earlier is not None:
-        check_same_run(earlier, meta, accept_changes)
-    if found is None:
-        return state, Progress()
-    averaged = found.config["train"]["ema_decay"] > 0
-    stored = state.replace(average=jax.tree.map(lambda x: x, state.params) if averaged else None)
-    model, training = checkpoints.restore(found.step, _evaluated(stored), _training(stored))
-    params, frozen = nnx.split_state(model, nnx.Param, ...)
-    log.info("Goes on from step %d.", found.step)
-    average = params
-    if averaged:
-        params = stored.params
-        nnx.replace_by_pure_dict(params, training["params"])
-    if state.average is None:
-        average = None
-    elif not averaged:
-        average = jax.tree.map(jnp.copy, params)
-    state = TrainState(training["step"], params, frozen, training["optimizer"], average)
-    return state, Progress(**found.run.get("progress", {}))
-
-
-def _evaluated(state: TrainState) -> nnx.State:
-    """The variables that evaluation takes: the average of the parameters, if there is one."""
-    return nnx.merge_state(state.params if state.average is None else state.average, state.frozen)
-
-
-def _training(state: TrainState) -> dict[str, Any]:
-    """The rest of what a run goes on from."""
-    training = {"optimizer": state.optimizer, "step": state.step}
-    return training if state.average is None else {**training, "params": nnx.to_pure_dict(state.params)}
 
 
 def _millions(state: Any) -> float:

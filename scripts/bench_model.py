@@ -29,22 +29,16 @@ class Bench:
     """A random detector, and a batch of random images."""
 
     def __init__(self, arguments: argparse.Namespace):
-        import jax
         import jax.numpy as jnp
-        from flax import nnx
 
         from hpr_jax.config import load_config
-        from hpr_jax.models.build import build_detector
+        from hpr_jax.models.build import random_detector
         from hpr_jax.types import Targets
 
         self.arguments, self.config = arguments, load_config(arguments.config)
         if arguments.dtype:
             self.config.compute.dtype = arguments.dtype
-        key = jax.random.key(0, impl="rbg")
-        make = nnx.jit(
-            lambda key: build_detector(self.config.model, arguments.classes, compute=self.config.compute, rngs=nnx.Rngs(key))
-        )
-        self.detector = make(key)
+        self.detector = random_detector(self.config.model, arguments.classes, compute=self.config.compute)
         rng, batch = np.random.default_rng(0), arguments.batch
         self.images = jnp.asarray(rng.integers(0, 256, (batch, arguments.height, arguments.width, 3)), jnp.uint8)
         sizes = jnp.tile(jnp.array([[arguments.height, arguments.width]], jnp.int32), (batch, 1))

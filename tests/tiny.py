@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hpr_jax.config import load_config
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import random_detector
 from hpr_jax.types import Targets
 
 ROOT = Path(__file__).parent.parent
@@ -50,8 +50,7 @@ def shrink(c):
 @functools.cache
 def detector():
     """Random weights; the zero-initialised layers drawn too, so that boxes and offsets depend on the image."""
-    key = jax.random.key(0, impl="rbg")
-    module = nnx.jit(lambda key: build_detector(config().model, CLASSES, rngs=nnx.Rngs(key)))(key)
+    module = random_detector(config().model, CLASSES)
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(0)

@@ -1,13 +1,17 @@
 """From a config to a detector: the one file of the models that reads configs."""
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from ml_collections import ConfigDict
 
+from hpr_jax.config import from_plain, to_plain
 from hpr_jax.errors import UserError
 from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.detector import Detector
@@ -67,6 +71,21 @@ class Compute:
     @property
     def implementation(self) -> str | None:
         return None if self.operations == "auto" else self.operations
+
+
+def random_detector(config: ConfigDict, num_classes: int, *, compute: ConfigDict | None = None, seed: int = 0) -> Detector:
+    """`build_detector` with random weights, compiled; once a process for the same settings."""
+    # This generator's programs compile several times faster than the default one's.
+    key = jax.random.key(seed, impl="rbg")
+    settings = json.dumps([to_plain(section) if section else {} for section in (config, compute)])
+    return nnx.merge(*_builder(settings, num_classes)(key))
+
+
+@functools.lru_cache(maxsize=8)
+def _builder(settings: str, num_classes: int) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
+    """Jitted: key -> a detector, split. The settings are `model` and `compute`, as JSON, which can be a key of a cache."""
+    model, compute = (from_plain(section) for section in json.loads(settings))
+    return jax.jit(lambda key: nnx.split(build_detector(model, num_classes, compute=compute, rngs=nnx.Rngs(key))))
 
 
 def build_detector(config: Config, num_classes: int, *, compute: Config | None = None, rngs: nnx.Rngs) -> Detector:
