@@ -10,6 +10,27 @@ if version("jax").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/hpr_jax_test_cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """A data set of `tiny.write_coco`, to be read only."""
+    import tiny
+
+    return tiny.write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="session")
+def trained(coco, tmp_path_factory):
+    """A finished run of four steps, to be read only, and its metrics."""
+    import tiny
+
+    from hpr_jax.train import train
+
+    workdir = tmp_path_factory.mktemp("trained")
+    metrics = train(tiny.config(coco), workdir)
+    return workdir, metrics

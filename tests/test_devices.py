@@ -13,11 +13,6 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return tiny.write_coco(tmp_path_factory.mktemp("coco") / "data")
-
-
-@pytest.fixture(scope="module")
 def ways(coco):
     """What on_devices.py found."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
