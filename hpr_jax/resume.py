@@ -118,7 +118,7 @@ def resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_chang
     # A moving average may have been switched on or off meanwhile.
     averaged = found.config["train"]["ema_decay"] > 0
     stored = state.replace(average=jax.tree.map(lambda x: x, state.params) if averaged else None)
-    model, training = checkpoints.restore(found.step, evaluated(stored), rest_of(stored))
+    model, training = checkpoints.restore(found.step, evaluated(stored), training_arrays(stored))
     params, frozen = nnx.split_state(model, nnx.Param, ...)
     log.info("Goes on from step %d.", found.step)
     average = params
@@ -137,7 +137,7 @@ def evaluated(state: TrainState) -> nnx.State:
     return nnx.merge_state(state.params if state.average is None else state.average, state.frozen)
 
 
-def rest_of(state: TrainState) -> dict[str, Any]:
+def training_arrays(state: TrainState) -> dict[str, Any]:
     """What a run goes on from beside what is evaluated."""
     training = {"optimizer": state.optimizer, "step": state.step}
     return training if state.average is None else {**training, "params": nnx.to_pure_dict(state.params)}

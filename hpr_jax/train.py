@@ -42,7 +42,7 @@ from hpr_jax.recipe import (
     wants_masks,
     warn_of_recipe,
 )
-from hpr_jax.resume import check_same_everywhere, dependencies, evaluated, rest_of, resume
+from hpr_jax.resume import check_same_everywhere, dependencies, evaluated, resume, training_arrays
 from hpr_jax.stopping import StopRequests
 from hpr_jax.train_step import DeviceBatch, StepNumbers, TrainState, TrainStep
 from hpr_jax.types import Targets
@@ -298,7 +298,7 @@ class _Run:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, evaluated(state), rest_of(state), self._meta(step, {}))
+        self.checkpoints.save(step, evaluated(state), training_arrays(state), self._meta(step, {}))
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         result = self.evaluator.run(evaluated(state))

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hpr_jax.checkpoint import BEST, LATEST
+from hpr_jax.checkpoint import BEST, LATEST, PARTIAL
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
@@ -84,31 +85,23 @@ class Trial:
     def __init__(self, command: list[str], workdir: Path, seconds: float, rng: random.Random):
         self.command, self.workdir, self.seconds, self.rng = command, workdir, seconds, rng
 
-    def start(self, log: Path | None = None) -> subprocess.Popen:
-        log = log or self.workdir.with_suffix(".log")
-        with log.open("a") as output:
+    def start(self) -> subprocess.Popen:
+        with self.workdir.with_suffix(".log").open("a") as output:
             return subprocess.Popen([*self.command, "--workdir", str(self.workdir)], stdout=output, stderr=output)
 
     def kill(self, *, while_writing: bool) -> str | None:
         """Runs until the kill; returns where the run was then, or None if it ended before."""
         process = self.start()
-        deadline = time.monotonic() + self.rng.uniform(0, self.seconds)
-        written = self.rng.randint(1, 3)
-        while process.poll() is None:
-            if while_writing:
-                if any((self.workdir / LATEST).glob("*.partial*")):
-                    written -= 1
-                    if not written:
-                        # A write of this size takes some tenths of a second.
-                        time.sleep(self.rng.uniform(0, 0.2))
-                        break
-                    while process.poll() is None and any((self.workdir / LATEST).glob("*.partial*")):
-                        time.sleep(0.001)
-                time.sleep(0.001)
-            elif time.monotonic() > deadline:
-                break
-            else:
-                time.sleep(0.01)
+        if while_writing:
+            for _ in range(self.rng.randint(0, 2)):
+                self._wait(process, self._writes)
+                self._wait(process, lambda: not self._writes())
+            self._wait(process, self._writes)
+            # A write of this size takes some tenths of a second.
+            time.sleep(self.rng.uniform(0, 0.2))
+        else:
+            moment = time.monotonic() + self.rng.uniform(0, self.seconds)
+            self._wait(process, lambda: time.monotonic() > moment)
         if process.poll() is not None:
             if process.returncode:
                 raise SystemExit(f"The run failed with code {process.returncode}; see {self.workdir.with_suffix('.log')}.")
@@ -118,6 +111,16 @@ class Trial:
         folder = self.workdir / LATEST
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         return f"checkpoints: {', '.join(names) or 'none'}"
+
+    def _writes(self) -> bool:
+        """Whether the run is writing a checkpoint."""
+        return any((self.workdir / LATEST).glob(f"*{PARTIAL}*"))
+
+    @staticmethod
+    def _wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
+        """Returns also when the process has ended."""
+        while process.poll() is None and not until():
+            time.sleep(0.001)
 
 
 def main() -> None:
