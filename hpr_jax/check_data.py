@@ -6,7 +6,6 @@ All annotations are read and all images are opened; bars say how long that takes
 sees them, go to DIR. The last line is the verdict; the exit code is 0 if the data is fit to train on, else 2.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import hashlib
@@ -354,8 +353,7 @@ def run(command_line: list[str]) -> Verdict:
     Raises:
       UserError: with a sentence for the user.
     """
-    parser = CommandParser(prog="check_data", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="check_data", description=__doc__)
     parser.add_argument("--config", required=True, help="config file, with a variant behind a colon")
     parser.add_argument("--output", type=Path, default=Path("runs/check_data"), help="folder of the pictures (%(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="pictures of augmented images (default %(default)s)")

@@ -8,7 +8,10 @@ from hpr_jax.errors import RunError, StoppedError, UserError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Raises instead of printing its usage."""
+    """Keeps the lines of its description, and raises instead of printing its usage."""
+
+    def __init__(self, **keywords):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
 
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")

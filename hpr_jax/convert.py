@@ -5,7 +5,6 @@ python -m hpr_jax.convert --config configs/ddq.py[:variant] OFFICIAL.pth DIR
 python -m hpr_jax.convert --to-torch CHECKPOINT OUT.pth
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -112,8 +111,7 @@ def run(command_line: list[str]) -> None:
     Raises:
       UserError: with a sentence for the user.
     """
-    parser = CommandParser(prog="convert_checkpoint", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="convert_checkpoint", description=__doc__)
     parser.add_argument("--config", help="config file of the model, with a variant behind a colon")
     parser.add_argument("--annotations", type=Path, help="COCO annotation file whose categories are the classes")
     parser.add_argument("--to-torch", action="store_true", help="the other way: a checkpoint to a .pth file")

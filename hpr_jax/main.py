@@ -29,7 +29,6 @@ def _parser() -> CommandParser:
         prog="python -m hpr_jax.main",
         usage=USAGE,
         description="Trains, evaluates, runs and describes HPR detectors.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", help="config file, with a variant behind a colon; needed for training")
     parser.add_argument("--workdir", type=Path, help="folder of the run: checkpoints, metrics, log")

@@ -7,7 +7,6 @@ train and validation: TFDS's features of detection, and the annotations as they 
 files are copied byte by byte.
 """
 
-import argparse
 import contextlib
 import functools
 import io
@@ -167,8 +166,7 @@ def run(command_line: list[str]) -> None:
     Raises:
       UserError: with a sentence for the user.
     """
-    parser = CommandParser(prog="make_tfds", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="make_tfds", description=__doc__)
     parser.add_argument("--config", required=True, help="config file, with a variant behind a colon")
     parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
     command_line, overrides = split_overrides(command_line)
