@@ -15,6 +15,13 @@ import pytest
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/hpr_jax_test_cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# They take minutes each: started last, one would run alone at the end, on one core.
+SLOWEST_FILES = ("test_resuming.py", "test_training.py", "test_devices.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
+
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory):
