@@ -97,6 +97,9 @@ class TrainStep:
     """Takes a state, a batch and the learning rate; returns the new state (the old one is donated) and numbers: every loss
     term, `loss`, `gradient_norm`, and the sums of the batch's counts.
 
+    States are to be on all devices (`devices.replicate`), and batches split (`devices.spread` at axis 1). Others are taken,
+    too, but then the second step, whose state is the first one's, compiles anew.
+
     Args:
       seed: of denoising queries and drop path.
       average_decay: of the moving average of the parameters, where the state has one.
@@ -134,10 +137,15 @@ class TrainStep:
         return sum(program._cache_size() for program in programs)
 
     def __call__(self, state: TrainState, batch: DeviceBatch, learning_rate: float) -> tuple[TrainState, StepNumbers]:
+        numbers, gradients = self.gradients(state, batch)
+        state, norm = self.update(state, gradients, replicate(self.mesh, np.float32(learning_rate)))
+        return state, {**numbers, "gradient_norm": norm}
+
+    def gradients(self, state: TrainState, batch: DeviceBatch) -> tuple[StepNumbers, nnx.State]:
+        """All of a step but the update: numbers, and the gradients of the parameters, with a leading axis of devices."""
         # The others are the optimizer's.
         variables = state.replace(optimizer=None, average=None)
         *others, last = [replicate(self.mesh, np.int32(part)) for part in range(self.parts)]
-        rate = replicate(self.mesh, np.float32(learning_rate))
         passes = [self.outputs(variables, batch, part) for part in others] + [self.forward(variables, batch, last)]
         # While the host solves the problems of one part, the devices are at the next.
         assigned = [solve(self.mesh, one.requests, one.target_valid) for one in passes]
@@ -147,8 +155,7 @@ class TrainStep:
         for part, cotangent in zip(others, cotangents):
             more = self.backward(variables, self.forward(variables, batch, part).pullback, cotangent)
             gradients = self.add(gradients, more)
-        state, norm = self.update(state, gradients, rate)
-        return state, {**numbers, "gradient_norm": norm}
+        return numbers, gradients
 
     def _forward(self, state: TrainState, batch: DeviceBatch, part: jax.Array) -> ForwardPass:
         targets, views = _side_by_side(batch.targets), len(batch.images)

@@ -68,20 +68,23 @@ class Bench:
             "images_per_second": self.arguments.batch / median,
         }
 
-    def step(self, optimizer: Any) -> tuple[Any, Any, Any]:
-        """The training step with an optimizer, its first state and batch; the bench's own copy of the weights is gone."""
+    def step(self) -> tuple[Any, Any, Any]:
+        """The training step, its first state and batch; the bench's own copy of the weights is gone."""
         import jax
         import jax.numpy as jnp
         from flax import nnx
 
-        from hpr_jax.recipe import make_criterion
+        from hpr_jax.devices import replicate, spread
+        from hpr_jax.recipe import make_criterion, make_optimizer
         from hpr_jax.train_step import DeviceBatch, TrainState, TrainStep
 
+        optimizer = make_optimizer(self.config)
         graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
         del self.detector
-        state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
-        return step, state, jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
+        state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+        batch = jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
+        return step, replicate(step.mesh, state), spread(step.mesh, batch, axis=1)
 
 
 def peak_memory() -> float:
@@ -109,40 +112,14 @@ def inference(bench: Bench) -> dict[str, float]:
     return bench.timed(lambda: detect(state, bench.images, bench.targets.sizes))
 
 
-class _Gradients:
-    """Returns the gradients in place of new parameters: a step without an optimizer."""
-
-    def init(self, params):
-        return ()
-
-    def update(self, gradients, state, params, learning_rate):
-        return gradients, state
-
-
 def forward_and_backward(bench: Bench) -> dict[str, float]:
-    import jax
-    import jax.numpy as jnp
-
-    step, state, batch = bench.step(_Gradients())
-
-    def run():
-        # What the step overwrites is a copy.
-        return step(state.replace(params=jax.tree.map(jnp.copy, state.params), frozen=state.frozen), batch, 0.0)
-
-    # The frozen variables come back unchanged and are given away again.
-    def run_and_keep():
-        nonlocal state
-        new, numbers = run()
-        state = state.replace(step=new.step, frozen=new.frozen)
-        return numbers, new.params
-
-    return bench.timed(run_and_keep)
+    step, state, batch = bench.step()
+    state = state.replace(optimizer=None)
+    return bench.timed(lambda: step.gradients(state, batch))
 
 
 def training_step(bench: Bench) -> dict[str, float]:
-    from hpr_jax.recipe import make_optimizer
-
-    step, state, batch = bench.step(make_optimizer(bench.config))
+    step, state, batch = bench.step()
 
     def run():
         nonlocal state

@@ -2,11 +2,12 @@
 weights, optimizer, best checkpoint and metrics must be the same, bit for bit.
 
     python scripts/check_resume.py [--kills 20] [--seed 0] [--workdir runs/check_resume] [--config FILE.py[:VARIANT]]
-        [--reference WORKDIR] [--config.section.key=value ...]
+        [--reference WORKDIR] [--seconds S] [--config.section.key=value ...]
 
 Every second kill waits for a checkpoint to be written, and comes in the midst of that. A run that ends before its kill is
-compared, deleted and begun anew. --reference is a finished run of the same config that was left alone. Without --config it
-is `configs/ddq.py:demo` on drawn shapes, cut down to 60 steps. Exits with 1 if anything differs.
+compared, deleted and begun anew. --reference is a finished run of the same config that was left alone, --seconds about how
+long one takes. Without --config it is `configs/ddq.py:demo` on drawn shapes, cut down to 60 steps. Exits with 1 if anything
+differs.
 """
 
 import argparse
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/check_resume"))
     parser.add_argument("--config")
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--seconds", type=float, help="kills at any moment come before; default: what the reference took")
     arguments, overrides = parser.parse_known_args()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     config = arguments.config
@@ -162,7 +164,7 @@ def main() -> None:
 
     killed = arguments.workdir / "killed"
     shutil.rmtree(killed, ignore_errors=True)
-    trial = Trial(command, killed, seconds, random.Random(arguments.seed))
+    trial = Trial(command, killed, arguments.seconds or seconds, random.Random(arguments.seed))
     compared = 0
 
     def compare():

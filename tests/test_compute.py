@@ -1,5 +1,7 @@
 """How a detector computes: types, rematerialisation, implementations, kept programs; none of it changes what is computed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +28,10 @@ def computing(**compute):
     return detector
 
 
-def gradients(detector):
-    graph, params, rest = nnx.split(detector, nnx.Param, ...)
+@functools.cache
+def gradients(**compute):
+    """A sum over predictions, and its gradients, of the tiny detector with these compute settings."""
+    graph, params, rest = nnx.split(computing(**compute), nnx.Param, ...)
 
     @jax.jit
     def run(params):
@@ -39,7 +43,7 @@ def gradients(detector):
 
 
 def test_rematerialisation_changes_no_gradient():
-    (stored, a), (computed, b) = (gradients(computing(remat=parts)) for parts in ((), ("backbone", "encoder", "refiner")))
+    (stored, a), (computed, b) = gradients(remat=()), gradients(remat=("backbone", "encoder", "refiner"))
     np.testing.assert_allclose(stored, computed, rtol=1e-5)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(a))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
@@ -84,7 +88,7 @@ def test_products_in_float32_are_those_of_the_heads():
 
 
 def test_bfloat16_is_close_and_its_gradients_are_float32():
-    (exact, _), (rounded, gradient) = gradients(computing()), gradients(computing(dtype="bfloat16"))
+    (exact, _), (rounded, gradient) = gradients(remat=()), gradients(remat=(), dtype="bfloat16")
     assert rounded == pytest.approx(float(exact), rel=0.05)
     for leaf in jax.tree.leaves(gradient):
         assert leaf.dtype == jnp.float32

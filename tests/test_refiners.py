@@ -12,6 +12,7 @@ from flax import nnx
 from hpr_jax.checkpoint import abstract_detector
 from hpr_jax.config import load_config
 from hpr_jax.data.coco import load_coco
+from hpr_jax.devices import replicate, spread
 from hpr_jax.errors import UserError
 from hpr_jax.evaluate import Evaluator
 from hpr_jax.models.build import build_detector
@@ -60,10 +61,10 @@ def assert_trains_and_evaluates(c, dataset):
     graph, params, frozen = random_weights(c)
     before = jax.tree.map(np.array, nnx.to_pure_dict(params)["refiner"])
     optimizer = make_optimizer(c)
+    step, losses = TrainStep(graph, make_criterion(c), optimizer, 0), []
     state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
     batch = DeviceBatch(jnp.asarray(IMAGES), tiny.targets([2, 1], 4, [[64, 64], [48, 40]]))
-    batch = jax.tree.map(lambda x: x[None], batch)
-    step, losses = TrainStep(graph, make_criterion(c), optimizer, 0), []
+    state, batch = replicate(step.mesh, state), spread(step.mesh, jax.tree.map(lambda x: x[None], batch), axis=1)
     for _ in range(4):
         state, numbers = step(state, batch, 3e-3)
         losses.append(float(numbers["loss"]))

@@ -61,6 +61,8 @@ def test_kills_do_not_change_the_end(trained, coco, tmp_path):
     """SIGKILL, three times; once while a checkpoint is written."""
     config = tiny.write_config(tmp_path / "tiny_config.py", coco)
     command = [sys.executable, str(tiny.ROOT / "scripts/check_resume.py"), "--kills", "3", "--config", str(config)]
+    # A seed whose kills come before a run of this length ends.
+    command += ["--seconds", "25", "--seed", "75"]
     command += ["--workdir", str(tmp_path / "runs"), "--reference", str(trained[0])]
     done = subprocess.run(command, env=tiny.process_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
