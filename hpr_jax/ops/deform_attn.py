@@ -8,8 +8,11 @@ import jax.numpy as jnp
 
 from hpr_jax.kernels import deformable_sampling as kernel
 from hpr_jax.ops.implementation import dispatch
+from hpr_jax.ops.weighted_rows import add_weighted_rows, in_chunks, out_of_chunks, weighted_rows, zeros
 
 OPERATION = "deformable_sampling"
+# Queries whose gradients XLA computes at a time.
+CHUNK = 384
 
 
 def deformable_sampling(
@@ -86,8 +89,7 @@ def _sample_forward(spatial_shapes, implementation, *arguments):
 
 def _sample_backward(spatial_shapes, implementation, arguments, gradient):
     def xla(*arguments):
-        *arguments, gradient = arguments
-        return jax.vjp(lambda *arguments: _xla(spatial_shapes, *arguments), *arguments)[1](gradient)
+        return _xla_backward(spatial_shapes, *arguments)
 
     def pallas(*arguments, interpret):
         of_value, *others = kernel.backward(*arguments, spatial_shapes, interpret=interpret)
@@ -111,27 +113,51 @@ def _obstacle(value):
 
 def _xla(spatial_shapes, value, locations, weights):
     """-> `[B, Q, H, D]`."""
-    batch, _, heads, width = value.shape
 
     # One (image, head) at a time: its table [S, D] stays in cache, and only one table of indices exists at once.
-    def per_head(array):
-        return jnp.moveaxis(array, 2, 1).reshape(batch * heads, *array.shape[1:2], *array.shape[3:])
-
-    @jax.checkpoint
     def sample_head(args):
         table, locations, weights = args
-        index, weight = _corners(spatial_shapes, locations, weights)
-        return weighted_rows(table, index, weight)
+        return weighted_rows(table, *_corners(spatial_shapes, locations, weights)).astype(value.dtype)
 
-    out = jax.lax.map(sample_head, (per_head(value), per_head(locations), per_head(weights)))
-    return jnp.moveaxis(out.reshape(batch, heads, -1, width), 1, 2)
+    return _of_batch(jax.lax.map(sample_head, jax.tree.map(_by_head, (value, locations, weights))), len(value))
 
 
-def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
-    """`out[n] = sum_k weight[n, k] * table[index[n, k]]`: table `[S, D]`, index and weight `[N, K]` -> `[N, D]`."""
-    # Widened before the gather, so that the gradients of shared rows are summed in float32, too.
-    rows = table.astype(jnp.float32).at[index].get(mode="promise_in_bounds")
-    return jnp.einsum("nk,nkd->nd", weight, rows).astype(table.dtype)
+def _xla_backward(spatial_shapes, value, locations, weights, gradient):
+    """Gradients of value, locations and weights, given that of the result `[B, Q, H, D]`."""
+
+    def of_head(args):
+        table, *by_query = args
+        table = table.astype(jnp.float32)
+
+        def step(of_table, chunk):
+            locations, weights, gradient = chunk
+
+            def corners(*arguments):
+                index, weight = _corners(spatial_shapes, *arguments)
+                return weight, index
+
+            weight, pullback, index = jax.vjp(corners, locations, weights, has_aux=True)
+            gradient = gradient.astype(jnp.float32)
+            of_weight = jnp.einsum("nkd,nd->nk", table.at[index].get(mode="promise_in_bounds"), gradient)
+            return add_weighted_rows(of_table, index, weight, gradient), pullback(of_weight)
+
+        of_table, of_queries = jax.lax.scan(step, zeros(table.shape, *args), in_chunks(CHUNK, queries, by_query))
+        return of_table.astype(value.dtype), *out_of_chunks(queries, of_queries)
+
+    queries = locations.shape[1]
+    found = jax.lax.map(of_head, jax.tree.map(_by_head, (value, locations, weights, gradient)))
+    return jax.tree.map(lambda array: _of_batch(array, len(value)), found)
+
+
+def _by_head(array):
+    """`[B, N, H, ...]` -> `[B * H, N, ...]`."""
+    moved = jnp.moveaxis(array, 2, 1)
+    return moved.reshape(-1, *moved.shape[2:])
+
+
+def _of_batch(array, batch):
+    """Undoes `_by_head`."""
+    return jnp.moveaxis(array.reshape(batch, -1, *array.shape[1:]), 1, 2)
 
 
 def _corners(spatial_shapes, locations, weights):

@@ -10,12 +10,12 @@ import numpy as np
 
 from hpr_jax.kernels import weighted_rows as kernel
 from hpr_jax.ops.boxes import area
-from hpr_jax.ops.deform_attn import weighted_rows
 from hpr_jax.ops.implementation import dispatch
+from hpr_jax.ops.weighted_rows import add_weighted_rows, in_chunks, out_of_chunks, weighted_rows, zeros
 
 OPERATION = "roi_align"
-# Regions that XLA samples at a time; bounds the gathered rows to a few hundred MB at 256 channels.
-CHUNK = 128
+# Regions that XLA samples at a time.
+CHUNK = 16
 
 
 def roi_align(
@@ -119,7 +119,7 @@ def _align_backward(settings, residuals, gradient):
         return out.reshape(features.shape).astype(features.dtype)
 
     def xla(features, regions, gradient):
-        return jax.vjp(lambda features: _xla(features, regions, bins, ratio), features)[1](gradient)[0]
+        return _xla_backward(features, regions, gradient, bins, ratio)
 
     of_features = dispatch(OPERATION, implementation, xla, pallas, features, regions, gradient, obstacle=_obstacle(features))
     return of_features, jax.tree.map(_no_gradient, regions)
@@ -142,33 +142,45 @@ def _table_rows(regions, tokens, bins, ratio):
     """Rows of the table of all images' features, and their weights: `[B * Q * bins ** 2, 4 * ratio ** 2]` each."""
     batch, queries = regions.width.shape
     flat = Regions(*(part.reshape(batch * queries, *part.shape[2:]) for part in regions))
-    index, weight = _samples(flat, bins, ratio)
-    index += (jnp.repeat(jnp.arange(batch), queries) * tokens)[:, None, None]
-    return index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
+    starts = jnp.repeat(jnp.arange(batch), queries) * tokens
+    return _rows(flat._replace(start=flat.start + starts), bins, ratio)
 
 
 def _xla(features, regions, bins, ratio):
-    batch, queries = regions.width.shape
-    channels = features.shape[-1]
-    chunk = min(CHUNK, queries)
-    chunks = -(-queries // chunk)
-
-    def chunked(array):
-        padding = [(0, 0), (0, chunks * chunk - queries)] + [(0, 0)] * (array.ndim - 2)
-        return jnp.pad(array, padding, mode="edge").reshape(batch, chunks, chunk, *array.shape[2:])
-
-    @jax.checkpoint
-    def sample(table, regions):
-        index, weight = _samples(regions, bins, ratio)
-        rows = weighted_rows(table, index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1]))
-        return rows.reshape(chunk, bins**2, channels)
+    count, channels = regions.width.shape[1], features.shape[-1]
 
     def per_image(args):
         table, regions = args
-        return jax.lax.map(functools.partial(sample, table), regions)
 
-    out = jax.lax.map(per_image, (features, Regions(*map(chunked, regions))))
-    return out.reshape(batch, chunks * chunk, bins**2, channels)[:, :queries]
+        def sample(chunk):
+            return weighted_rows(table, *_rows(chunk, bins, ratio)).astype(table.dtype)
+
+        sampled = jax.lax.map(sample, in_chunks(CHUNK, count, regions))
+        return out_of_chunks(count, sampled.reshape(len(sampled), -1, bins**2, channels))
+
+    return jax.lax.map(per_image, (features, regions))
+
+
+def _xla_backward(features, regions, gradient, bins, ratio):
+    """Gradient of the features, given that of the result."""
+    count, channels = regions.width.shape[1], features.shape[-1]
+
+    def per_image(args):
+        def step(total, chunk):
+            regions, gradient = chunk
+            gradient = gradient.reshape(-1, channels).astype(jnp.float32)
+            return add_weighted_rows(total, *_rows(regions, bins, ratio), gradient), None
+
+        nothing = zeros(features.shape[1:], features, gradient)
+        return jax.lax.scan(step, nothing, in_chunks(CHUNK, count, args))[0].astype(features.dtype)
+
+    return jax.lax.map(per_image, (regions, gradient))
+
+
+def _rows(regions, bins, ratio):
+    """As `_samples`: `[R * bins ** 2, 4 * ratio ** 2]` each."""
+    index, weight = _samples(regions, bins, ratio)
+    return index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
 
 
 def _samples(regions, bins, ratio):
