@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.layers import Frozen, GroupNorm, freeze
+from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze
 from hpr_jax.ops.padding import halve, zero_padding
 
 
@@ -41,13 +41,13 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """`[B, h, w, in]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
-        kernel = self.kernel.get_value().astype(x.dtype)
+        kernel = self.kernel.get_value()
         if self.kernel_size == 1:
-            return x[:, :: self.stride, :: self.stride] @ kernel
+            return affine(x[:, :: self.stride, :: self.stride], kernel, None)
         pad = self.kernel_size // 2
         return jax.lax.conv_general_dilated(
             zero_padding(x, sizes),
-            kernel,
+            kernel.astype(x.dtype),
             window_strides=(self.stride, self.stride),
             padding=((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
