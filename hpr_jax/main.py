@@ -95,9 +95,10 @@ def run(command_line: list[str]) -> None:
     config = load_config(arguments.config, overrides) if arguments.config else None
 
     log_to_console()
-    from hpr_jax.compilation_cache import enable_compilation_cache
+    from hpr_jax.compilation_cache import enable_compilation_cache, return_memory_of_compiling
 
     enable_compilation_cache()
+    return_memory_of_compiling()
     if arguments.distributed:
         from hpr_jax.devices import join_processes, leads
 
