@@ -1,6 +1,8 @@
 """How a detector computes: types, rematerialisation, implementations, kept programs; none of it changes what is computed."""
 
+import ctypes
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,12 @@ import tiny
 from flax import nnx
 
 from hpr_jax.checkpoint import Meta, abstract_detector
-from hpr_jax.compilation_cache import enable_compilation_cache
+from hpr_jax.compilation_cache import enable_compilation_cache, return_memory_of_compiling
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute
+from hpr_jax.models.layers import affine
 
 IMAGES = np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
 SIZES = jnp.array([[60, 50], [64, 64]])
@@ -93,6 +96,39 @@ def test_bfloat16_is_close_and_its_gradients_are_float32():
     for leaf in jax.tree.leaves(gradient):
         assert leaf.dtype == jnp.float32
         assert np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
+def test_gradients_of_linear_layers(inputs, outputs, with_bias):
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 4, inputs), (inputs, outputs), (outputs,)))
+    bias = bias if with_bias else None
+
+    def plain(x, kernel, bias):
+        return x @ kernel + (0 if bias is None else bias)
+
+    def run(function, x):
+        # Cubed, so that the gradient of each output is another.
+        return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, kernel, bias)
+
+    for ours, theirs in zip(*map(jax.tree.leaves, (run(affine, x), run(plain, x)))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    _, (of_x, *of_parameters) = run(affine, x.astype(jnp.bfloat16))
+    assert of_x.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(of_parameters))
+
+
+def test_memory_of_compiling_goes_back(monkeypatch):
+    trims = []
+    with monkeypatch.context() as patched:
+        patched.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=trims.append))
+        return_memory_of_compiling()
+    run = jax.jit(lambda x: x + 1)
+    run(1.0)
+    assert trims == [0]
+    run(2.0)
+    assert trims == [0]
 
 
 @pytest.mark.parametrize(
