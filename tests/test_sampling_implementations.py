@@ -182,6 +182,31 @@ def _second_value_of_two(function, value, *others):
     return jax.tree.map(lambda x: x[1], jax.vmap(function, (0, None, None))(jnp.stack([2 * value, value]), *others))
 
 
+def test_chunks_change_nothing(monkeypatch):
+    """Of XLA's form: 5 queries, or regions, at once, and two by two."""
+    rng = np.random.default_rng(4)
+    arrays = inputs(rng)[:3]
+    features, sizes = jnp.asarray(rng.normal(size=(2, 150, 12)), jnp.float32), jnp.array([[[12, 10], [6, 5]]] * 2)
+    corners = np.sort(rng.uniform(0, 90, (2, 5, 2, 2)), axis=2).reshape(2, 5, 4)
+
+    def of_regions(features):
+        shapes = ((12, 10), (6, 5))
+        regions = roi_align(features, shapes, sizes, jnp.asarray(corners), strides=(8, 16), implementation="xla")
+        return jnp.sum(jnp.sin(regions))
+
+    def run():
+        return (
+            jax.value_and_grad(functools.partial(loss, "xla"), argnums=(0, 1, 2))(*arrays),
+            jax.value_and_grad(of_regions)(features),
+        )
+
+    whole = run()
+    for module in ("deform_attn", "roi_align"):
+        monkeypatch.setattr(f"hpr_jax.ops.{module}.CHUNK", 2)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run())):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_refusals():
     value, locations, weights, _ = inputs(np.random.default_rng(0), width=130)
     with pytest.raises(ValueError, match="no implementation 'cuda'; choose one of xla, pallas"):

@@ -38,8 +38,8 @@ def uniform(bound: float) -> nnx.Initializer:
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`x @ kernel + bias` in the type of x `[..., in]`: kernel `[in, out]`, bias `[out]` or None -> `[..., out]`.
 
-    With gradients that are fast on CPUs, too: sums over rows are products, and of what the kernel's gradient multiplies, the
-    narrower is the one that XLA has to turn.
+    Differentiable in reverse mode, in a way that is fast on CPUs, too: sums over rows are products, and of what the kernel's
+    gradient multiplies, the narrower is the one that XLA has to turn.
     """
     product = x @ kernel.astype(x.dtype)
     return product if bias is None else product + bias.astype(x.dtype)

@@ -155,7 +155,7 @@ def _xla(features, regions, bins, ratio):
         def sample(chunk):
             return weighted_rows(table, *_rows(chunk, bins, ratio)).astype(table.dtype)
 
-        sampled = jax.lax.map(sample, in_chunks(CHUNK, count, regions))
+        sampled = jax.lax.map(sample, in_chunks(CHUNK, count, regions, mode="edge"))
         return out_of_chunks(count, sampled.reshape(len(sampled), -1, bins**2, channels))
 
     return jax.lax.map(per_image, (features, regions))
@@ -166,13 +166,17 @@ def _xla_backward(features, regions, gradient, bins, ratio):
     count, channels = regions.width.shape[1], features.shape[-1]
 
     def per_image(args):
+        regions, gradient = args
+
         def step(total, chunk):
             regions, gradient = chunk
             gradient = gradient.reshape(-1, channels).astype(jnp.float32)
             return add_weighted_rows(total, *_rows(regions, bins, ratio), gradient), None
 
         nothing = zeros(features.shape[1:], features, gradient)
-        return jax.lax.scan(step, nothing, in_chunks(CHUNK, count, args))[0].astype(features.dtype)
+        # More regions than there are, so that their rows are within the table, and no gradient for those.
+        chunks = in_chunks(CHUNK, count, regions, mode="edge"), in_chunks(CHUNK, count, gradient)
+        return jax.lax.scan(step, nothing, chunks)[0].astype(features.dtype)
 
     return jax.lax.map(per_image, (regions, gradient))
 

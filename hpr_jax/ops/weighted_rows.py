@@ -45,15 +45,15 @@ def add_weighted_rows(total: jax.Array, index: jax.Array, weight: jax.Array, gra
     return total.at[index].add(weight[..., None] * gradient[:, None], mode="promise_in_bounds")
 
 
-def in_chunks(size: int, length: int, tree: Any) -> Any:
-    """Arrays `[length, ...]` -> `[chunks, <= size, ...]`, filled up with zeros: for `jax.lax.scan`."""
+def in_chunks(size: int, length: int, tree: Any, *, mode: str = "constant") -> Any:
+    """Arrays `[length, ...]` -> `[chunks, <= size, ...]`, for `jax.lax.scan`; filled up with zeros, or in another mode of
+    `jnp.pad`."""
     chunks = -(-length // size)
     size = -(-length // chunks)
 
     def cut(array):
-        return jnp.pad(array, [(0, chunks * size - length)] + [(0, 0)] * (array.ndim - 1)).reshape(
-            chunks, size, *array.shape[1:]
-        )
+        padding = [(0, chunks * size - length)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding, mode=mode).reshape(chunks, size, *array.shape[1:])
 
     return jax.tree.map(cut, tree)
 
