@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.layers import Linear, affine
+from hpr_jax.models.layers import Linear
 from hpr_jax.ops.deform_attn import deformable_sampling
 
 
@@ -25,8 +25,7 @@ class MultiHeadAttention(nnx.Module):
     def project(self, x: jax.Array, part: slice) -> jax.Array:
         """Some of the input projections (0 query, 1 key, 2 value) of x `[..., C]` -> `[..., parts * C]`."""
         channels = x.shape[-1]
-        columns = slice(part.start * channels, part.stop * channels)
-        return affine(x, self.input.kernel[:, columns], self.input.bias[columns])
+        return self.input(x, slice(part.start * channels, part.stop * channels))
 
     @property
     def key_kernel(self) -> jax.Array:

@@ -64,9 +64,10 @@ affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel, bias
 class Linear(nnx.Linear):
     """Linear layer that computes in the type of its input, whatever that of its parameters."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        bias = None if self.bias is None else self.bias.get_value()
-        return affine(x, self.kernel.get_value(), bias)
+    def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+        """`[..., in]` -> `[..., out]`, or some columns of that."""
+        bias = None if self.bias is None else self.bias[columns]
+        return affine(x, self.kernel[:, columns], bias)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.attention import MultiHeadAttention
-from hpr_jax.models.layers import affine, layer_norm, xavier_linear
+from hpr_jax.models.layers import layer_norm, xavier_linear
 from hpr_jax.models.position import map_encoding
 from hpr_jax.models.surroundings import Surroundings
 
@@ -30,11 +30,10 @@ class DynamicConv(nnx.Module):
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
         """`[B, Q, C]` -> `[B, Q, C]`, the residual included."""
         batch, queries, channels = query.shape
-        kernel, bias = self.generator.kernel.get_value(), self.generator.bias.get_value()
         half = channels * self.hidden
         # Two products instead of one that is split: their gradients need not be joined.
-        squeeze = affine(query, kernel[:, :half], bias[:half]).reshape(batch, queries, channels, self.hidden)
-        expand = affine(query, kernel[:, half:], bias[half:]).reshape(batch, queries, self.hidden, channels)
+        squeeze = self.generator(query, slice(half)).reshape(batch, queries, channels, self.hidden)
+        expand = self.generator(query, slice(half, None)).reshape(batch, queries, self.hidden, channels)
         x = jax.nn.relu(self.norm1(surroundings.regions @ squeeze))
         x = jax.nn.relu(self.norm2(x @ expand))
         x = jax.nn.relu(self.norm3(self.project(x.reshape(batch, queries, -1))))

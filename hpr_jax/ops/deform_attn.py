@@ -74,7 +74,7 @@ def _sample(spatial_shapes, implementation, value, locations, weights):
     return dispatch(
         OPERATION,
         implementation,
-        lambda *arguments: _xla(spatial_shapes, *arguments),
+        functools.partial(_xla, spatial_shapes),
         lambda *arguments, interpret: kernel.forward(*arguments, spatial_shapes, interpret=interpret),
         value,
         locations,
@@ -88,14 +88,12 @@ def _sample_forward(spatial_shapes, implementation, *arguments):
 
 
 def _sample_backward(spatial_shapes, implementation, arguments, gradient):
-    def xla(*arguments):
-        return _xla_backward(spatial_shapes, *arguments)
-
     def pallas(*arguments, interpret):
         of_value, *others = kernel.backward(*arguments, spatial_shapes, interpret=interpret)
         return of_value.astype(value.dtype), *others
 
     value = arguments[0]
+    xla = functools.partial(_xla_backward, spatial_shapes)
     return dispatch(OPERATION, implementation, xla, pallas, *arguments, gradient, obstacle=_obstacle(value))
 
 
@@ -124,6 +122,7 @@ def _xla(spatial_shapes, value, locations, weights):
 
 def _xla_backward(spatial_shapes, value, locations, weights, gradient):
     """Gradients of value, locations and weights, given that of the result `[B, Q, H, D]`."""
+    queries = locations.shape[1]
 
     def of_head(args):
         table, *by_query = args
@@ -144,7 +143,6 @@ def _xla_backward(spatial_shapes, value, locations, weights, gradient):
         of_table, of_queries = jax.lax.scan(step, zeros(table.shape, *args), in_chunks(CHUNK, queries, by_query))
         return of_table.astype(value.dtype), *out_of_chunks(queries, of_queries)
 
-    queries = locations.shape[1]
     found = jax.lax.map(of_head, jax.tree.map(_by_head, (value, locations, weights, gradient)))
     return jax.tree.map(lambda array: _of_batch(array, len(value)), found)
 

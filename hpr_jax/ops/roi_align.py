@@ -174,7 +174,7 @@ def _xla_backward(features, regions, gradient, bins, ratio):
             return add_weighted_rows(total, *_rows(regions, bins, ratio), gradient), None
 
         nothing = zeros(features.shape[1:], features, gradient)
-        # More regions than there are, so that their rows are within the table, and no gradient for those.
+        # The last chunk is filled up with regions whose rows are in the table, and without gradient.
         chunks = in_chunks(CHUNK, count, regions, mode="edge"), in_chunks(CHUNK, count, gradient)
         return jax.lax.scan(step, nothing, chunks)[0].astype(features.dtype)
 
