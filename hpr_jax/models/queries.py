@@ -1,7 +1,5 @@
 """From the encoder's memory to the decoder's first queries: proposals, and the two ways of choosing among them."""
 
-from collections.abc import Sequence
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -31,6 +29,21 @@ class InitialQueries:
     twins: jax.Array
 
 
+@flax.struct.dataclass
+class Tokens:
+    """Tokens of the memory, all or some of them, and their anchors.
+
+    Attributes:
+      features: `[B, T, C]`.
+      anchors: `[B, T, 4]`, in front of the sigmoid; infinite where the anchor comes near the border of the image.
+      inside: bool `[B, T, 1]`, whether it does not.
+    """
+
+    features: jax.Array
+    anchors: jax.Array
+    inside: jax.Array
+
+
 class ProposalGenerator(nnx.Module):
     """Anchors of each token's level, refined by a head on the memory (two-stage Deformable DETR, section A.4)."""
 
@@ -38,29 +51,45 @@ class ProposalGenerator(nnx.Module):
         self.project = xavier_linear(channels, channels, rngs=rngs)
         self.norm = layer_norm(channels, rngs=rngs)
 
-    def __call__(self, memory: Pyramid, heads: Sequence[PredictionHead]) -> list[tuple[jax.Array, jax.Array]]:
-        """Logits `[B, S, K]` and boxes `[B, S, 4]` of every token, from each head.
-
-        Tokens whose anchor comes near the border have zero memory and the box (1, 1, 1, 1); they stay candidates, all
-        equal.
-        """
+    @staticmethod
+    def tokens(memory: Pyramid) -> Tokens:
+        """All tokens, padded ones outside."""
         centers = pixel_centers(memory)
         sides = jnp.concatenate([jnp.full(h * w, 0.05 * 2.0**level) for level, (h, w) in enumerate(memory.spatial_shapes)])
         sides = jnp.broadcast_to(sides[None, :, None], centers.shape)
         anchors = jnp.concatenate([centers, sides], axis=-1)
         inside = jnp.all((anchors > 0.01) & (anchors < 0.99), axis=-1, keepdims=True) & memory.valid[..., None]
         safe = jnp.where(inside, anchors, 0.5)
-        anchors = jnp.where(inside, jnp.log(safe / (1.0 - safe)), jnp.inf)
-        features = self.norm(self.project(memory.tokens))
+        return Tokens(memory.tokens, jnp.where(inside, jnp.log(safe / (1.0 - safe)), jnp.inf), inside)
+
+    def __call__(self, tokens: Tokens, head: PredictionHead) -> tuple[jax.Array, jax.Array]:
+        """Logits `[B, T, K]` and boxes `[B, T, 4]` of each token.
+
+        Tokens whose anchor comes near the border have zero memory and the box (1, 1, 1, 1); they stay candidates, all
+        equal.
+        """
+        features = self.norm(self.project(tokens.features))
         # Once for all border tokens: row by row, equal inputs may differ in the last bit, and ties would break at random.
-        border = self.norm(self.project(jnp.zeros_like(memory.tokens[:1, :1])))
-        return [
-            (
-                jnp.where(inside, head.logits(features), head.logits(border)),
-                jax.nn.sigmoid(head.offsets(features) + anchors),
-            )
-            for head in heads
-        ]
+        border = self.norm(self.project(jnp.zeros_like(tokens.features[:1, :1])))
+        return (
+            jnp.where(tokens.inside, head.logits(features), head.logits(border)),
+            jax.nn.sigmoid(head.offsets(features) + tokens.anchors),
+        )
+
+    def candidates(self, tokens: Tokens, head: PredictionHead) -> tuple[jax.Array, jax.Array]:
+        """Logits and boxes to choose by, without gradient.
+
+        Those of the chosen tokens are computed again, with gradient: they are few, and nothing has to be kept of the others.
+        """
+        generator, tokens, head = jax.lax.stop_gradient((self, tokens, head))
+        return generator(tokens, head)
+
+    def chosen(self, tokens: Tokens, head: PredictionHead, index: jax.Array, found: jax.Array) -> Predictions:
+        """Proposals of the tokens `index` `[B, Q]`; zero logits and the box (.5, .5, .5, .5) where none was `found`."""
+        logits, boxes = self(jax.tree.map(lambda x: _rows(x, index), tokens), head)
+        return Predictions(
+            logits=jnp.where(found[..., None], logits, 0.0), boxes=jnp.where(found[..., None], boxes, 0.5), valid=found
+        )
 
 
 class TopQueries(nnx.Module):
@@ -74,12 +103,13 @@ class TopQueries(nnx.Module):
 
     def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, None]:
         """-> matching queries; there are no dense ones."""
-        ((logits, boxes),) = self.generator(memory, [self.head])
+        tokens = self.generator.tokens(memory)
+        logits, _ = self.generator.candidates(tokens, self.head)
         queries, channels = self.content.shape
         index, found = _best(logits, memory.valid, queries)
         content = jnp.broadcast_to(self.content.get_value().astype(memory.tokens.dtype), (len(logits), queries, channels))
         nowhere = jnp.zeros_like(found)
-        return InitialQueries(content, _take_predictions(index, found, logits, boxes), nowhere), None
+        return InitialQueries(content, self.generator.chosen(tokens, self.head, index, found), nowhere), None
 
 
 class DistinctQueries(nnx.Module):
@@ -109,44 +139,44 @@ class DistinctQueries(nnx.Module):
 
     def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]:
         """-> matching queries, and dense ones if asked for."""
-        heads = [self.head, self.dense_head] if with_dense else [self.head]
-        (logits, boxes), *dense = self.generator(memory, heads)
-        content = self.content(jax.lax.stop_gradient(memory.tokens))
+        tokens = self.generator.tokens(memory)
+
+        def initial(head, index, found):
+            content = self.content(_rows(jax.lax.stop_gradient(memory.tokens), index))
+            content = jnp.where(found[..., None], content, 0.0)
+            return content, self.generator.chosen(tokens, head, index, found)
+
+        logits, boxes = self.generator.candidates(tokens, self.head)
         index, found = jax.vmap(
             lambda boxes, scores, valid: nms_first(boxes, scores, valid, self.queries, self.nms_threshold)
-        )(cxcywh_to_xyxy(jax.lax.stop_gradient(boxes)), _scores(logits), memory.valid)
-        proposals = _take_predictions(index, found, logits, boxes)
-        everywhere = jnp.ones_like(found)
-        matching = InitialQueries(_take(index, found, content, 0.0), proposals.replace(valid=everywhere), ~found)
+        )(cxcywh_to_xyxy(boxes), _scores(logits), memory.valid)
+        content, proposals = initial(self.head, index, found)
+        matching = InitialQueries(content, proposals.replace(valid=jnp.ones_like(found)), ~found)
         if not with_dense:
             return matching, None
 
-        ((logits, boxes),) = dense
+        logits, _ = self.generator.candidates(tokens, self.dense_head)
         count = min(int(self.queries * self.dense_ratio), logits.shape[1])
         index, found = _best(logits, memory.valid, count)
-        proposals = _take_predictions(index, found, logits, boxes)
-        return matching, InitialQueries(_take(index, found, content, 0.0), proposals, jnp.zeros_like(found))
+        return matching, InitialQueries(*initial(self.dense_head, index, found), jnp.zeros_like(found))
 
 
 def _scores(logits: jax.Array) -> jax.Array:
-    """Probability of the best class: `[..., K]` -> `[...]`, without gradient."""
-    return jax.lax.stop_gradient(jax.nn.sigmoid(jnp.max(logits, axis=-1)))
+    """Probability of the best class: `[..., K]` -> `[...]`."""
+    return jax.nn.sigmoid(jnp.max(logits, axis=-1))
 
 
 def _best(logits: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The `count` tokens of the best scores, ties to the lowest index: logits `[B, S, K]`, valid `[B, S]` -> indices
     `[B, count]`, and whether there is such a token, which fails when an image has fewer."""
     # By logits: different ones may have the same probability.
-    scores = jnp.where(valid, jax.lax.stop_gradient(jnp.max(logits, axis=-1)), -jnp.inf)
+    scores = jnp.where(valid, jnp.max(logits, axis=-1), -jnp.inf)
     missing = max(count - scores.shape[1], 0)
     _, index = jax.lax.top_k(jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf), count)
     index = jnp.minimum(index, scores.shape[1] - 1)
     return index, jnp.arange(count) < jnp.sum(valid, axis=1, keepdims=True)
 
 
-def _take_predictions(index, found, logits, boxes) -> Predictions:
-    return Predictions(logits=_take(index, found, logits, 0.0), boxes=_take(index, found, boxes, 0.5), valid=found)
-
-
-def _take(index, found, array, fill):
-    return jnp.where(found[..., None], jnp.take_along_axis(array, index[..., None], axis=1), fill)
+def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
+    """`[B, T, ...]`, `[B, Q]` -> `[B, Q, ...]`."""
+    return jnp.take_along_axis(array, index[..., None], axis=1)
