@@ -1,6 +1,5 @@
-"""Compiled programs are kept between runs, and what compiling them took of the host's memory is not."""
+"""Compiled programs are kept between runs."""
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -28,21 +27,6 @@ def enable_compilation_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def return_memory_of_compiling() -> None:
-    """Has the memory that compiling takes, gigabytes for a large model, go back to the system as soon as a program is
-    compiled: large arrays are not put there. With the GNU C library alone; elsewhere nothing happens."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):
-        return
-
-    def compiled(event: str, _seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            trim(0)
-
-    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def _processor() -> str:

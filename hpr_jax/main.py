@@ -95,10 +95,11 @@ def run(command_line: list[str]) -> None:
     config = load_config(arguments.config, overrides) if arguments.config else None
 
     log_to_console()
-    from hpr_jax.compilation_cache import enable_compilation_cache, return_memory_of_compiling
+    from hpr_jax.compilation_cache import enable_compilation_cache
+    from hpr_jax.host_memory import return_host_memory
 
     enable_compilation_cache()
-    return_memory_of_compiling()
+    return_host_memory()
     if arguments.distributed:
         from hpr_jax.devices import join_processes, leads
 

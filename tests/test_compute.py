@@ -12,10 +12,11 @@ import tiny
 from flax import nnx
 
 from hpr_jax.checkpoint import Meta, abstract_detector
-from hpr_jax.compilation_cache import enable_compilation_cache, return_memory_of_compiling
+from hpr_jax.compilation_cache import enable_compilation_cache
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
+from hpr_jax.host_memory import return_host_memory
 from hpr_jax.models.build import Compute
 from hpr_jax.models.layers import affine
 
@@ -119,11 +120,13 @@ def test_gradients_of_linear_layers(inputs, outputs, with_bias):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(of_parameters))
 
 
-def test_memory_of_compiling_goes_back(monkeypatch):
-    trims = []
+def test_memory_goes_back(monkeypatch):
+    trims, limits = [], []
+    library = SimpleNamespace(malloc_trim=trims.append, mallopt=lambda *arguments: limits.append(arguments))
     with monkeypatch.context() as patched:
-        patched.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=trims.append))
-        return_memory_of_compiling()
+        patched.setattr(ctypes, "CDLL", lambda _: library)
+        return_host_memory()
+    assert limits == [(-3, 1 << 20)]
     run = jax.jit(lambda x: x + 1)
     run(1.0)
     assert trims == [0]
