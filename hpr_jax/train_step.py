@@ -64,6 +64,10 @@ class DeviceBatch:
 
 StepNumbers = dict[str, jax.Array]
 
+# By default, XLA's CPU programs begin with whatever can be computed, and so with all that is computed again: it would all
+# live at once. Ordered like this, the inner values of a backward pass take half of the memory, in the same time.
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 @flax.struct.dataclass
 class ForwardPass:
@@ -126,7 +130,8 @@ class TrainStep:
         self.forward = jax.jit(self._forward)
         self.outputs = jax.jit(lambda *arguments: self._forward(*arguments).replace(pullback=None))
         self.loss = jax.jit(self._loss)
-        self.backward = jax.jit(self._backward)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self.backward = jax.jit(self._backward, compiler_options=CPU_OPTIONS if on_cpu else None)
         self.add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=everywhere)
 
