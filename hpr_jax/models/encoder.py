@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention
-from hpr_jax.models.layers import FeedForward, layer_norm, stack
+from hpr_jax.models.layers import FeedForward, layer_norm, rematerialized, stack
 from hpr_jax.models.position import map_encoding
 from hpr_jax.ops.padding import valid_mask
 
@@ -120,7 +120,7 @@ class Encoder(nnx.Module):
         def step(pyramid, layer):
             return layer(pyramid, position, centers), None
 
-        return jax.lax.scan(jax.checkpoint(step) if self.remat else step, pyramid, self.layers)[0]
+        return jax.lax.scan(rematerialized(step) if self.remat else step, pyramid, self.layers)[0]
 
     def _position(self, pyramid: Pyramid) -> jax.Array:
         channels = pyramid.tokens.shape[-1]

@@ -3,17 +3,22 @@
 Everything computes in the type of its input, float32 or bfloat16; parameters are float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hpr_jax.errors import UserError
+from hpr_jax.ops.chunks import by_chunks
 from hpr_jax.ops.padding import valid_mask
 
 T = TypeVar("T", bound=nnx.Module)
+
+# Of a feed-forward network at once: their hidden values stay in a CPU's caches.
+ROWS = 2048
 
 
 class Frozen(nnx.Variable):
@@ -27,6 +32,16 @@ def freeze(module: nnx.Module) -> None:
             for name, value in list(vars(node).items()):
                 if isinstance(value, nnx.Param):
                     setattr(node, name, Frozen(value.get_value()))
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what `rematerialized` keeps: the small result of a large computation."""
+    return checkpoint_name(x, "kept")
+
+
+def rematerialized(function: Callable) -> Callable:
+    """`function`, whose backward pass computes its inner values again, but not those that are marked as `kept`."""
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("kept"))
 
 
 def uniform(bound: float) -> nnx.Initializer:
@@ -100,7 +115,8 @@ class FeedForward(nnx.Module):
         self.contract = xavier_linear(hidden, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.contract(jax.nn.relu(self.expand(x)))
+        rows = x.reshape(-1, x.shape[-1])
+        return x + kept(by_chunks(lambda rows: self.contract(jax.nn.relu(self.expand(rows))), ROWS, rows)).reshape(x.shape)
 
 
 class MLP(nnx.Module):
@@ -154,6 +170,11 @@ def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
     The result is a pytree: `jax.lax.scan` and `jax.vmap` run over it, `layer(stacked, i)` is one of the copies.
     """
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def stacked(modules: Sequence[T]) -> T:
+    """Modules of equal shapes as such a stack."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *modules)
 
 
 def layer(stacked: T, index: int) -> T:

@@ -20,7 +20,7 @@ from hpr_jax.models.attention import MultiHeadAttention
 from hpr_jax.models.encoder import Pyramid
 from hpr_jax.models.heads import DecoderHeads
 from hpr_jax.models.interactions import InteractionFactory
-from hpr_jax.models.layers import MLP, FeedForward, Frozen, layer_norm, stack, xavier_linear
+from hpr_jax.models.layers import MLP, FeedForward, Frozen, layer_norm, rematerialized, stack, xavier_linear
 from hpr_jax.models.position import box_encoding
 from hpr_jax.models.surroundings import Surroundings
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, inverse_sigmoid, whwh
@@ -284,7 +284,7 @@ class HybridRefiner(nnx.Module):
         everything = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
         _, (hidden, branches, refined, kept) = jax.lax.scan(
-            jax.checkpoint(step) if self.remat else step,
+            rematerialized(step) if self.remat else step,
             (queries.content, boxes, everything),
             (self.layers, heads),
         )

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.attention import MultiHeadAttention
-from hpr_jax.models.layers import layer_norm, xavier_linear
+from hpr_jax.models.layers import affine, kept, layer_norm, xavier_linear
 from hpr_jax.models.position import map_encoding
 from hpr_jax.models.surroundings import Surroundings
+from hpr_jax.ops.chunks import by_chunks
+
+# Whose regions are looked at at once: they, and the kernels generated for them, stay in a CPU's caches.
+QUERIES = 128
 
 
 class DynamicConv(nnx.Module):
@@ -29,15 +33,22 @@ class DynamicConv(nnx.Module):
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
         """`[B, Q, C]` -> `[B, Q, C]`, the residual included."""
-        batch, queries, channels = query.shape
+        channels = query.shape[-1]
         half = channels * self.hidden
+        kernel, bias = self.generator.kernel[...], self.generator.bias[...]
         # Two products instead of one that is split: their gradients need not be joined.
-        squeeze = self.generator(query, slice(half)).reshape(batch, queries, channels, self.hidden)
-        expand = self.generator(query, slice(half, None)).reshape(batch, queries, self.hidden, channels)
-        x = jax.nn.relu(self.norm1(surroundings.regions @ squeeze))
-        x = jax.nn.relu(self.norm2(x @ expand))
-        x = jax.nn.relu(self.norm3(self.project(x.reshape(batch, queries, -1))))
-        return query + x
+        to_squeeze, to_expand = (kernel[:, :half], bias[:half]), (kernel[:, half:], bias[half:])
+
+        def of_chunk(rows):
+            query, regions = rows
+            squeeze = affine(query, *to_squeeze).reshape(-1, channels, self.hidden)
+            expand = affine(query, *to_expand).reshape(-1, self.hidden, channels)
+            x = jax.nn.relu(self.norm1(regions @ squeeze))
+            x = jax.nn.relu(self.norm2(x @ expand))
+            return self.project(x.reshape(len(query), -1))
+
+        x = kept(by_chunks(of_chunk, QUERIES, _flat(query, surroundings))).reshape(query.shape)
+        return query + jax.nn.relu(self.norm3(x))
 
 
 class RegionalAttention(nnx.Module):
@@ -54,19 +65,22 @@ class RegionalAttention(nnx.Module):
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
         """`[B, Q, C]` -> `[B, Q, C]`, the residual included."""
-        batch, queries, channels = query.shape
-        size = self.region_size
-        regions = surroundings.regions.reshape(batch * queries, size * size, channels)
-        spawned = self.spawn(query).reshape(batch * queries, self.samples, channels)
+        channels, size = query.shape[-1], self.region_size
         whole = jnp.full((1, 2), size)
         encoding = map_encoding(whole, size, size, channels, temperature=self.temperature)
         attention = self.attention
         # The encoding is the same for all regions: project it once instead of adding it to every region.
         encoded = (encoding.reshape(1, -1, channels) @ attention.key_kernel).astype(query.dtype)
-        key = attention.project(regions, slice(1, 2)) + encoded
-        x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
-        x = jax.nn.relu(self.norm(self.project(x.reshape(batch, queries, -1))))
-        return query + x
+
+        def of_chunk(rows):
+            query, regions = rows
+            spawned = self.spawn(query).reshape(-1, self.samples, channels)
+            key = attention.project(regions, slice(1, 2)) + encoded
+            x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
+            return self.project(x.reshape(len(query), -1))
+
+        x = kept(by_chunks(of_chunk, QUERIES, _flat(query, surroundings))).reshape(query.shape)
+        return query + jax.nn.relu(self.norm(x))
 
 
 class RegionFC(nnx.Module):
@@ -82,3 +96,8 @@ class RegionFC(nnx.Module):
         """`[B, Q, C]` -> `[B, Q, C]`; of the query nothing is kept."""
         regions = surroundings.regions.reshape(*query.shape[:2], -1)
         return jax.nn.relu(self.contract(jax.nn.relu(self.expand(regions))))
+
+
+def _flat(query: jax.Array, surroundings: Surroundings) -> tuple[jax.Array, jax.Array]:
+    """Queries and their regions, image after image: `[B * Q, C]` and `[B * Q, bins, C]`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, surroundings.regions))
