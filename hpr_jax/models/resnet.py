@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze
+from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze, kept, rematerialized, stacked
 from hpr_jax.ops.padding import halve, zero_padding
 
 
@@ -81,14 +81,15 @@ class Bottleneck(nnx.Module):
             self.shortcut_norm = make_norm(norm, outputs, rngs=rngs)
         self.stride = stride
 
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` and valid sizes `[B, 2]` -> `[B, h', w', 4 * channels]`."""
         out_sizes = halve(sizes) if self.stride == 2 else sizes
         out = jax.nn.relu(self.norm1(self.conv1(x, sizes), sizes))
-        out = jax.nn.relu(self.norm2(self.conv2(out, sizes), out_sizes))
+        out = jax.nn.relu(self.norm2(kept(self.conv2(out, sizes)), out_sizes))
         out = self.norm3(self.conv3(out, out_sizes), out_sizes)
         if self.shortcut is not None:
             x = self.shortcut_norm(self.shortcut(x, sizes), out_sizes)
-        return jax.nn.relu(out + x), out_sizes
+        return jax.nn.relu(out + x)
 
 
 class ResNet(nnx.Module):
@@ -152,17 +153,14 @@ class ResNet(nnx.Module):
             zero_padding(x, sizes), -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
         )
         sizes = halve(sizes)
+        # A block is computed again in the backward pass, from its input and, without `remat`, its 3x3 convolution's result.
+        again = jax.checkpoint if self.remat else rematerialized
         features, feature_sizes = [], []
-        for stage in self.stages:
-            for block in stage:
-                x, sizes = self._run(block, x, sizes)
+        for first, *others in self.stages:
+            x = again(Bottleneck.__call__)(first, x, sizes)
+            sizes = halve(sizes) if first.stride == 2 else sizes
+            if others:
+                x = jax.lax.scan(again(lambda x, block, sizes=sizes: (block(x, sizes), None)), x, stacked(others))[0]
             features.append(x)
             feature_sizes.append(sizes)
         return features[1:], feature_sizes[1:]
-
-    def _run(self, block: Bottleneck, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A block that keeps for the backward pass only its input or, without `remat`, its products too: norms and
-        activations are cheaper to compute again than to keep."""
-        policy = None if self.remat else jax.checkpoint_policies.dots_saveable
-        graph, state = nnx.split(block)
-        return jax.checkpoint(lambda state, x, sizes: nnx.merge(graph, state)(x, sizes), policy=policy)(state, x, sizes)
