@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from hpr_jax.checkpoint import abstract_detector, checkpoint_config, read_meta
@@ -93,9 +94,10 @@ class StaticShapes:
 
 
 def _trace(function: Callable, *inputs: Any) -> tuple[int, Any]:
-    """FLOPs and abstract outputs of a function of abstract inputs."""
+    """FLOPs and abstract outputs of a function of abstract inputs; what the outputs do not depend on does not count."""
     jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*inputs)
-    return product_flops(jaxpr.jaxpr), outputs
+    needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
+    return product_flops(needed), outputs
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -129,13 +131,19 @@ def parts_of(detector: Detector, shape: Shape, primary: str = "primary") -> list
     backbone, (maps, map_sizes) = _trace(lambda m, *x: m(*x, None), detector.backbone, _array(1, *shape, 3), sizes)
     neck, (maps, map_sizes) = _trace(lambda m, *x: m(*x), detector.neck, maps, map_sizes)
     encoder, memory = _trace(lambda m, *x: m(flatten(*x)), detector.encoder, maps, map_sizes, sizes)
-    query_init, (matching, _) = _trace(lambda m, x: m(x, with_dense=False), detector.query_init, memory)
-    count = matching.content.shape[1]
+
+    def initial(query_init, memory):
+        matching, _ = query_init(memory, with_dense=False)
+        # The logits of the chosen are the losses'.
+        return matching.content, matching.proposals.boxes, matching.twins
+
+    query_init, (content, boxes, twins) = _trace(initial, detector.query_init, memory)
+    count = content.shape[1]
     queries = DecoderInput(
-        content=matching.content,
-        reference_boxes=matching.proposals.boxes,
+        content=content,
+        reference_boxes=boxes,
         mask=_array(1, count, count, dtype=bool),
-        twins=matching.twins,
+        twins=twins,
         num_denoising=0,
         num_matching=count,
         num_dense=0,
