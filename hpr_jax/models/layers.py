@@ -3,7 +3,7 @@
 Everything computes in the type of its input, float32 or bfloat16; parameters are float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -170,11 +170,6 @@ def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
     The result is a pytree: `jax.lax.scan` and `jax.vmap` run over it, `layer(stacked, i)` is one of the copies.
     """
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
-
-
-def stacked(modules: Sequence[T]) -> T:
-    """Modules of equal shapes as such a stack."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *modules)
 
 
 def layer(stacked: T, index: int) -> T:

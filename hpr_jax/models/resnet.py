@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze, kept, rematerialized, stacked
+from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze, kept, rematerialized
 from hpr_jax.ops.padding import halve, zero_padding
 
 
@@ -156,11 +156,10 @@ class ResNet(nnx.Module):
         # A block is computed again in the backward pass, from its input and, without `remat`, its 3x3 convolution's result.
         again = jax.checkpoint if self.remat else rematerialized
         features, feature_sizes = [], []
-        for first, *others in self.stages:
-            x = again(Bottleneck.__call__)(first, x, sizes)
-            sizes = halve(sizes) if first.stride == 2 else sizes
-            if others:
-                x = jax.lax.scan(again(lambda x, block, sizes=sizes: (block(x, sizes), None)), x, stacked(others))[0]
+        for stage in self.stages:
+            for block in stage:
+                x = again(Bottleneck.__call__)(block, x, sizes)
+                sizes = halve(sizes) if block.stride == 2 else sizes
             features.append(x)
             feature_sizes.append(sizes)
         return features[1:], feature_sizes[1:]
