@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, iou, xyxy_to_cxcywh
+from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.deform_attn import deformable_sampling
 from hpr_jax.ops.nms import nms_first, nms_mask
 from hpr_jax.ops.padding import halve, valid_mask, zero_padding
@@ -40,6 +41,36 @@ def test_padding():
     assert mask[0, :2, :3].all()
     assert np.asarray(zero_padding(jnp.ones((2, 4, 5, 1)), sizes)).sum() == 10
     np.testing.assert_array_equal(halve(jnp.array([1, 2, 3, 8])), [1, 1, 2, 4])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize(("height", "width"), [(8, 9), (7, 6)])
+def test_convolution_against_loops(height, width, size, stride):
+    x, kernel = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((2, height, width, 3), (size, size, 3, 4)))
+    pad = size // 2
+
+    def by_loops(x, kernel):
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+        def pixel(row, column):
+            return jnp.einsum("bhwi,hwio->bo", x[:, row : row + size, column : column + size], kernel)
+
+        rows = [[pixel(row, column) for column in range(0, width, stride)] for row in range(0, height, stride)]
+        return jnp.stack([jnp.stack(row, 1) for row in rows], 1)
+
+    weights = jnp.asarray(RNG.normal(size=(2, -(-height // stride), -(-width // stride), 4)), jnp.bfloat16)
+
+    def run(function, x):
+        out, back = jax.vjp(function, x, kernel)
+        return out, *back(weights.astype(out.dtype))
+
+    ours = run(lambda x, kernel: convolution(x, kernel, stride), x)
+    for a, b in zip(ours, run(by_loops, x)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    rounded = run(lambda x, kernel: convolution(x, kernel, stride), x.astype(jnp.bfloat16))
+    assert [array.dtype for array in rounded] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for a, b in zip(rounded, ours):
+        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
 
 
 def bilinear(level, x, y):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from hpr_jax.errors import UserError
 from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze, kept, rematerialized
+from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.padding import halve, zero_padding
 
 
@@ -44,14 +45,7 @@ class Conv(nnx.Module):
         kernel = self.kernel.get_value()
         if self.kernel_size == 1:
             return affine(x[:, :: self.stride, :: self.stride], kernel, None)
-        pad = self.kernel_size // 2
-        return jax.lax.conv_general_dilated(
-            zero_padding(x, sizes),
-            kernel.astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolution(zero_padding(x, sizes), kernel, self.stride)
 
 
 def make_norm(kind: Literal["frozen_batch", "group"], channels: int, *, rngs: nnx.Rngs) -> nnx.Module:
