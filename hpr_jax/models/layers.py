@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hpr_jax.errors import UserError
-from hpr_jax.ops.chunks import by_chunks
+from hpr_jax.ops.chunks import after, by_chunks
 from hpr_jax.ops.padding import valid_mask
 
 T = TypeVar("T", bound=nnx.Module)
@@ -70,7 +70,7 @@ def _affine_backward(residuals, gradient):
     narrow = inputs.shape[1] <= outputs.shape[1]
     of_kernel = summed(inputs, outputs) if narrow else summed(outputs, inputs).T
     of_bias = None if bias is None else summed(jnp.ones((len(outputs), 1), outputs.dtype), outputs)[0]
-    return gradient @ kernel.T.astype(gradient.dtype), of_kernel, of_bias
+    return after(of_kernel, gradient @ kernel.T.astype(gradient.dtype)), of_kernel, of_bias
 
 
 affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel, bias)), _affine_backward)

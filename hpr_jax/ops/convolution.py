@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from hpr_jax.ops.chunks import after
+
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`[B, h, w, in]`, zero-padded by k // 2, with a kernel `[k, k, in, out]` (k odd) -> `[B, ceil(h / stride),
@@ -41,7 +43,8 @@ def _backward(stride, residuals, gradient):
         return jnp.einsum("bhwi,bhwo->io", seen, gradient, preferred_element_type=kernel.dtype)
 
     (of_x,) = jax.linear_transpose(functools.partial(_plain, kernel=kernel, stride=stride), x)(gradient)
-    return of_x, jax.lax.map(of_tap, jnp.arange(size * size)).reshape(kernel.shape)
+    of_kernel = jax.lax.map(of_tap, jnp.arange(size * size)).reshape(kernel.shape)
+    return after(of_kernel, of_x), of_kernel
 
 
 _by_taps.defvjp(lambda x, kernel, stride: (_by_taps(x, kernel, stride), (x, kernel)), _backward)
