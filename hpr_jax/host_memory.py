@@ -1,28 +1,24 @@
-"""The host's memory goes back to the system as soon as it is free."""
+"""The host's memory goes back to the system when it is free: the GNU C library keeps gigabytes of holes between arrays."""
 
 import ctypes
 
 import jax
 
-# Arrays from this size on, in bytes, are pages of their own, which the system has back when they are freed. By default the
-# GNU C library raises the limit up to 32 MB, and keeps gigabytes of smaller holes between what a training step leaves.
-PAGES_OF_THEIR_OWN = 1 << 20
-# From its malloc.h.
-M_MMAP_THRESHOLD = -3
 
-
-def return_host_memory() -> None:
-    """Has the system get back large arrays when they are freed, and what compiling took, gigabytes for a large model, when a
-    program is compiled. With the GNU C library alone; elsewhere nothing happens."""
+def return_freed_memory() -> None:
+    """Has the system get back what is free now. With the GNU C library alone; elsewhere nothing happens."""
     try:
-        library = ctypes.CDLL(None)
-        limit, trim = library.mallopt, library.malloc_trim
+        trim = ctypes.CDLL(None).malloc_trim
     except (OSError, TypeError, AttributeError):
         return
+    trim(0)
+
+
+def return_memory_of_compiling() -> None:
+    """From now on, the system gets back what compiling a program took, gigabytes for a large model, once it is compiled."""
 
     def compiled(event: str, _seconds: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            trim(0)
+            return_freed_memory()
 
-    limit(M_MMAP_THRESHOLD, PAGES_OF_THEIR_OWN)
     jax.monitoring.register_event_duration_secs_listener(compiled)

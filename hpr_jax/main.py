@@ -96,10 +96,10 @@ def run(command_line: list[str]) -> None:
 
     log_to_console()
     from hpr_jax.compilation_cache import enable_compilation_cache
-    from hpr_jax.host_memory import return_host_memory
+    from hpr_jax.host_memory import return_memory_of_compiling
 
     enable_compilation_cache()
-    return_host_memory()
+    return_memory_of_compiling()
     if arguments.distributed:
         from hpr_jax.devices import join_processes, leads
 

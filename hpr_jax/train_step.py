@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from hpr_jax.devices import EVERYWHERE, data_mesh, local_part, replicate, split_at, spread
+from hpr_jax.host_memory import return_freed_memory
 from hpr_jax.losses.assignment import Request, solve_on_host
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.optimizer import Optimizer, global_norm, moving_average
@@ -130,8 +131,8 @@ class TrainStep:
         self.forward = jax.jit(self._forward)
         self.outputs = jax.jit(lambda *arguments: self._forward(*arguments).replace(pullback=None))
         self.loss = jax.jit(self._loss)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        self.backward = jax.jit(self._backward, compiler_options=CPU_OPTIONS if on_cpu else None)
+        self.on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self.backward = jax.jit(self._backward, compiler_options=CPU_OPTIONS if self.on_cpu else None)
         self.add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=everywhere)
 
@@ -155,6 +156,9 @@ class TrainStep:
         # While the host solves the problems of one part, the devices are at the next.
         assigned = [solve(self.mesh, one.requests, one.target_valid) for one in passes]
         numbers, cotangents = self.loss(batch, [one.outputs for one in passes], passes[-1].denoising, assigned)
+        if self.on_cpu:
+            # Most memory is needed next, and the forward pass has left holes.
+            return_freed_memory()
         # Popped, so that its memory is free when the next part's is needed.
         gradients = self.backward(variables, passes.pop().pullback, cotangents.pop())
         for part, cotangent in zip(others, cotangents):

@@ -202,9 +202,9 @@ def stages(bench: Bench) -> dict[str, dict[str, float]]:
 def run_phase(arguments: argparse.Namespace) -> None:
     import jax
 
-    from hpr_jax.host_memory import return_host_memory
+    from hpr_jax.host_memory import return_memory_of_compiling
 
-    return_host_memory()
+    return_memory_of_compiling()
     if arguments.cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(arguments.cache).resolve()))
     functions = (inference, forward_and_backward, training_step, matching, stages)

@@ -1,7 +1,6 @@
 """From a config to a detector: the one file of the models that reads configs."""
 
 import dataclasses
-import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -74,16 +73,18 @@ class Compute:
 
 
 def random_detector(config: ConfigDict, num_classes: int, *, compute: ConfigDict | None = None, seed: int = 0) -> Detector:
-    """`build_detector` with random weights, compiled; once a process for the same settings."""
+    """`build_detector` with random weights, compiled."""
     # This generator's programs compile several times faster than the default one's.
     key = jax.random.key(seed, impl="rbg")
     settings = json.dumps([to_plain(section) if section else {} for section in (config, compute)])
-    return nnx.merge(*_builder(settings, num_classes)(key))
+    return nnx.merge(*builder(settings, num_classes)(key))
 
 
-@functools.lru_cache(maxsize=8)
-def _builder(settings: str, num_classes: int) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
-    """Jitted: key -> a detector, split. The settings are `model` and `compute`, as JSON, which can be a key of a cache."""
+def builder(settings: str, num_classes: int) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
+    """Jitted: key -> a detector, split. The settings are `model` and `compute`, as JSON, which can be a key of a cache.
+
+    Not cached here: at full size the program itself takes 200 MB, and a process needs it once.
+    """
     model, compute = (from_plain(section) for section in json.loads(settings))
     return jax.jit(lambda key: nnx.split(build_detector(model, num_classes, compute=compute, rngs=nnx.Rngs(key))))
 
