@@ -11,7 +11,7 @@ from flax import nnx
 from hpr_jax.models import layers, region
 from hpr_jax.models.layers import FeedForward, kept, rematerialized
 from hpr_jax.models.region import DynamicConv, RegionalAttention
-from hpr_jax.ops.chunks import after, by_chunks
+from hpr_jax.ops.chunks import by_chunks
 
 RNG = np.random.default_rng(0)
 QUERY, REGIONS = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (2, 5, 4, 8)))
@@ -82,14 +82,3 @@ def test_kept_results_are_not_computed_again():
     assert products(rematerialized(stored)) == 6
     for one, other in zip(gradient(stored)(kernels), gradient(rematerialized(stored))(kernels)):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="an order for CPUs")
-@pytest.mark.parametrize("other", [1.0, np.inf, np.nan])
-def test_after_waits_and_changes_nothing(other):
-    x = jnp.asarray(RNG.normal(size=(3, 2)), jnp.bfloat16)
-    waited = jax.jit(after)(jnp.full((4, 5), other), x)
-    assert waited.dtype == x.dtype
-    # That NaN arrives shows that the compiler has not taken the one for independent of the other.
-    expected = np.full(x.shape, np.nan) if np.isnan(other) else x.astype(jnp.float32)
-    np.testing.assert_array_equal(waited.astype(jnp.float32), expected)

@@ -9,6 +9,7 @@ from hpr_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, 
 from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.deform_attn import deformable_sampling
 from hpr_jax.ops.nms import nms_first, nms_mask
+from hpr_jax.ops.order import after
 from hpr_jax.ops.padding import halve, valid_mask, zero_padding
 from hpr_jax.ops.roi_align import roi_align
 
@@ -71,6 +72,17 @@ def test_convolution_against_loops(height, width, size, stride):
     assert [array.dtype for array in rounded] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     for a, b in zip(rounded, ours):
         assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="only programs for CPUs are put into an order")
+@pytest.mark.parametrize("other", [1.0, np.inf, np.nan])
+def test_after_waits_and_changes_nothing(other):
+    x = jnp.asarray(RNG.normal(size=(3, 2)), jnp.bfloat16)
+    waited = jax.jit(after)(jnp.full((4, 5), other), x)
+    assert waited.dtype == x.dtype
+    # That NaN arrives shows that the compiler has not taken the one for independent of the other.
+    expected = np.full(x.shape, np.nan) if np.isnan(other) else x.astype(jnp.float32)
+    np.testing.assert_array_equal(waited.astype(jnp.float32), expected)
 
 
 def bilinear(level, x, y):

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hpr_jax.errors import UserError
-from hpr_jax.ops.chunks import after, by_chunks
+from hpr_jax.ops.chunks import by_chunks
+from hpr_jax.ops.order import after
 from hpr_jax.ops.padding import valid_mask
 
 T = TypeVar("T", bound=nnx.Module)

@@ -42,15 +42,3 @@ def out_of_chunks(length: int, tree: Any) -> Any:
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
     """float32 zeros for a loop to begin with, which vary over all mesh axes that these arrays vary over (in `shard_map`)."""
     return sum(jnp.zeros_like(array, jnp.float32, shape) for array in like)
-
-
-def after(other: jax.Array, x: jax.Array) -> jax.Array:
-    """x, on CPUs not before `other`; NaN if the first number of that is.
-
-    XLA computes what nothing waits for, like the gradients of weights, last of all, and until then keeps what it is made of.
-    Its programs for CPUs know no barriers, but they keep to what depends on numbers.
-    """
-    if jax.default_backend() != "cpu":
-        return x
-    first = other.ravel()[0]
-    return x + jnp.where(jnp.isnan(first), first, 0).astype(x.dtype)

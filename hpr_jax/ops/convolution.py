@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hpr_jax.ops.chunks import after
+from hpr_jax.ops.order import after
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
