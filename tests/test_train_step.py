@@ -78,6 +78,14 @@ def test_one_compilation_serves_all_steps():
     assert step().compilations == 4
 
 
+def test_memory_goes_back_before_the_backward_pass(monkeypatch):
+    calls, backward = [], step().backward
+    monkeypatch.setattr("hpr_jax.train_step.return_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(step(), "backward", lambda *arguments: calls.append("backward") or backward(*arguments))
+    step()(*state_and_batch(), 0.1)
+    assert calls == (["memory", "backward"] if step().on_cpu else ["backward"])
+
+
 def test_what_is_kept_for_the_backward_pass():
     """No copy of a parameter, and nothing that calls the host: such programs are never kept in the compilation cache."""
     state, batch = state_and_batch()
