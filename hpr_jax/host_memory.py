@@ -1,6 +1,7 @@
 """The host's memory goes back to the system when it is free: the GNU C library keeps gigabytes of holes between arrays."""
 
 import ctypes
+import functools
 
 import jax
 
@@ -14,6 +15,7 @@ def return_freed_memory() -> None:
     trim(0)
 
 
+@functools.cache
 def return_memory_of_compiling() -> None:
     """From now on, the system gets back what compiling a program took, gigabytes for a large model, once it is compiled."""
 

@@ -18,7 +18,7 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.host_memory import return_freed_memory, return_memory_of_compiling
 from hpr_jax.models.build import Compute
-from hpr_jax.models.layers import affine
+from hpr_jax.models.layers import affine, normalized
 
 IMAGES = np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
 SIZES = jnp.array([[60, 50], [64, 64]])
@@ -120,9 +120,32 @@ def test_gradients_of_linear_layers(inputs, outputs, with_bias):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(of_parameters))
 
 
+def test_gradients_of_layer_normalisation():
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(rng.normal(loc=2.0, size=s), jnp.float32) for s in ((2, 4, 6), (6,), (6,)))
+
+    def plain(x, scale, bias):
+        centered = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + 1e-5) * scale + bias
+
+    def run(function, x):
+        # Cubed, so that the gradient of each output is another.
+        return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, scale, bias)
+
+    def ours(*arguments):
+        return normalized(*arguments, 1e-5)
+
+    for a, b in zip(*map(jax.tree.leaves, (run(ours, x), run(plain, x)))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    _, (of_x, *of_parameters) = run(ours, x.astype(jnp.bfloat16))
+    assert of_x.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in of_parameters)
+
+
 def test_memory_goes_back(monkeypatch):
     trims = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=trims.append))
+    return_memory_of_compiling()
     return_memory_of_compiling()
     run = jax.jit(lambda x: x + 1)
     run(1.0)

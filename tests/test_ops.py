@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hpr_jax.ops import attention as attention_module
+from hpr_jax.ops.attention import attention
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, iou, xyxy_to_cxcywh
 from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.deform_attn import deformable_sampling
@@ -71,6 +73,32 @@ def test_convolution_against_loops(height, width, size, stride):
     rounded = run(lambda x, kernel: convolution(x, kernel, stride), x.astype(jnp.bfloat16))
     assert [array.dtype for array in rounded] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     for a, b in zip(rounded, ours):
+        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="only CPUs take one head after the other")
+@pytest.mark.parametrize("seen", ["all", "some keys", "some pairs"])
+def test_attention_head_by_head(seen, monkeypatch):
+    query, key, value, weights = (jnp.asarray(RNG.normal(size=(2, n, 3, 4)), jnp.float32) for n in (5, 7, 7, 5))
+    mask = {"all": None, "some keys": RNG.random((2, 1, 7)) < 0.5, "some pairs": RNG.random((2, 5, 7)) < 0.5}[seen]
+    if mask is not None:
+        # One query sees nothing.
+        mask[0, 0] = False
+        mask = jnp.asarray(mask)
+
+    def run(*arguments):
+        out, back = jax.vjp(lambda *arguments: attention(*arguments, mask), *arguments)
+        return out, *back(weights.astype(out.dtype))
+
+    together = run(query, key, value)
+    monkeypatch.setattr(attention_module, "LARGE", 1)
+    apart = run(query, key, value)
+    assert "custom_vjp_call" in str(jax.make_jaxpr(lambda: attention(query, key, value, mask))())
+    for a, b in zip(apart, together):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    rounded = run(*(x.astype(jnp.bfloat16) for x in (query, key, value)))
+    for a, b in zip(rounded, together):
+        assert a.dtype == jnp.bfloat16
         assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
 
 

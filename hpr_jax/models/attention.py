@@ -8,6 +8,7 @@ from flax import nnx
 
 from hpr_jax.errors import UserError
 from hpr_jax.models.layers import Linear
+from hpr_jax.ops.attention import attention
 from hpr_jax.ops.deform_attn import deformable_sampling
 
 
@@ -39,10 +40,7 @@ class MultiHeadAttention(nnx.Module):
         def split(x):
             return x.reshape(*x.shape[:-1], self.heads, -1)
 
-        out = jax.nn.dot_product_attention(
-            split(query), split(key), split(value), mask=None if mask is None else mask[:, None]
-        )
-        return self.output(out.reshape(query.shape))
+        return self.output(attention(split(query), split(key), split(value), mask).reshape(query.shape))
 
     def self_attention(self, x: jax.Array, position: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Self-attention of x `[B, Q, C]`; `position` `[B, Q, C]` is added to queries and keys, not to values."""

@@ -13,7 +13,7 @@ from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "deformable_sampling"
 # Queries whose gradients XLA computes at a time.
-CHUNK = 384
+CHUNK = 192
 
 
 def deformable_sampling(
@@ -126,23 +126,25 @@ def _xla_backward(spatial_shapes, value, locations, weights, gradient):
     queries = locations.shape[1]
 
     def of_head(args):
-        table, *by_query = args
+        table, locations, weights, gradient = args
         table = table.astype(jnp.float32)
 
+        def corners(*arguments):
+            index, weight = _corners(spatial_shapes, *arguments)
+            return weight, index
+
+        weight, pullback, index = jax.vjp(corners, locations, weights, has_aux=True)
+
+        # Only the rows go by chunks: an operation on the places of so few samples would cost less than its start.
         def step(of_table, chunk):
-            locations, weights, gradient = chunk
-
-            def corners(*arguments):
-                index, weight = _corners(spatial_shapes, *arguments)
-                return weight, index
-
-            weight, pullback, index = jax.vjp(corners, locations, weights, has_aux=True)
+            index, weight, gradient = chunk
             gradient = gradient.astype(jnp.float32)
             of_weight = jnp.einsum("nkd,nd->nk", table.at[index].get(mode="promise_in_bounds"), gradient)
-            return add_weighted_rows(of_table, index, weight, gradient), pullback(of_weight)
+            return add_weighted_rows(of_table, index, weight, gradient), of_weight
 
-        of_table, of_queries = jax.lax.scan(step, zeros(table.shape, *args), in_chunks(CHUNK, queries, by_query))
-        return of_table.astype(value.dtype), *out_of_chunks(queries, of_queries)
+        chunks = in_chunks(CHUNK, queries, (index, weight, gradient))
+        of_table, of_weight = jax.lax.scan(step, zeros(table.shape, *args), chunks)
+        return of_table.astype(value.dtype), *pullback(out_of_chunks(queries, of_weight))
 
     found = jax.lax.map(of_head, jax.tree.map(_by_head, (value, locations, weights, gradient)))
     return jax.tree.map(lambda array: _of_batch(array, len(value)), found)

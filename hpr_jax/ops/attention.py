@@ -1,0 +1,74 @@
+"""Dot-product attention that is fast on CPUs, too."""
+
+import jax
+import jax.numpy as jnp
+
+# With so many probabilities a head, CPUs take one head after the other. Fewer, as those of a region's pixels, fit into the
+# caches anyhow.
+LARGE = 2**14
+# The logit of what a query may not see. Not infinite, so that a query which sees nothing has a result.
+MASKED = -1e30
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Sums of the values, weighted by the softmax of the products of query and keys over the root of D.
+
+    A query that may see nothing gets the mean of all values. On CPUs differentiable in reverse mode.
+
+    Args:
+      query: `[B, Q, H, D]`; key, value: `[B, K, H, D]`.
+      mask: bool `[B, Q, K]` or `[B, 1, K]`, true: may see.
+
+    Returns:
+      `[B, Q, H, D]` in the type of `value`.
+    """
+    if jax.default_backend() != "cpu" or query.shape[1] * key.shape[1] < LARGE:
+        return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
+    if mask is None:
+        mask = jnp.ones((len(query), 1, 1), bool)
+
+    def of_image(args):
+        *heads, mask = args
+        heads = [jnp.moveaxis(array, 1, 0) for array in heads]
+        return jnp.moveaxis(jax.lax.map(lambda head: _of_head(*head, mask), heads), 0, 1)
+
+    return jax.lax.map(of_image, (query, key, value, mask))
+
+
+@jax.custom_vjp
+def _of_head(query, key, value, mask):
+    """`[Q, D]`, `[K, D]`, `[K, D]` and bool `[Q, K]` -> `[Q, D]`. The backward pass computes the probabilities again; of the
+    softmax it needs no more than a sum over the result (Dao et al. 2022, appendix B.2)."""
+    return _head_forward(query, key, value, mask)[0]
+
+
+def _product(left, right, axes):
+    return jax.lax.dot_general(left, right, (axes, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _logits(query, key, mask):
+    return jnp.where(mask, _product(query, key, ((1,), (1,))) * query.shape[-1] ** -0.5, MASKED)
+
+
+def _head_forward(query, key, value, mask):
+    logits = _logits(query, key, mask)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = (_product(weights.astype(value.dtype), value, ((1,), (0,))) / total).astype(value.dtype)
+    return out, (query, key, value, mask, out, largest, total)
+
+
+def _head_backward(residuals, gradient):
+    query, key, value, mask, out, largest, total = residuals
+    weights = jnp.exp(_logits(query, key, mask) - largest) / total
+    along = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    of_logits = weights * (_product(gradient, value, ((1,), (1,))) - along) * query.shape[-1] ** -0.5
+    of_logits = jnp.where(mask, of_logits, 0.0).astype(query.dtype)
+    of_query = _product(of_logits, key, ((1,), (0,)))
+    of_key = _product(of_logits, query, ((0,), (0,)))
+    of_value = _product(weights.astype(gradient.dtype), gradient, ((0,), (0,)))
+    return of_query.astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+
+
+_of_head.defvjp(_head_forward, _head_backward)
