@@ -78,8 +78,9 @@ class ForwardPass:
       outputs: of the detector, without intermediates; images in order, the views of an image side by side.
       requests: the matching problems.
       target_valid: bool `[images, N]`, as in `Targets`.
-      pullback: from gradients of the outputs' floats to those of the parameters, with a leading axis of devices;
-        `Variable`s stand in for the state's.
+      pullback: from gradients of the outputs' floats to those of the parameters. Its arrays are the devices' own, joined at
+        their first axis: for another axis XLA would copy what is kept of a stack's layers. `Variable`s stand in for the
+        state's, `Scalar`s for numbers.
       denoising: the queries that were drawn for the whole batch, or None.
     """
 
@@ -96,6 +97,13 @@ class Variable:
     """Stands for a leaf of a tree that both programs have, by its number."""
 
     number: int
+
+
+@flax.struct.dataclass
+class Scalar:
+    """Stands for a number, which has no axis at which to join those of the devices `[devices]`."""
+
+    numbers: jax.Array
 
 
 class TrainStep:
@@ -198,7 +206,7 @@ class TrainStep:
         floats, pullback, others = jax.vjp(predict, state.params, has_aux=True)
         outputs = _join(floats, others)
         requests = self.criterion.requests(outputs, targets)
-        pullback = jax.tree.map(lambda x: x[None], _without(pullback, state))
+        pullback = _without(pullback, state)
         return ForwardPass(outputs, requests, targets.valid, pullback)
 
     def _loss(
@@ -237,7 +245,7 @@ class TrainStep:
         """Gradients of the parameters, with a leading axis of devices."""
 
         def of_device(state, pullback, cotangent):
-            (gradients,) = _with(jax.tree.map(lambda x: x[0], pullback), state)(cotangent)
+            (gradients,) = _with(pullback, state)(cotangent)
             return jax.tree.map(lambda x: x[None], gradients)
 
         specs = (EVERYWHERE, split_at(0), OUTPUTS)
@@ -346,15 +354,25 @@ def _join(floats, others):
 
 
 def _without(tree, state):
-    """The tree with a `Variable` for each leaf that is one of the state's, which the other program has anyhow."""
+    """The tree with a `Variable` for each leaf of the state, which the other program has anyhow, and a `Scalar` for each
+    other number."""
     numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(state))}
-    return jax.tree.map(lambda leaf: Variable(numbers[id(leaf)]) if id(leaf) in numbers else leaf, tree)
+
+    def replaced(leaf):
+        if id(leaf) in numbers:
+            return Variable(numbers[id(leaf)])
+        return leaf if leaf.ndim else Scalar(leaf[None])
+
+    return jax.tree.map(replaced, tree)
 
 
 def _with(tree, state):
+    """Undoes `_without`."""
     leaves = jax.tree.leaves(state)
 
-    def known(x):
-        return isinstance(x, Variable)
+    def replaced(leaf):
+        if isinstance(leaf, Variable):
+            return leaves[leaf.number]
+        return leaf.numbers[0] if isinstance(leaf, Scalar) else leaf
 
-    return jax.tree.map(lambda x: leaves[x.number] if known(x) else x, tree, is_leaf=known)
+    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))

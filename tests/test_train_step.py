@@ -10,7 +10,7 @@ from flax import nnx
 
 from hpr_jax.devices import replicate, spread
 from hpr_jax.recipe import make_criterion
-from hpr_jax.train_step import DeviceBatch, TrainState, TrainStep, Variable
+from hpr_jax.train_step import DeviceBatch, Scalar, TrainState, TrainStep, Variable, _with, _without
 
 SEED = 3
 CRITERION = make_criterion(tiny.config())
@@ -98,3 +98,14 @@ def test_what_is_kept_for_the_backward_pass():
     assert "callback" not in step().forward.lower(state, batch, part).as_text()
     cotangents = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, forward.outputs)
     assert "callback" not in step().backward.lower(state, forward.pullback, cotangents).as_text()
+
+
+def test_numbers_between_the_programs():
+    """What a device keeps has an axis, at which it is joined with what others keep; a number is given one."""
+    weights = jnp.array([1.0, 2.0])
+    _, pullback = jax.vjp(lambda weights: jnp.sum(jnp.sin(weights[0]) * weights), weights)
+    kept = _without(pullback, [weights])
+    assert all(leaf.ndim for leaf in jax.tree.leaves(kept))
+    kinds = {type(leaf) for leaf in jax.tree.leaves(kept, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
+    assert {Scalar, Variable} <= kinds
+    np.testing.assert_array_equal(_with(kept, [weights])(1.0)[0], pullback(1.0)[0])
