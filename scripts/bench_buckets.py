@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from hpr_jax.config import load_config
+from hpr_jax.costs import photographs
 from hpr_jax.data.plan import smallest_bucket
-from hpr_jax.describe import photographs
 from hpr_jax.recipe import in_steps, make_plan
 from hpr_jax.train import load_training_data
 

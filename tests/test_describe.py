@@ -13,8 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from hpr_jax import main as command
 from hpr_jax.checkpoint import Checkpoints, Meta, abstract_detector
 from hpr_jax.config import load_config, to_plain
-from hpr_jax.data.dataset import Classes
-from hpr_jax.describe import (
+from hpr_jax.costs import (
     compiled_memory,
     evaluation_buckets,
     parts_of,
@@ -23,6 +22,7 @@ from hpr_jax.describe import (
     total,
     training_buckets,
 )
+from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.evaluate import make_detect
 from hpr_jax.flops import inner_jaxprs, product_flops
@@ -180,7 +180,7 @@ def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
         function.lower(*inputs)
         return {"results": 0, "temporaries": 12_345_678}
 
-    monkeypatch.setattr("hpr_jax.describe.compiled_memory", lowered)
+    monkeypatch.setattr("hpr_jax.costs.compiled_memory", lowered)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     file = config_file(tmp_path, "c.data.directory = 'nowhere'")
@@ -205,7 +205,7 @@ def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
 
 
 def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hpr_jax.describe.compiled_memory", lambda *_: {})
+    monkeypatch.setattr("hpr_jax.costs.compiled_memory", lambda *_: {})
     file = config_file(tmp_path, "c.augmentation.update(kind='lsj', strong_views=True)")
     command.run(["--config", str(file), "--mode", "describe"])
     printed = capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
 
 
 def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hpr_jax.describe.compiled_memory", lambda *_: {})
+    monkeypatch.setattr("hpr_jax.costs.compiled_memory", lambda *_: {})
     state = nnx.state(abstract_detector(tiny.config().model, tiny.CLASSES))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     checkpoints = Checkpoints(tmp_path, 1)
