@@ -77,12 +77,18 @@ def test_convolution_against_loops(height, width, size, stride):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="only CPUs take one head after the other")
-@pytest.mark.parametrize("seen", ["all", "some keys", "some pairs"])
+@pytest.mark.parametrize("seen", ["all", "some keys", "some pairs", "some pairs of all images"])
 def test_attention_head_by_head(seen, monkeypatch):
-    query, key, value, weights = (jnp.asarray(RNG.normal(size=(2, n, 3, 4)), jnp.float32) for n in (5, 7, 7, 5))
-    mask = {"all": None, "some keys": RNG.random((2, 1, 7)) < 0.5, "some pairs": RNG.random((2, 5, 7)) < 0.5}[seen]
-    if mask is not None:
-        # One query sees nothing.
+    rng = np.random.default_rng(0)
+    # Values far from zero, beside which the gradients of queries and keys are small.
+    arrays = (rng.normal(mean, size=(2, n, 3, 4)) for n, mean in ((5, 0), (7, 0), (7, 20), (5, 0)))
+    # Numbers that bfloat16 has, too.
+    query, key, value, weights = (jnp.asarray(array, jnp.bfloat16).astype(jnp.float32) for array in arrays)
+    mask = None
+    if seen != "all":
+        shape = {"some keys": (2, 1, 7), "some pairs": (2, 5, 7), "some pairs of all images": (1, 5, 7)}[seen]
+        mask = rng.random(shape) < 0.5
+        # A query, or all of an image, that see nothing.
         mask[0, 0] = False
         mask = jnp.asarray(mask)
 

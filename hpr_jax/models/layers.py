@@ -107,8 +107,7 @@ def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 def _normalized_forward(x, scale, bias, epsilon):
     wide = x.astype(jnp.float32)
     center = jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(center)
-    inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide - center), axis=-1, keepdims=True) + epsilon)
     return ((wide - center) * (inverse * scale) + bias).astype(x.dtype), (x, center, inverse, scale)
 
 

@@ -13,19 +13,20 @@ MASKED = -1e30
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Sums of the values, weighted by the softmax of the products of query and keys over the root of D.
 
-    A query that may see nothing gets the mean of all values. On CPUs differentiable in reverse mode.
+    A query that may see nothing gets the mean of all values. On CPUs, with many queries and keys, differentiable in reverse
+    mode only.
 
     Args:
       query: `[B, Q, H, D]`; key, value: `[B, K, H, D]`.
-      mask: bool `[B, Q, K]` or `[B, 1, K]`, true: may see.
+      mask: bool `[B, Q, K]`, true: may see; B and Q may be 1, for all.
 
     Returns:
       `[B, Q, H, D]` in the type of `value`.
     """
     if jax.default_backend() != "cpu" or query.shape[1] * key.shape[1] < LARGE:
         return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
-    if mask is None:
-        mask = jnp.ones((len(query), 1, 1), bool)
+    mask = jnp.ones((1, 1, 1), bool) if mask is None else mask
+    mask = jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
 
     def of_image(args):
         *heads, mask = args
@@ -37,8 +38,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
 
 @jax.custom_vjp
 def _of_head(query, key, value, mask):
-    """`[Q, D]`, `[K, D]`, `[K, D]` and bool `[Q, K]` -> `[Q, D]`. The backward pass computes the probabilities again; of the
-    softmax it needs no more than a sum over the result (Dao et al. 2022, appendix B.2)."""
+    """`[Q, D]`, `[K, D]`, `[K, D]` and bool `[Q, K]` -> `[Q, D]`. The backward pass computes the probabilities again."""
     return _head_forward(query, key, value, mask)[0]
 
 
@@ -56,14 +56,14 @@ def _head_forward(query, key, value, mask):
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = (_product(weights.astype(value.dtype), value, ((1,), (0,))) / total).astype(value.dtype)
-    return out, (query, key, value, mask, out, largest, total)
+    return out, (query, key, value, mask, largest, total)
 
 
 def _head_backward(residuals, gradient):
-    query, key, value, mask, out, largest, total = residuals
+    query, key, value, mask, largest, total = residuals
     weights = jnp.exp(_logits(query, key, mask) - largest) / total
-    along = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    of_logits = weights * (_product(gradient, value, ((1,), (1,))) - along) * query.shape[-1] ** -0.5
+    of_weights = _product(gradient, value, ((1,), (1,)))
+    of_logits = weights * (of_weights - jnp.sum(weights * of_weights, axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
     of_logits = jnp.where(mask, of_logits, 0.0).astype(query.dtype)
     of_query = _product(of_logits, key, ((1,), (0,)))
     of_key = _product(of_logits, query, ((0,), (0,)))

@@ -12,7 +12,7 @@ from hpr_jax.ops.implementation import dispatch
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "deformable_sampling"
-# Queries whose gradients XLA computes at a time.
+# Queries whose rows XLA's backward pass gathers and adds at a time.
 CHUNK = 192
 
 
@@ -135,7 +135,7 @@ def _xla_backward(spatial_shapes, value, locations, weights, gradient):
 
         weight, pullback, index = jax.vjp(corners, locations, weights, has_aux=True)
 
-        # Only the rows go by chunks: an operation on the places of so few samples would cost less than its start.
+        # Only the rows go by chunks. Places and weights are small: an operation on a chunk's would take less than its start.
         def step(of_table, chunk):
             index, weight, gradient = chunk
             gradient = gradient.astype(jnp.float32)
