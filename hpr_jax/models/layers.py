@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hpr_jax.errors import UserError
 from hpr_jax.ops.chunks import by_chunks
+from hpr_jax.ops.manual_axes import vary_alike
 from hpr_jax.ops.order import after
 from hpr_jax.ops.padding import valid_mask
 
@@ -51,13 +52,17 @@ def uniform(bound: float) -> nnx.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-@jax.custom_vjp
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`x @ kernel + bias` in the type of x `[..., in]`: kernel `[in, out]`, bias `[out]` or None -> `[..., out]`.
 
     Differentiable in reverse mode, in a way that is fast on CPUs, too: sums over rows are products, and of what the kernel's
     gradient multiplies, the narrower is the one that XLA has to turn.
     """
+    return _affine(*vary_alike(x, kernel, bias))
+
+
+@jax.custom_vjp
+def _affine(x, kernel, bias):
     product = x @ kernel.astype(x.dtype)
     return product if bias is None else product + bias.astype(x.dtype)
 
@@ -75,7 +80,7 @@ def _affine_backward(residuals, gradient):
     return after(of_kernel, gradient @ kernel.T.astype(gradient.dtype)), of_kernel, of_bias
 
 
-affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel, bias)), _affine_backward)
+_affine.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel, bias)), _affine_backward)
 
 
 class Linear(nnx.Linear):
@@ -94,13 +99,17 @@ class LayerNorm(nnx.LayerNorm):
         return normalized(x, self.scale[...], self.bias[...], self.epsilon)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
     """x `[..., C]` over C with mean 0 and variance 1, times scale `[C]`, plus bias `[C]`: float32 inside, in the type of x.
 
     Differentiable in reverse mode, with one pass over x for the sums over its rows and one for its own gradient: XLA would
     join the two, and on CPUs write down several arrays as large as x.
     """
+    return _normalized(*vary_alike(x, scale, bias), epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalized(x, scale, bias, epsilon):
     return _normalized_forward(x, scale, bias, epsilon)[0]
 
 
@@ -126,7 +135,7 @@ def _normalized_backward(epsilon, residuals, gradient):
     return of_x.astype(residuals[0].dtype), of_scale, of_bias
 
 
-normalized.defvjp(_normalized_forward, _normalized_backward)
+_normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> Linear:

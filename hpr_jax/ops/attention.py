@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from hpr_jax.ops.manual_axes import vary_alike
+
 # With so many probabilities a head, CPUs take one head after the other. Fewer, as those of a region's pixels, fit into the
 # caches anyhow.
 LARGE = 2**14
@@ -33,7 +35,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
         heads = [jnp.moveaxis(array, 1, 0) for array in heads]
         return jnp.moveaxis(jax.lax.map(lambda head: _of_head(*head, mask), heads), 0, 1)
 
-    return jax.lax.map(of_image, (query, key, value, mask))
+    return jax.lax.map(of_image, tuple(vary_alike(query, key, value, mask)))
 
 
 @jax.custom_vjp

@@ -5,13 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from hpr_jax.ops.manual_axes import vary_alike
 from hpr_jax.ops.order import after
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`[B, h, w, in]`, zero-padded by k // 2, with a kernel `[k, k, in, out]` (k odd) -> `[B, ceil(h / stride),
     ceil(w / stride), out]`, in the type of x. On CPUs differentiable in reverse mode."""
-    return (_by_taps if jax.default_backend() == "cpu" else _plain)(x, kernel, stride)
+    return (_by_taps if jax.default_backend() == "cpu" else _plain)(*vary_alike(x, kernel), stride)
 
 
 def _plain(x, kernel, stride):

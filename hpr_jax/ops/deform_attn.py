@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from hpr_jax.kernels import deformable_sampling as kernel
 from hpr_jax.ops.chunks import in_chunks, out_of_chunks, zeros
 from hpr_jax.ops.implementation import dispatch
+from hpr_jax.ops.manual_axes import vary_alike
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "deformable_sampling"
@@ -47,13 +48,8 @@ def deformable_sampling(
     queries = sampling_locations.shape[1]
     if 0 in (value.size, attention_weights.size):
         return jnp.zeros((batch, queries, heads * width), value.dtype)
-    out = _sample(
-        spatial_shapes,
-        implementation,
-        value,
-        sampling_locations.astype(jnp.float32),
-        attention_weights.astype(jnp.float32),
-    )
+    locations, weights = (array.astype(jnp.float32) for array in (sampling_locations, attention_weights))
+    out = _sample(spatial_shapes, implementation, *vary_alike(value, locations, weights))
     return out.reshape(batch, queries, heads * width)
 
 

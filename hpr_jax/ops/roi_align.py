@@ -12,6 +12,7 @@ from hpr_jax.kernels import weighted_rows as kernel
 from hpr_jax.ops.boxes import area
 from hpr_jax.ops.chunks import in_chunks, out_of_chunks, zeros
 from hpr_jax.ops.implementation import dispatch
+from hpr_jax.ops.manual_axes import vary_alike
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "roi_align"
@@ -69,7 +70,8 @@ def roi_align(
     )
     if 0 in (features.size, boxes.size):
         return jnp.zeros((*boxes.shape[:2], output_size**2, features.shape[-1]), features.dtype)
-    return _align((output_size, sampling_ratio, implementation), features, regions)
+    features, *regions = vary_alike(features, *regions)
+    return _align((output_size, sampling_ratio, implementation), features, Regions(*regions))
 
 
 class Regions(NamedTuple):
