@@ -1,1 +1,1 @@
-"""Array operations: sampling, RoIAlign, boxes, non-maximum suppression, padding. No parameters, no modules."""
+"""Array operations: sampling, RoIAlign, attention, convolution, boxes, NMS, padding. No parameters, no modules."""
