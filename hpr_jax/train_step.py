@@ -206,8 +206,7 @@ class TrainStep:
         floats, pullback, others = jax.vjp(predict, state.params, has_aux=True)
         outputs = _join(floats, others)
         requests = self.criterion.requests(outputs, targets)
-        pullback = _without(pullback, state)
-        return ForwardPass(outputs, requests, targets.valid, pullback)
+        return ForwardPass(outputs, requests, targets.valid, _without(pullback, state))
 
     def _loss(
         self,

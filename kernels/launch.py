@@ -7,6 +7,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from hpr_jax.kernels.manual_axes import vary_alike
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -44,10 +46,8 @@ def pallas_call(
     varies over."""
 
     def call(*arguments):
-        types = [jax.typeof(argument).manual_axis_type for argument in arguments]
-        axes = frozenset().union(*(kind.varying for kind in types))
-        arguments = [_vary(argument, axes - kind.varying) for argument, kind in zip(arguments, types)]
-        kind = types[0].update(varying=axes)
+        arguments = vary_alike(*arguments)
+        kind = jax.typeof(arguments[0]).manual_axis_type
         return pl.pallas_call(
             kernel,
             out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_shape],
@@ -60,7 +60,3 @@ def pallas_call(
         )(*arguments)
 
     return call
-
-
-def _vary(x, axes):
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

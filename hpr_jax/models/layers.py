@@ -13,8 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hpr_jax.errors import UserError
+from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.chunks import by_chunks
-from hpr_jax.ops.manual_axes import vary_alike
 from hpr_jax.ops.order import after
 from hpr_jax.ops.padding import valid_mask
 
@@ -93,7 +93,7 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation in float32, whose result has the type of its input."""
+    """Layer normalisation with scale and bias, in float32; the result has the type of its input."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return normalized(x, self.scale[...], self.bias[...], self.epsilon)

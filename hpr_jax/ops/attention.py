@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hpr_jax.ops.manual_axes import vary_alike
+from hpr_jax.kernels.manual_axes import vary_alike
 
 # With so many probabilities a head, CPUs take one head after the other. Fewer, as those of a region's pixels, fit into the
 # caches anyhow.

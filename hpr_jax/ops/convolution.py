@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hpr_jax.ops.manual_axes import vary_alike
+from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.order import after
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from hpr_jax.kernels import deformable_sampling as kernel
+from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.chunks import in_chunks, out_of_chunks, zeros
 from hpr_jax.ops.implementation import dispatch
-from hpr_jax.ops.manual_axes import vary_alike
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "deformable_sampling"
