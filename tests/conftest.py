@@ -47,3 +47,21 @@ def trained(coco, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     metrics = train(tiny.config(coco), workdir)
     return workdir, metrics
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A COCO folder of `folders.write_folder`, to be read only."""
+    from folders import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="session")
+def tfds_directory(folder, tmp_path_factory):
+    """The same as a TFDS directory, to be read only."""
+    from folders import settings
+
+    from hpr_jax.make_tfds import make_tfds
+
+    return make_tfds(settings(folder), tmp_path_factory.mktemp("tfds"))
