@@ -1,6 +1,5 @@
 """Settings for all tests: CPU, quick compilation, compiled programs kept between runs."""
 
-import functools
 import os
 import tempfile
 from importlib.metadata import version
@@ -18,8 +17,18 @@ from hpr_jax.models import build
 jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/hpr_jax_test_cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# Many tests make the same detector.
-build.builder = functools.lru_cache(maxsize=8)(build.builder)
+make_builder, builders = build.builder, {}
+
+
+def known_builder(config, num_classes, compute):
+    """Many tests make the same detector."""
+    settings = str((config, num_classes, compute))
+    if settings not in builders:
+        builders[settings] = make_builder(config, num_classes, compute)
+    return builders[settings]
+
+
+build.builder = known_builder
 
 # They take minutes each: started last, one would run alone at the end, on one core.
 SLOWEST_FILES = ("test_resuming.py", "test_training.py", "test_devices.py")

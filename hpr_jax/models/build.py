@@ -2,15 +2,12 @@
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
-from hpr_jax.config import from_plain, to_plain
 from hpr_jax.errors import UserError
 from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.detector import Detector
@@ -72,21 +69,19 @@ class Compute:
         return None if self.operations == "auto" else self.operations
 
 
-def random_detector(config: ConfigDict, num_classes: int, *, compute: ConfigDict | None = None, seed: int = 0) -> Detector:
+def random_detector(config: Config, num_classes: int, *, compute: Config | None = None, seed: int = 0) -> Detector:
     """`build_detector` with random weights, compiled."""
     # This generator's programs compile several times faster than the default one's.
     key = jax.random.key(seed, impl="rbg")
-    settings = json.dumps([to_plain(section) if section else {} for section in (config, compute)])
-    return nnx.merge(*builder(settings, num_classes)(key))
+    return nnx.merge(*builder(config, num_classes, compute)(key))
 
 
-def builder(settings: str, num_classes: int) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
-    """Jitted: key -> a detector, split. The settings are `model` and `compute`, as JSON, which can be a key of a cache.
-
-    Not cached here: at full size the program itself takes 200 MB, and a process needs it once.
-    """
-    model, compute = (from_plain(section) for section in json.loads(settings))
-    return jax.jit(lambda key: nnx.split(build_detector(model, num_classes, compute=compute, rngs=nnx.Rngs(key))))
+def builder(
+    config: Config, num_classes: int, compute: Config | None
+) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
+    """Jitted: key -> `build_detector`'s detector, split. Not cached: at full size the program takes 200 MB, and a process
+    needs it once."""
+    return jax.jit(lambda key: nnx.split(build_detector(config, num_classes, compute=compute, rngs=nnx.Rngs(key))))
 
 
 def build_detector(config: Config, num_classes: int, *, compute: Config | None = None, rngs: nnx.Rngs) -> Detector:
