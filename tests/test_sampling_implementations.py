@@ -221,7 +221,7 @@ def test_refusals():
     assert deformable_sampling(value, SHAPES, locations, weights).shape == (2, 5, 2 * 130)
 
 
-@pytest.mark.skipif(ON_GPU, reason="with a GPU, kernels run")
+@pytest.mark.skipif(ON_GPU, reason="of machines without a GPU: with one, kernels run, and nothing is refused")
 def test_a_kernel_asked_for_without_a_gpu_raises():
     value, locations, weights, _ = inputs(np.random.default_rng(0))
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, and the default platform is cpu"):

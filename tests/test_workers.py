@@ -25,7 +25,7 @@ from hpr_jax.errors import RunError, UserError
 from hpr_jax.recipe import make_plan, make_views, room_for_boxes, wants_masks
 
 ARRAYS = ("images", "sizes", "boxes", "labels", "valid")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads of processes in /proc, which Linux alone has")
 
 
 @pytest.fixture
