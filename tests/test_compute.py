@@ -171,7 +171,9 @@ def test_unknown_settings(setting, sentence):
         Compute(**setting)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="of machines without a GPU: with one, kernels run, and nothing is refused")
+@pytest.mark.skipif(
+    jax.default_backend() == "gpu", reason="of machines without a GPU: with one, kernels run, and nothing is refused"
+)
 def test_kernels_without_a_gpu():
     with pytest.raises(UserError, match="needs an NVIDIA GPU, and JAX has found only the platform cpu; set it to 'auto'"):
         Compute(operations="pallas")
