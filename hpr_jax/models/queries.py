@@ -55,10 +55,10 @@ class ProposalGenerator(nnx.Module):
     def tokens(memory: Pyramid) -> Tokens:
         """All tokens, padded ones outside."""
         centers = pixel_centers(memory)
-        sides = jnp.concatenate([jnp.full(h * w, 0.05 * 2.0**level) for level, (h, w) in enumerate(memory.spatial_shapes)])
-        sides = jnp.broadcast_to(sides[None, :, None], centers.shape)
+        sides = [jnp.full(h * w, _anchor_side(level)) for level, (h, w) in enumerate(memory.spatial_shapes)]
+        sides = jnp.broadcast_to(jnp.concatenate(sides)[None, :, None], centers.shape)
         anchors = jnp.concatenate([centers, sides], axis=-1)
-        inside = jnp.all((anchors > 0.01) & (anchors < 0.99), axis=-1, keepdims=True) & memory.valid[..., None]
+        inside = anchors_inside(memory) & memory.valid[..., None]
         safe = jnp.where(inside, anchors, 0.5)
         return Tokens(memory.tokens, jnp.where(inside, jnp.log(safe / (1.0 - safe)), jnp.inf), inside)
 
@@ -159,6 +159,33 @@ class DistinctQueries(nnx.Module):
         count = min(int(self.queries * self.dense_ratio), logits.shape[1])
         index, found = _best(logits, memory.valid, count)
         return matching, InitialQueries(*initial(self.dense_head, index, found), jnp.zeros_like(found))
+
+
+def anchors_inside(memory: Pyramid) -> jax.Array:
+    """Whether the centre and the sides of each token's anchor lie between 0.01 and 0.99 of the image: bool `[B, S, 1]`.
+
+    Centres are compared as integers: 0.01 < (i + 0.5) / size < 0.99 for pixel i of `size` pixels. The official code
+    compares float32 quotients, with the same answer at every size below 1,400. XLA's quotients are not those: it
+    multiplies by a reciprocal, and then 49.5 / 50 falls short of 0.99.
+    """
+
+    def between(length: int, size: jax.Array) -> jax.Array:
+        """Of pixels along one axis: valid sizes `[B]` -> bool `[B, length]`."""
+        twice_center = 2 * jnp.arange(length) + 1
+        return (50 * twice_center > size[:, None]) & (50 * twice_center < 99 * size[:, None])
+
+    inside = []
+    for level, (height, width) in enumerate(memory.spatial_shapes):
+        rows, columns = (between(length, memory.level_sizes[:, level, axis]) for axis, length in enumerate((height, width)))
+        if not 0.01 < _anchor_side(level) < 0.99:
+            rows = jnp.zeros_like(rows)
+        inside.append((rows[:, :, None] & columns[:, None, :]).reshape(len(rows), height * width))
+    return jnp.concatenate(inside, axis=1)[..., None]
+
+
+def _anchor_side(level: int) -> float:
+    """Width and height of a level's anchors, as a part of the image's: 0.05 at the finest, doubled at each next."""
+    return 0.05 * 2.0**level
 
 
 def _scores(logits: jax.Array) -> jax.Array:
