@@ -79,8 +79,8 @@ def base() -> ConfigDict:
         "min_side": 32,
         # Ground-truth boxes a view has room for; 0: as many as the fullest training image has, and as are pasted at most.
         "max_boxes": 0,
-        # Static image shapes, chosen by the plan to waste little padding; each is compiled once. scripts/bench_buckets.py
-        # has the curve: 6 add a third of the pixels, 12 a fifth, 24 an eighth.
+        # Static image shapes, chosen by the plan to waste little padding; each is compiled once. The curve of
+        # scripts/benchmarks/buckets.py: 6 add a third of the pixels, 12 a fifth, 24 an eighth.
         "buckets": 12,
         # Processes that load training batches, each with a copy of the annotations: as many as there are cores to spare; 0:
         # threads of this process, as in evaluation. The batches are the same.

@@ -6,7 +6,7 @@ __all__ = ["Detections", "ImageDetector", "load", "load_config"]
 def __getattr__(name: str):
     # The command line answers mistakes before it imports JAX.
     if name in ("Detections", "ImageDetector", "load"):
-        from hpr_jax import inference
+        from hpr_jax.inference import image_detector as inference
 
         return getattr(inference, name)
     if name == "load_config":

@@ -10,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from hpr_jax.command_line import CommandParser, run_command, split_overrides
+from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
 from hpr_jax.config import load_config, suggestion
 from hpr_jax.errors import UserError
-from hpr_jax.logs import log_to_console
+from hpr_jax.runtime.logs import log_to_console
 
 MODES = ("train", "evaluate", "predict", "describe")
 
@@ -95,25 +95,25 @@ def run(command_line: list[str]) -> None:
     config = load_config(arguments.config, overrides) if arguments.config else None
 
     log_to_console()
-    from hpr_jax.compilation_cache import enable_compilation_cache
-    from hpr_jax.host_memory import return_memory_of_compiling
+    from hpr_jax.runtime.compilation_cache import enable_compilation_cache
+    from hpr_jax.runtime.host_memory import return_memory_of_compiling
 
     enable_compilation_cache()
     return_memory_of_compiling()
     if arguments.distributed:
-        from hpr_jax.devices import join_processes, leads
+        from hpr_jax.runtime.devices import join_processes, leads
 
         join_processes()
         if not leads():
             # One says how it goes; warnings are each one's own.
             log_to_console(logging.WARNING)
     if arguments.mode == "train":
-        from hpr_jax.train import train
+        from hpr_jax.training.loop import train
 
         train(config, arguments.workdir, accept_changes=arguments.accept_changes)
         return
     if arguments.mode == "describe":
-        from hpr_jax.describe import describe
+        from hpr_jax.commands.describe import describe
 
         # A config describes a run that is yet to be, whatever its workdir.
         checkpoint = arguments.checkpoint or (None if config is not None else arguments.workdir)
@@ -121,11 +121,11 @@ def run(command_line: list[str]) -> None:
         return
     checkpoint = arguments.checkpoint or arguments.workdir
     if arguments.mode == "evaluate":
-        from hpr_jax.evaluate import evaluate
+        from hpr_jax.evaluation.evaluator import evaluate
 
         evaluate(checkpoint, arguments.output or arguments.workdir / "evaluation", overrides, config)
     else:
-        from hpr_jax.predict import predict
+        from hpr_jax.commands.predict import predict
 
         output = arguments.output or arguments.workdir / "predictions"
         predict(checkpoint, arguments.inputs, output, arguments.threshold, overrides, config)

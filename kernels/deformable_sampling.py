@@ -4,7 +4,7 @@ A row is a (query, head); a program works on a block of rows of one image, with 
 sampling point is one load of `width` neighbouring channels. Arithmetic is float32 whatever the type of `value`.
 
 Shapes: `value` `[B, S, H, D]`, `locations` `[B, Q, H, L, P, 2]`, `weights` `[B, Q, H, L, P]`, as in
-`hpr_jax.ops.deform_attn`; locations and weights are float32.
+`hpr_jax.ops.deformable_sampling`; locations and weights are float32.
 """
 
 import functools

@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 
 import hpr_jax
-from hpr_jax.data.sources import load_dataset
-from hpr_jax.data.transforms import read_annotated_image
+from hpr_jax.data.augmentation.geometry import read_annotated_image
+from hpr_jax.data.build import load_dataset
 from hpr_jax.errors import UserError
-from hpr_jax.visualize import contact_sheet, draw, write_image
+from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 
 PER_ROW = 3
 HEIGHT = 320

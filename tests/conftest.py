@@ -51,7 +51,7 @@ def trained(coco, tmp_path_factory):
     """A finished run of four steps, to be read only, and its metrics."""
     import tiny
 
-    from hpr_jax.train import train
+    from hpr_jax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("trained")
     metrics = train(tiny.config(coco), workdir)
@@ -71,6 +71,6 @@ def tfds_directory(folder, tmp_path_factory):
     """The same as a TFDS directory, to be read only."""
     from folders import settings
 
-    from hpr_jax.make_tfds import make_tfds
+    from hpr_jax.data.sources.tfds_writer import make_tfds
 
     return make_tfds(settings(folder), tmp_path_factory.mktemp("tfds"))

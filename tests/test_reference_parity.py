@@ -1,4 +1,4 @@
-"""Parity with the official implementation, on the values of `HPR_REFERENCE_DIR` (default: tests/data/reference).
+"""Parity with the official implementation, on the values of `HPR_REFERENCE_DIR` (default: tests/reference_values/official).
 
 Tolerances are relative to the largest value of an array: 1e-4 for outputs and losses, 5e-3 for gradients and 5e-2 for the
 norms of backbone gradients separate a mistake from rounding (see the directory's measured perturbations).
@@ -18,12 +18,12 @@ from reference import arrays, assert_close, sizes
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
 from hpr_jax.losses.matched import AlignedMatchedLoss
-from hpr_jax.models.denoising import group_layout
 from hpr_jax.models.detector import detections
 from hpr_jax.models.encoder import flatten
+from hpr_jax.models.queries.denoising import group_layout
 from hpr_jax.ops.boxes import xyxy_to_cxcywh
-from hpr_jax.torch_import import to_official
 from hpr_jax.types import DenoisingQueries, Targets
+from hpr_jax.weights.official import to_official
 
 MODELS = ("deformable_detr", "dino", "align_detr", "ddq", "ddq_crowded")
 DISTINCT = ("ddq", "ddq_crowded")

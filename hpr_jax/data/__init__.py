@@ -1,1 +1,5 @@
-"""COCO-format data: annotations, geometry, the plan of batches, loading. NumPy and OpenCV; no model, no loss."""
+"""From files to batches, in NumPy and OpenCV.
+
+`build.py` reads the sections `data` and `augmentation` of a config.
+May import errors and config. All but `build.py` and the reading of TFDS imports without JAX.
+"""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from hpr_jax.data.augmentation.geometry import EncodedImage
 from hpr_jax.data.masks import Mask, PackedMasks
-from hpr_jax.data.transforms import EncodedImage
 
 
 @dataclasses.dataclass(frozen=True)

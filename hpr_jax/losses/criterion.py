@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from hpr_jax.losses.assignment import CostWeights, Request, assign, dense_cost, matching_cost
 from hpr_jax.losses.dense import DenseLoss
 from hpr_jax.losses.matched import FocalMatchedLoss, MatchedLoss, Terms
+from hpr_jax.losses.matching import CostWeights, Request, assign, dense_cost, matching_cost
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Outputs, Predictions, Targets
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from hpr_jax.errors import UserError
 from hpr_jax.models.layers import Linear
 from hpr_jax.ops.attention import attention
-from hpr_jax.ops.deform_attn import deformable_sampling
+from hpr_jax.ops.deformable_sampling import deformable_sampling
 
 
 class MultiHeadAttention(nnx.Module):

@@ -9,18 +9,18 @@ import jax
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.denoising import Denoiser
+from hpr_jax.models.backbones.resnet import ResNet
+from hpr_jax.models.backbones.swin import SwinTransformer
 from hpr_jax.models.detector import Detector
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
-from hpr_jax.models.interactions import DeformableRefiner, GlobalAttention, InteractionFactory, PointRefiner
 from hpr_jax.models.neck import ChannelMapper
-from hpr_jax.models.queries import DistinctQueries, TopQueries
-from hpr_jax.models.refiner import HybridRefiner, RefinerLayer, RegionSettings
-from hpr_jax.models.region import DynamicConv, RegionalAttention, RegionFC
-from hpr_jax.models.resnet import ResNet
-from hpr_jax.models.swin import SwinTransformer
-from hpr_jax.ops.implementation import IMPLEMENTATIONS
+from hpr_jax.models.queries.denoising import Denoiser
+from hpr_jax.models.queries.proposals import DistinctQueries, TopQueries
+from hpr_jax.models.refiner.deformable import DeformableRefiner, GlobalAttention, InteractionFactory, PointRefiner
+from hpr_jax.models.refiner.hybrid import HybridRefiner, RefinerLayer, RegionSettings
+from hpr_jax.models.refiner.regional_attention import DynamicConv, RegionalAttention, RegionFC
+from hpr_jax.ops.dispatch import IMPLEMENTATIONS
 
 Config = Mapping[str, Any]
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.encoder import Encoder, flatten
 from hpr_jax.models.heads import DecoderHeads
 from hpr_jax.models.neck import ChannelMapper
-from hpr_jax.models.queries import InitialQueries
-from hpr_jax.models.refiner import DecoderInput, HybridRefiner, counted, distinct_attention
+from hpr_jax.models.queries.denoising import Denoiser
+from hpr_jax.models.queries.proposals import InitialQueries
+from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner, counted, distinct_attention
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, whwh
 from hpr_jax.ops.padding import zero_padding
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Intermediates, Outputs, Predictions

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hpr_jax.models.backbones.resnet import Conv
 from hpr_jax.models.layers import GroupNorm, uniform
-from hpr_jax.models.resnet import Conv
 from hpr_jax.ops.padding import halve
 
 

@@ -1,1 +1,5 @@
-"""Array operations: sampling, RoIAlign, attention, convolution, boxes, NMS, padding. No parameters, no modules."""
+"""Array operations with static shapes: sampling, RoIAlign, attention, convolution, NMS, boxes.
+
+Pure functions without parameters; `dispatch.py` chooses between XLA and kernels.
+May import kernels alone.
+"""

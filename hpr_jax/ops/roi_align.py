@@ -12,7 +12,7 @@ from hpr_jax.kernels import weighted_rows as kernel
 from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.boxes import area
 from hpr_jax.ops.chunks import in_chunks, out_of_chunks, zeros
-from hpr_jax.ops.implementation import dispatch
+from hpr_jax.ops.dispatch import dispatch
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "roi_align"

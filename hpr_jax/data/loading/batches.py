@@ -1,0 +1,189 @@
+"""Loads planned batches: decode, transform, pad, and box counts of fixed size.
+
+A training batch has all weak views of its images, then, if there are strong ones, all strong views in the same order.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hpr_jax.data.augmentation.geometry import UnreadableImageError, apply, read_annotated_image
+from hpr_jax.data.augmentation.views import ViewMaker
+from hpr_jax.data.dataset import Dataset, Record
+from hpr_jax.data.loading.plan import PlannedBatch, Shape, Slot, TrainPlan
+from hpr_jax.data.loading.workers import LoadedByWorkers, keep_freed_memory
+from hpr_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Batch:
+    """A padded batch in host memory.
+
+    Attributes:
+      images: RGB uint8 `[B, H, W, 3]`, zero where padded.
+      sizes: int32 `[B, 2]`, valid (height, width).
+      boxes: float32 `[B, N, 4]`, cxcywh relative to the valid size, the real ones first.
+      labels: int32 `[B, N]`; valid: bool `[B, N]`.
+      records: the images' records, None for slots that only fill up the batch.
+      reports: sentences for the log.
+      views: of each image; view v of image i of `B // views` is at `v * (B // views) + i`.
+    """
+
+    images: np.ndarray
+    sizes: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    valid: np.ndarray
+    records: list[Record | None]
+    reports: list[str]
+    views: int = 1
+
+
+def empty_batch(batch_size: int, shape: Shape, max_boxes: int) -> Batch:
+    """A batch of no images. Its slots have the size 1 x 1, so that nothing divides by zero."""
+    return Batch(
+        images=np.zeros((batch_size, *shape, 3), np.uint8),
+        sizes=np.ones((batch_size, 2), np.int32),
+        boxes=np.full((batch_size, max_boxes, 4), 0.5, np.float32),
+        labels=np.zeros((batch_size, max_boxes), np.int32),
+        valid=np.zeros((batch_size, max_boxes), bool),
+        records=[None] * batch_size,
+        reports=[],
+    )
+
+
+def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray):
+    """Puts a transformed image and its boxes (xyxy in its pixels) into a batch."""
+    height, width = image.shape[:2]
+    batch.images[place, :height, :width] = image
+    batch.sizes[place] = height, width
+    room = batch.boxes.shape[1]
+    if len(boxes) > room:
+        batch.reports.append(
+            f"{record.image.name} has {len(boxes)} boxes, the batch has room for {room}; the rest is left out of this step"
+        )
+        boxes, labels = boxes[:room], labels[:room]
+    count = len(boxes)
+    scale = np.array([width, height], np.float32)
+    batch.boxes[place, :count, :2] = (boxes[:, :2] + boxes[:, 2:]) / 2 / scale
+    batch.boxes[place, :count, 2:] = (boxes[:, 2:] - boxes[:, :2]) / scale
+    batch.labels[place, :count] = labels
+    batch.valid[place, :count] = True
+    batch.records[place] = record
+
+
+class TrainLoader:
+    """Random access to the batches of a plan. A slot whose image cannot be read takes the plan's next image of the same
+    bucket instead, and the batch reports it.
+
+    Args:
+      share: (index, count): loads, of the images of a batch, the part with this index out of so many equal ones, as one of
+        several processes does.
+
+    Raises:
+      ValueError: the images of a batch cannot be shared equally.
+    """
+
+    def __init__(self, plan: TrainPlan, make_views: ViewMaker, max_boxes: int, share: tuple[int, int] = (0, 1)):
+        self.plan, self.make_views, self.max_boxes = plan, make_views, max_boxes
+        index, count = share
+        if plan.batch_size % count:
+            raise ValueError(f"A batch of {plan.batch_size} images cannot be shared equally by {count} processes.")
+        part = plan.batch_size // count
+        self.places = slice(index * part, (index + 1) * part)
+
+    def __getitem__(self, step: int) -> Batch:
+        planned, views = self.plan[step], self.make_views.count
+        slots = planned.slots[self.places]
+        batch = empty_batch(views * len(slots), planned.shape, self.max_boxes)
+        batch.views = views
+        for place, slot in enumerate(slots):
+            try:
+                self._load(batch, place, slot)
+            except UnreadableImageError as error:
+                self._refill(batch, place, step, slot, error)
+        return batch
+
+    def _load(self, batch: Batch, place: int, slot: Slot) -> None:
+        """Stores the views of one image; a batch whose image cannot be read is left unchanged."""
+        views, reports = self.make_views(slot)
+        batch.reports += reports
+        for number, view in enumerate(views):
+            record = self.make_views.dataset.records[slot.index]
+            target = number * (len(batch.images) // batch.views) + place
+            fill_slot(batch, target, record, view.image, view.objects.boxes, view.objects.labels)
+
+    def _refill(self, batch: Batch, place: int, step: int, slot: Slot, error: Exception) -> None:
+        tried = {slot.index}
+        for other in self.plan.successors(step):
+            if other.index in tried:
+                continue
+            tried.add(other.index)
+            try:
+                self._load(batch, place, other)
+            except UnreadableImageError as another:
+                batch.reports.append(f"{another}; it cannot take the place of another")
+                continue
+            batch.reports.append(f"{error}; {self.make_views.dataset.records[other.index].image.name} takes its place")
+            return
+        raise UserError(f"{error}, and none of the images planned next could be read in its place.")
+
+
+def train_batches(loader: TrainLoader, start: int, stop: int, threads: int, workers: int = 0) -> Iterator[Batch]:
+    """Batches of the steps from `start` to `stop`, loaded ahead by worker processes or, without any, by threads of this
+    process: the same ones, always in order. The iterator's `close()` ends the loading.
+
+    Raises, with a worker's batch:
+      RunError: the worker was ended from outside.
+    """
+    keep_freed_memory()
+    if workers:
+        return LoadedByWorkers(loader, range(start, stop), workers)
+    return _loaded_by_threads(loader, range(start, stop), threads)
+
+
+def _loaded_by_threads(loader: Sequence[Batch], steps: range, threads: int) -> Iterator[Batch]:
+    """At most two batches a thread are loaded ahead."""
+    # Grain imports JAX, which workers, who import this file, have no use for.
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(lambda step: loader[int(step)])
+    return iter(dataset.to_iter_dataset(options))
+
+
+class EvaluationLoader:
+    """Random access to the batches of an evaluation plan, all `batch_size` long; images that cannot be read stay out, and
+    the batch reports them.
+
+    Args:
+      share: (index, count): has, of the batches, those at this index, counting anew from every `count`-th, as one of several
+        processes does.
+    """
+
+    def __init__(self, dataset: Dataset, plan: Sequence[PlannedBatch], batch_size: int, share: tuple[int, int] = (0, 1)):
+        index, count = share
+        self.dataset, self.plan, self.batch_size = dataset, plan[index::count], batch_size
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        planned = self.plan[index]
+        batch = empty_batch(self.batch_size, planned.shape, max_boxes=0)
+        for place, slot in enumerate(planned.slots):
+            record = self.dataset.records[slot.index]
+            try:
+                image = read_annotated_image(record.image, record.height, record.width)
+            except UnreadableImageError as error:
+                batch.reports.append(f"{error}; it has no detections")
+                continue
+            no_boxes, no_labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+            fill_slot(batch, place, record, *apply(image, no_boxes, no_labels, slot.geometry))
+        return batch
+
+
+def evaluation_batches(loader: EvaluationLoader, threads: int) -> Iterator[Batch]:
+    """All batches, loaded ahead by threads, in order."""
+    return _loaded_by_threads(loader, range(len(loader)), threads)

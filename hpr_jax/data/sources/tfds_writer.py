@@ -1,0 +1,180 @@
+"""A COCO folder as a TFDS data set in ArrayRecord files, made without TensorFlow.
+
+scripts/make_tfds --config FILE.py[:VARIANT] [--config.data.directory=DIR ...] DATA_DIR
+
+Takes the folder, and the names in it, from the config's section `data`. Writes DATA_DIR/coco_folder/1.0.0 with the splits
+train and validation: TFDS's features of detection, and the annotations as they are in the COCO files, masks and all. Image
+files are copied byte by byte.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
+from hpr_jax.config import load_config
+from hpr_jax.data.dataset import Classes
+from hpr_jax.data.sources.coco import Entry, ImageFolder, clip_box, group_annotations, load_coco, read_json
+from hpr_jax.data.sources.tfds import COCO
+from hpr_jax.errors import UserError
+
+NAME, VERSION = "coco_folder", "1.0.0"
+# Bytes of images in a file of the result, about.
+SHARD = 2**28
+
+
+def make_tfds(settings: Mapping[str, Any], target: Path) -> Path:
+    """Writes the data set of a config's section `data`; returns the directory of its version.
+
+    Raises:
+      UserError: the folder is no COCO data set, image files are missing, or the data set is there already.
+    """
+    source, directory = Path(settings["directory"]), target / NAME / VERSION
+    if directory.exists():
+        raise UserError(f"{directory} exists; delete it, or choose another folder.")
+    train = _Split(source, settings["train_images"], settings["train_annotations"], None)
+    val = _Split(source, settings["val_images"], settings["val_annotations"], train.classes)
+    target.mkdir(parents=True, exist_ok=True)
+    # What is written in part must not be taken for a data set, nor must TFDS's own folders be left.
+    with tempfile.TemporaryDirectory(dir=target, prefix=f"{NAME}.") as work:
+        _write({"train": train, "validation": val}, Path(work))
+        (target / NAME).mkdir(exist_ok=True)
+        (Path(work) / NAME / VERSION).rename(directory)
+    return directory
+
+
+class _Split:
+    """A split of the folder, whose files are all there."""
+
+    def __init__(self, source: Path, images: str, annotations: str, classes: Classes | None):
+        dataset = load_coco(source, images, annotations, classes)
+        path = source / annotations
+        content = read_json(path)
+        self.classes, self.categories = dataset.classes, content["categories"]
+        self.entries = group_annotations(content, path)
+        self.files = [
+            image.path for image in ImageFolder(source / images, [image["file_name"] for image, _ in self.entries])
+        ]
+        missing = [file for file in self.files if not file.is_file()]
+        if missing:
+            raise UserError(f"{len(missing)} of {len(self.files)} images of {path} are missing, like {missing[0]}.")
+        wrong = [image["id"] for image, _ in self.entries if not isinstance(image["id"], int)]
+        if wrong:
+            raise UserError(f"Image id {wrong[0]!r} of {path} is not a whole number, as TFDS wants it.")
+
+    def shards(self, split: str) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
+        """Generators of TFDS examples, one for each file of the result."""
+        count = max(1, round(sum(file.stat().st_size for file in self.files) / SHARD))
+        bounds = [len(self.files) * number // count for number in range(count + 1)]
+        return [functools.partial(self._examples, split, start, stop) for start, stop in zip(bounds, bounds[1:])]
+
+    def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+        for index in tqdm(range(start, stop), desc=f"{split}, images {start} to {stop}", unit="image", leave=False):
+            yield index, _example(self.entries[index], self.files[index], self.classes.category_ids)
+
+
+def _example(entry: Entry, file: Path, category_ids: Sequence[int]) -> dict[str, Any]:
+    image, annotations = entry
+    width, height = float(image["width"]), float(image["height"])
+    objects = []
+    for number, annotation in enumerate(annotations):
+        box, reason = clip_box(annotation["bbox"], width, height)
+        if reason:
+            # TFDS knows no such boxes; the feature `coco` has it.
+            continue
+        left, top, right, bottom = box
+        own_id, area = annotation.get("id"), annotation.get("area")
+        objects.append(
+            {
+                "id": own_id if isinstance(own_id, int) else number,
+                "bbox": np.array([top / height, left / width, bottom / height, right / width]),
+                "label": category_ids.index(annotation["category_id"]),
+                "is_crowd": bool(annotation.get("iscrowd", 0)),
+                "area": area if isinstance(area, int | float) else (right - left) * (bottom - top),
+            }
+        )
+    return {
+        "image": str(file),
+        "image/id": image["id"],
+        "image/filename": image["file_name"],
+        "objects": objects,
+        COCO: json.dumps({"image": image, "annotations": annotations}),
+    }
+
+
+def _write(splits: Mapping[str, _Split], target: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    classes, categories = splits["train"].classes, splits["train"].categories
+    labels = [
+        name if classes.names.count(name) == 1 else f"{name} ({number})"
+        for name, number in zip(classes.names, classes.category_ids)
+    ]
+    features = {
+        "image": tfds.features.Image(),
+        "image/id": tfds.features.Scalar(np.int64),
+        "image/filename": tfds.features.Text(),
+        "objects": tfds.features.Sequence(
+            {
+                "id": tfds.features.Scalar(np.int64),
+                "bbox": tfds.features.BBoxFeature(),
+                "label": tfds.features.ClassLabel(names=labels),
+                "is_crowd": tfds.features.Scalar(np.bool_),
+                "area": tfds.features.Scalar(np.float32),
+            }
+        ),
+        COCO: tfds.features.Text(),
+    }
+
+    class Folder(tfds.core.ShardBasedBuilder, skip_registration=True):
+        """Keeps the order of the images."""
+
+        name = NAME
+        VERSION = tfds.core.Version(VERSION)
+        # Beside its code TFDS would look for checksums of downloads, by means of a package that it does not install.
+        code_path = None
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="A data set in COCO form. `coco` is an image's entry with its annotations, as JSON.",
+                features=tfds.features.FeaturesDict(features),
+                metadata=tfds.core.MetadataDict({COCO: {"categories": categories}}),
+                disable_shuffling=True,
+            )
+
+        def _shard_iterators_per_split(self, dl_manager):
+            return {name: split.shards(name) for name, split in splits.items()}
+
+    # It speaks of downloads.
+    with contextlib.redirect_stdout(io.StringIO()):
+        Folder(data_dir=target, file_format="array_record").download_and_prepare()
+
+
+def run(command_line: list[str]) -> None:
+    """Does what the arguments say.
+
+    Raises:
+      UserError: with a sentence for the user.
+    """
+    parser = CommandParser(prog="make_tfds", description=__doc__)
+    parser.add_argument("--config", required=True, help="config file, with a variant behind a colon")
+    parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
+    command_line, overrides = split_overrides(command_line)
+    arguments = parser.parse_args(command_line)
+    config = load_config(arguments.config, overrides)
+    directory = make_tfds(config.data, arguments.target)
+    print(f"{directory}: --config.data.directory={directory} trains on it.")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: run(sys.argv[1:])))

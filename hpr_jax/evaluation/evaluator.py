@@ -1,0 +1,167 @@
+"""Detections of a whole split, and their average precision."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.build import load_dataset
+from hpr_jax.data.dataset import Classes, Dataset
+from hpr_jax.data.loading.batches import EvaluationLoader, evaluation_batches
+from hpr_jax.data.loading.plan import choose_buckets, evaluation_plan
+from hpr_jax.evaluation.average_precision import coco_average_precision, find_evaluator
+from hpr_jax.models.detector import detections
+from hpr_jax.runtime.devices import EVERYWHERE, agree, data_mesh, gather, leads, on_devices_of, split_at, spread
+from hpr_jax.runtime.logs import log_dropped
+from hpr_jax.weights.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
+
+log = logging.getLogger("hpr_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """Average precision, and the detections it was computed from (COCO results format)."""
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    detections: list[dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=8)
+def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
+    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid. A mesh splits the
+    images over its devices. Cached, so that runs in the same process share what is compiled."""
+
+    def detect(state, images, sizes):
+        detector = nnx.merge(graph, state)
+        outputs = detector(detector.normalize(images, sizes), sizes)
+        return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, count)
+
+    if mesh is not None:
+        specs = EVERYWHERE, split_at(0), split_at(0)
+        detect = jax.shard_map(detect, mesh=mesh, in_specs=specs, out_specs=split_at(0), check_vma=False)
+    return jax.jit(detect)
+
+
+class Evaluator:
+    """Evaluates states of one detector on one split; compiled programs are kept between runs. Every process detects on a
+    share of the images with its own devices, and all have the result."""
+
+    def __init__(self, config: ConfigDict, dataset: Dataset, graph: nnx.GraphDef):
+        settings = config.evaluate
+        geometries = whole(dataset.sizes, settings.side, settings.max_side, settings.canvas)
+        buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
+        self.mesh = data_mesh(jax.local_devices())
+        batch_size = settings.batch_size * self.mesh.size
+        plan = evaluation_plan(geometries, batch_size=batch_size, buckets=buckets)
+        self.loader = EvaluationLoader(dataset, plan, batch_size, share=(jax.process_index(), jax.process_count()))
+        self.dataset, self.threads = dataset, config.data.threads
+        find_evaluator(settings.evaluator)
+        self.evaluator = settings.evaluator
+        self.detect = make_detect(graph, settings.detections, self.mesh)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return self.detect._cache_size()
+
+    def run(self, state: nnx.State) -> EvaluationResult:
+        """Detects on every image and computes AP; the state is on all devices of the process, or of all processes."""
+        state = on_devices_of(self.mesh, state)
+        found: list[dict[str, Any]] = []
+        batches = evaluation_batches(self.loader, self.threads)
+        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False, disable=not leads())
+        for batch, planned in zip(bar, self.loader.plan):
+            for report in batch.reports:
+                log.warning("%s", report)
+            images, sizes = spread(self.mesh, (batch.images, batch.sizes))
+            arrays = jax.device_get(self.detect(state, images, sizes))
+            for place, record in enumerate(batch.records):
+                if record is not None:
+                    height, width = planned.slots[place].geometry.resized
+                    scale = np.array([record.width / width, record.height / height] * 2)
+                    found += _coco_results(
+                        record.image_id, self.dataset.classes, *(array[place] for array in arrays), scale=scale
+                    )
+        # In the same order, however many processes there are.
+        found = sorted(itertools.chain(*gather(found)), key=lambda one: one["image_id"])
+
+        def average_precision():
+            metrics, per_category = coco_average_precision(self.dataset.ground_truth(), found, self.evaluator)
+            # JSON, in which processes agree, has no numbers as keys.
+            return metrics, list(per_category.items())
+
+        metrics, per_category = agree(average_precision)
+        classes = self.dataset.classes
+        names = {
+            number: name if classes.names.count(name) == 1 else f"{name} ({number})"
+            for number, name in zip(classes.category_ids, classes.names)
+        }
+        return EvaluationResult(metrics, {names[c]: numbers for c, numbers in per_category}, found)
+
+
+def _coco_results(image_id, classes: Classes, boxes, scores, labels, valid, scale) -> list[dict[str, Any]]:
+    boxes = boxes.astype(np.float64) * scale
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": classes.category_ids[label],
+            "bbox": [round(float(side), 3) for side in box],
+            "score": float(score),
+        }
+        for box, score, label, real in zip(boxes, scores, labels, valid)
+        if real
+    ]
+
+
+def log_table(result: EvaluationResult) -> None:
+    """Logs AP by class."""
+    width = max(len(name) for name in ("class", *result.per_class))
+    log.info("%-*s %7s %7s", width, "class", "AP", "AP50")
+    for name, numbers in result.per_class.items():
+        log.info("%-*s %7.4f %7.4f", width, name, numbers["AP"], numbers["AP50"])
+
+
+def evaluate(
+    checkpoint: Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
+) -> EvaluationResult:
+    """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
+
+    Args:
+      checkpoint: a checkpoint's directory or a run's workdir.
+      output: folder for the files.
+      overrides: settings (dotted key, text) in place of the checkpoint's.
+      config: in place of the checkpoint's; its model must be the same.
+    """
+    meta = read_meta(checkpoint)
+    config = checkpoint_config(meta, overrides, config)
+    detector, _ = load_detector(checkpoint, config.compute)
+    dataset = load_dataset(config.data, "val", meta.classes)
+    log_dropped(dataset)
+    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
+    if leads():
+        output.mkdir(parents=True, exist_ok=True)
+    graph, state = nnx.split(detector)
+    result = Evaluator(config, dataset, graph).run(state)
+    for name, value in result.metrics.items():
+        log.info("%-10s %7.4f", name, value)
+    log_table(result)
+    if not leads():
+        return result
+    (output / "detections.json").write_text(json.dumps(result.detections))
+    (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
+    log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
+    return result

@@ -1,0 +1,185 @@
+"""Detectors for notebooks and scripts: from a checkpoint or config to boxes in three lines.
+
+import hpr_jax
+detector = hpr_jax.load("runs/ddq")
+result = detector("street.jpg")  # result.boxes, .scores, .labels, .names, .draw()
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from hpr_jax.config import check, load_config
+from hpr_jax.data.augmentation.geometry import Geometry, UnreadableImageError, apply, read_image, whole
+from hpr_jax.data.dataset import Classes
+from hpr_jax.errors import UserError
+from hpr_jax.evaluation.evaluator import make_detect
+from hpr_jax.inference.drawing import draw
+from hpr_jax.models.build import random_detector
+from hpr_jax.models.detector import Detector
+from hpr_jax.types import Outputs
+from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
+
+# Inputs are padded to multiples of this, so that pictures of similar shape share one compiled program.
+GRID = 128
+
+ImageLike = np.ndarray | str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+      image: RGB uint8 `[h, w, 3]`.
+      boxes: float32 xyxy `[n, 4]` in pixels of the image.
+      scores: float32 `[n]`.
+      labels: int32 `[n]`, class indices.
+      names: name of each label.
+      category_ids: of each label, as in the training annotations.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    category_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, threshold: float) -> "Detections":
+        """Those with at least this score."""
+        keep = self.scores >= threshold
+        where = np.flatnonzero(keep)
+        return Detections(
+            image=self.image,
+            boxes=self.boxes[keep],
+            scores=self.scores[keep],
+            labels=self.labels[keep],
+            names=[self.names[i] for i in where],
+            category_ids=[self.category_ids[i] for i in where],
+        )
+
+    def draw(self) -> np.ndarray:
+        """The image with boxes, names and scores."""
+        captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores)]
+        return draw(self.image, self.boxes, self.labels, captions)
+
+
+class ImageDetector:
+    """A detector that takes images as they come.
+
+    Args:
+      module: the Flax module; `jax` transformations and notebooks may use it directly.
+      classes: that it was trained on.
+      config: its config; the section `evaluate` gives the input size and the number of detections.
+    """
+
+    def __init__(self, module: Detector, classes: Classes, config: ConfigDict):
+        self.module, self.classes, self.config = module, classes, config
+        graph, self._state = nnx.split(module)
+        self._detect = make_detect(graph, config.evaluate.detections)
+        self._outputs = jax.jit(functools.partial(_all_outputs, graph))
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.3) -> Detections | list[Detections]:
+        """Detects objects.
+
+        Args:
+          images: a path, an RGB uint8 array `[h, w, 3]`, or a list of such.
+          threshold: lowest score to keep.
+
+        Raises:
+          UserError: an image that cannot be read, or an array of another type or shape.
+        """
+        if isinstance(images, list | tuple):
+            return [self(image, threshold) for image in images]
+        image = _as_array(images)
+        geometry, padded, sizes = self._prepare(image)
+        boxes, scores, labels, valid = (a[0] for a in jax.device_get(self._detect(self._state, padded, sizes)))
+        height, width = image.shape[:2]
+        scale = np.array([width / geometry.resized[1], height / geometry.resized[0]] * 2)
+        names, ids = self.classes.names, self.classes.category_ids
+        found = Detections(
+            image=image,
+            # On a canvas, boxes may reach out of the image.
+            boxes=np.clip(boxes[valid] * scale, 0, [width, height] * 2).astype(np.float32),
+            scores=scores[valid],
+            labels=labels[valid],
+            names=[names[label] for label in labels[valid]],
+            category_ids=[ids[label] for label in labels[valid]],
+        )
+        return found.above(threshold)
+
+    def outputs(self, image: ImageLike) -> Outputs:
+        """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and
+        branch, memory, reference boxes, hidden states, attention masks. Boxes are cxcywh relative to the image."""
+        _, padded, sizes = self._prepare(_as_array(image))
+        return self._outputs(self._state, padded, sizes)
+
+    def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
+        settings = self.config.evaluate
+        (geometry,) = whole(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        resized, _, _ = apply(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), geometry)
+        height, width = (-(-side // GRID) * GRID for side in geometry.size)
+        padded = np.zeros((1, height, width, 3), np.uint8)
+        padded[0, : geometry.size[0], : geometry.size[1]] = resized
+        return geometry, padded, np.array([geometry.size], np.int32)
+
+
+def _all_outputs(graph, state, images, sizes):
+    detector = nnx.merge(graph, state)
+    return detector(detector.normalize(images, sizes), sizes)
+
+
+def _as_array(image: ImageLike) -> np.ndarray:
+    if isinstance(image, str | Path):
+        try:
+            return read_image(Path(image))
+        except UnreadableImageError as error:
+            raise UserError(f"{error}.") from error
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise UserError(f"An image is an RGB uint8 array [h, w, 3]; this one is {array.dtype} {list(array.shape)}.")
+    return array
+
+
+def load(
+    source: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    overrides: Mapping[str, object] | None = None,
+    config: ConfigDict | None = None,
+) -> ImageDetector:
+    """A detector from a checkpoint or run folder, or with random weights from a config file.
+
+    Args:
+      source: a run's workdir, a checkpoint's directory, or `path.py[:variant]` of a config.
+      class_names: of a detector from a config; 80 numbered classes by default.
+      seed: of its random weights.
+      overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
+      config: in place of a checkpoint's own; its model must be the same.
+
+    Raises:
+      UserError: nothing to load there, or a setting that does not exist.
+    """
+    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
+    if str(source).partition(":")[0].endswith(".py"):
+        config = load_config(str(source), settings)
+        names = tuple(class_names or (f"class {number}" for number in range(80)))
+        classes = Classes(names, tuple(range(1, len(names) + 1)))
+        check(config)
+        module = random_detector(config.model, len(names), compute=config.compute, seed=seed)
+        return ImageDetector(module, classes, config)
+    meta = read_meta(Path(source))
+    config = checkpoint_config(meta, settings, config)
+    module, _ = load_detector(Path(source), config.compute)
+    return ImageDetector(module, meta.classes, config)

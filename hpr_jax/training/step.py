@@ -1,0 +1,377 @@
+"""One optimisation step as four compiled programs, with the solving of the matching problems between the first two.
+
+    forward   every device, its images: outputs, matching costs, and what the backward pass needs
+    solve     every process, on the host: the costs of its images
+    loss      all images: loss terms, and the gradients of the outputs
+    backward  every device, its images: gradients of the parameters
+    update    sums these, clips, and steps
+
+Nothing but `loss`, and the drawing of denoising queries, looks across images. So a batch has the same normalisers, and the
+same gradient, however it is split over devices, or over parts that one device computes one after the other.
+
+The solver does not run as a callback from a program: programs with callbacks are never kept in the compilation cache, and
+under several devices on few cores they can lock each other out.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from hpr_jax.losses.criterion import Criterion
+from hpr_jax.losses.matching import Request, solve_on_host
+from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, local_part, replicate, split_at, spread
+from hpr_jax.runtime.host_memory import return_freed_memory
+from hpr_jax.training.optimizer import Optimizer, global_norm, moving_average
+from hpr_jax.types import DenoisingQueries, Outputs, Targets
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes, and the variables that it does not (`frozen`).
+
+    Attributes:
+      average: moving average of the parameters, or None.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    frozen: nnx.State
+    optimizer: Any
+    average: nnx.State | None = None
+
+
+@flax.struct.dataclass
+class DeviceBatch:
+    """The part of a batch that a step reads. Its leading axes are the V views and the B images, split over the devices.
+
+    Attributes:
+      images: uint8 `[V, B, H, W, 3]`.
+      targets: `[V, B, ...]`.
+      counts: int32 `[devices]` each, by name; the step's numbers have their sums, for processes to tell one another.
+    """
+
+    images: jax.Array
+    targets: Targets
+    counts: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+StepNumbers = dict[str, jax.Array]
+
+# By default, XLA's CPU programs begin with whatever can be computed, and so with all that is computed again: it would all
+# live at once. Ordered like this, the inner values of a backward pass take half of the memory, in the same time.
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+@flax.struct.dataclass
+class ForwardPass:
+    """Of one part of a batch.
+
+    Attributes:
+      outputs: of the detector, without intermediates; images in order, the views of an image side by side.
+      requests: the matching problems.
+      target_valid: bool `[images, N]`, as in `Targets`.
+      pullback: from gradients of the outputs' floats to those of the parameters. Its arrays are the devices' own, joined at
+        their first axis: for another axis XLA would copy what is kept of a stack's layers. `Variable`s stand in for the
+        state's, `Scalar`s for numbers.
+      denoising: the queries that were drawn for the whole batch, or None.
+    """
+
+    outputs: Outputs
+    requests: list[Request]
+    target_valid: jax.Array
+    pullback: Any
+    denoising: DenoisingQueries | None = None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """Stands for a leaf of a tree that both programs have, by its number."""
+
+    number: int
+
+
+@flax.struct.dataclass
+class Scalar:
+    """Stands for a number, which has no axis at which to join those of the devices `[devices]`."""
+
+    numbers: jax.Array
+
+
+class TrainStep:
+    """Takes a state, a batch and the learning rate; returns the new state (the old one is donated) and numbers: every loss
+    term, `loss`, `gradient_norm`, and the sums of the batch's counts.
+
+    States are to be on all devices (`devices.replicate`), and batches split (`devices.spread` at axis 1). Others are taken,
+    too, but then the second step, whose state is the first one's, compiles anew.
+
+    Args:
+      seed: of denoising queries and drop path.
+      average_decay: of the moving average of the parameters, where the state has one.
+      parts: so many, computed one after the other, make up a batch: less memory, and one forward pass more for each but the
+        last.
+      mesh: the devices; by default the first one.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        criterion: Criterion,
+        optimizer: Optimizer,
+        seed: int,
+        *,
+        average_decay: float = 0.0,
+        parts: int = 1,
+        mesh: Mesh | None = None,
+    ):
+        self.graph, self.criterion, self.optimizer, self.seed = graph, criterion, optimizer, seed
+        self.average_decay, self.parts = average_decay, parts
+        self.mesh = data_mesh(jax.devices()[:1]) if mesh is None else mesh
+        everywhere = NamedSharding(self.mesh, EVERYWHERE)
+        self.forward = jax.jit(self._forward)
+        self.outputs = jax.jit(lambda *arguments: self._forward(*arguments).replace(pullback=None))
+        self.loss = jax.jit(self._loss)
+        self.on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self.backward = jax.jit(self._backward, compiler_options=CPU_OPTIONS if self.on_cpu else None)
+        self.add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
+        self.update = jax.jit(self._update, donate_argnums=0, out_shardings=everywhere)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        programs = (self.forward, self.outputs, self.loss, self.backward, self.add, self.update)
+        return sum(program._cache_size() for program in programs)
+
+    def __call__(self, state: TrainState, batch: DeviceBatch, learning_rate: float) -> tuple[TrainState, StepNumbers]:
+        numbers, gradients = self.gradients(state, batch)
+        state, norm = self.update(state, gradients, replicate(self.mesh, np.float32(learning_rate)))
+        return state, {**numbers, "gradient_norm": norm}
+
+    def gradients(self, state: TrainState, batch: DeviceBatch) -> tuple[StepNumbers, nnx.State]:
+        """All of a step but the update: numbers, and the gradients of the parameters, with a leading axis of devices."""
+        # The others are the optimizer's.
+        variables = state.replace(optimizer=None, average=None)
+        *others, last = [replicate(self.mesh, np.int32(part)) for part in range(self.parts)]
+        passes = [self.outputs(variables, batch, part) for part in others] + [self.forward(variables, batch, last)]
+        # While the host solves the problems of one part, the devices are at the next.
+        assigned = [solve(self.mesh, one.requests, one.target_valid) for one in passes]
+        numbers, cotangents = self.loss(batch, [one.outputs for one in passes], passes[-1].denoising, assigned)
+        if self.on_cpu:
+            # Most memory is needed next, and the forward pass has left holes.
+            return_freed_memory()
+        # Popped, so that its memory is free when the next part's is needed.
+        gradients = self.backward(variables, passes.pop().pullback, cotangents.pop())
+        for part, cotangent in zip(others, cotangents):
+            more = self.backward(variables, self.forward(variables, batch, part).pullback, cotangent)
+            gradients = self.add(gradients, more)
+        return numbers, gradients
+
+    def _forward(self, state: TrainState, batch: DeviceBatch, part: jax.Array) -> ForwardPass:
+        targets, views = _side_by_side(batch.targets), len(batch.images)
+        # For the whole batch, so that nothing depends on how it is split.
+        draw_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        drop_keys = jax.random.split(drop_key, len(targets.valid))
+        denoiser = nnx.merge(self.graph, state.params, state.frozen).denoiser
+        denoising = denoiser.draw(draw_key, targets, views) if denoiser is not None else None
+        forward = self._on_each_device(
+            self._forward_part,
+            (EVERYWHERE, split_at(1), split_at(0), split_at(0), split_at(0), EVERYWHERE),
+            ForwardPass(OUTPUTS, split_at(1), split_at(0), split_at(0)),
+        )(state, batch.images, targets, denoising, drop_keys, part)
+        return forward.replace(denoising=denoising)
+
+    def _forward_part(self, state, images, targets, denoising, drop_keys, part) -> ForwardPass:
+        """Of one device, which has these images."""
+        if self.parts > 1:
+            images = _part_of(images, part, self.parts, axis=1)
+            targets, denoising, drop_keys = jax.tree.map(
+                lambda x: _part_of(x, part, self.parts), (targets, denoising, drop_keys)
+            )
+        normalize = nnx.merge(self.graph, state.params, state.frozen).normalize
+        images = normalize(_side_by_side(images), targets.sizes)
+
+        def predict(params):
+            detector = nnx.merge(self.graph, params, state.frozen)
+            outputs = detector(images, targets.sizes, denoising=denoising, train=True, keys=drop_keys)
+            return _split(outputs.replace(intermediates=None))
+
+        floats, pullback, others = jax.vjp(predict, state.params, has_aux=True)
+        outputs = _join(floats, others)
+        requests = self.criterion.requests(outputs, targets)
+        return ForwardPass(outputs, requests, targets.valid, _without(pullback, state))
+
+    def _loss(
+        self,
+        batch: DeviceBatch,
+        outputs: Sequence[Outputs],
+        denoising: DenoisingQueries | None,
+        assigned: Sequence[Sequence[jax.Array]],
+    ) -> tuple[StepNumbers, list[Outputs]]:
+        """Numbers, and for each part the gradients of its outputs' floats."""
+        targets, devices = _side_by_side(batch.targets), self.mesh.size
+        whole = _at_batch_axis(lambda axis, *parts: _join_parts(parts, devices, axis), *outputs)
+        assigned = [_join_parts(parts, devices, axis=1) for parts in zip(*assigned)]
+        floats, others = _split(whole)
+
+        def loss_of(floats):
+            terms = self.criterion.terms(_join(floats, others), targets, denoising, assigned)
+            terms = {name: jnp.sum(term) for name, term in terms.items()}
+            return sum(terms.values()), terms
+
+        (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(floats)
+        counts = {name: jnp.sum(count) for name, count in batch.counts.items()}
+        numbers = jax.lax.with_sharding_constraint({**terms, **counts, "loss": loss}, NamedSharding(self.mesh, EVERYWHERE))
+        cotangents = [
+            _at_batch_axis(
+                lambda axis, x, part=part: jax.lax.with_sharding_constraint(
+                    _take_part(x, part, len(outputs), devices, axis), NamedSharding(self.mesh, split_at(axis))
+                ),
+                gradients,
+            )
+            for part in range(len(outputs))
+        ]
+        return numbers, cotangents
+
+    def _backward(self, state: TrainState, pullback: Any, cotangent: Outputs) -> nnx.State:
+        """Gradients of the parameters, with a leading axis of devices."""
+
+        def of_device(state, pullback, cotangent):
+            (gradients,) = _with(pullback, state)(cotangent)
+            return jax.tree.map(lambda x: x[None], gradients)
+
+        specs = (EVERYWHERE, split_at(0), OUTPUTS)
+        return self._on_each_device(of_device, specs, split_at(0))(state, pullback, cotangent)
+
+    def _update(self, state: TrainState, gradients: nnx.State, learning_rate: jax.Array) -> tuple[TrainState, jax.Array]:
+        """The next state, and the norm of the gradients."""
+        gradients = _sum_over_devices(gradients)
+        params, moments = self.optimizer.update(gradients, state.optimizer, state.params, learning_rate)
+        average = state.average
+        if average is not None:
+            average = moving_average(average, params, self.average_decay, state.step)
+        state = state.replace(step=state.step + 1, params=params, optimizer=moments, average=average)
+        return state, global_norm(gradients)
+
+    def _on_each_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def solve(mesh: Mesh, requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Array]:
+    """Waits for the costs of this process's images and solves the problems.
+
+    Args:
+      requests: costs `[P, B, Q, N]`, split over the devices at B.
+      target_valid: bool `[B, N]`, split alike.
+
+    Returns:
+      For each request the index of each query's box, or -1: int32 `[P, B, Q]`, split alike.
+    """
+    solved = solve_on_host(
+        [local_part(request.cost, axis=1) for request in requests],
+        [local_part(request.query_valid, axis=1) for request in requests],
+        local_part(target_valid),
+        [request.repeats for request in requests],
+    )
+    return spread(mesh, solved, axis=1)
+
+
+# Where the images are in each field: layers come first in those of branches.
+_BATCH_AXES = {"primary": 1, "branches": 1, "proposals": 0, "dense_proposals": 0}
+OUTPUTS = Outputs(**{field: split_at(axis) for field, axis in _BATCH_AXES.items()}, intermediates=EVERYWHERE)
+
+
+def _at_batch_axis(function: Callable[..., jax.Array], *outputs: Outputs) -> Outputs:
+    """function(axis, *arrays) of every array, with the axis of images."""
+    return outputs[0].replace(
+        **{
+            field: jax.tree.map(partial(function, axis), *(getattr(one, field) for one in outputs))
+            for field, axis in _BATCH_AXES.items()
+        }
+    )
+
+
+def _side_by_side(tree: Any) -> Any:
+    """`[V, B, ...]` -> `[B * V, ...]`: the views of an image become neighbours, so that splitting the images splits the
+    views alike, without a transfer."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def _part_of(x: jax.Array, part: jax.Array, parts: int, axis: int = 0) -> jax.Array:
+    """One of so many equal parts of what a device has."""
+    size = x.shape[axis] // parts
+    return jax.lax.dynamic_slice_in_dim(x, part * size, size, axis)
+
+
+def _join_parts(parts: Sequence[jax.Array], devices: int, axis: int) -> jax.Array:
+    """Undoes `_part_of` for an array that is split over devices: each device's parts come next to one another."""
+    if len(parts) == 1:
+        return parts[0]
+    by_device = [x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :]) for x in parts]
+    joined = jnp.concatenate(by_device, axis=axis + 1)
+    return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
+
+
+def _take_part(x: jax.Array, part: int, parts: int, devices: int, axis: int) -> jax.Array:
+    """The part that `_join_parts` joined."""
+    if parts == 1:
+        return x
+    by_device = x.reshape(*x.shape[:axis], devices, parts, -1, *x.shape[axis + 1 :])
+    taken = jax.lax.index_in_dim(by_device, part, axis + 1, keepdims=False)
+    return taken.reshape(*taken.shape[:axis], -1, *taken.shape[axis + 2 :])
+
+
+def _sum_over_devices(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    devices = len(leaves[0])
+    if devices == 1:
+        return jax.tree.map(lambda x: x[0], tree)
+    # As one vector: one reduction, not hundreds.
+    total = jnp.sum(jnp.concatenate([x.reshape(devices, -1) for x in leaves], axis=1), axis=0)
+    ends = np.cumsum([x[0].size for x in leaves])[:-1]
+    return jax.tree.unflatten(structure, [part.reshape(x.shape[1:]) for part, x in zip(jnp.split(total, ends), leaves)])
+
+
+def _split(tree):
+    """A tree's floats and its other leaves, None where the leaf is in the other tree."""
+    is_float = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), tree)
+    return (
+        jax.tree.map(lambda x, keep: x if keep else None, tree, is_float),
+        jax.tree.map(lambda x, keep: None if keep else x, tree, is_float),
+    )
+
+
+def _join(floats, others):
+    return jax.tree.map(lambda a, b: b if a is None else a, floats, others, is_leaf=lambda x: x is None)
+
+
+def _without(tree, state):
+    """The tree with a `Variable` for each leaf of the state, which the other program has anyhow, and a `Scalar` for each
+    other number."""
+    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(state))}
+
+    def replaced(leaf):
+        if id(leaf) in numbers:
+            return Variable(numbers[id(leaf)])
+        return leaf if leaf.ndim else Scalar(leaf[None])
+
+    return jax.tree.map(replaced, tree)
+
+
+def _with(tree, state):
+    """Undoes `_without`."""
+    leaves = jax.tree.leaves(state)
+
+    def replaced(leaf):
+        if isinstance(leaf, Variable):
+            return leaves[leaf.number]
+        return leaf.numbers[0] if isinstance(leaf, Scalar) else leaf
+
+    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))

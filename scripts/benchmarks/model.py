@@ -1,0 +1,255 @@
+"""Times a full-size detector: inference, forward and backward, whole training steps, the matching, and the stages of each.
+
+    python scripts/benchmarks/model.py [--config configs/ddq.py:r50_1x] [--batch 1] [--height 800] [--width 1333]
+        [--objects 7]
+        [--dtype float32|bfloat16] [--accumulation-steps 1] [--repeats 3] [--phase PHASE] [--cache DIR]
+
+Every phase runs in a process of its own, so that its peak memory is its own: the GPU's if there is one, else the process's.
+"compile" is what the first call takes longer than the others; with --cache, programs are kept in DIR, and a second run shows
+what that saves. Medians. The last columns are ratios to the official PyTorch implementation, given its figures by
+--official INFERENCE_S,INFERENCE_GB,TRAINING_S,TRAINING_GB, which must be measured on the same machine in the same hour.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PHASES = ("inference", "forward and backward", "training step", "matching", "stages")
+
+
+class Bench:
+    """A random detector, and a batch of random images."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        import jax.numpy as jnp
+
+        from hpr_jax.config import load_config
+        from hpr_jax.models.build import random_detector
+        from hpr_jax.types import Targets
+
+        self.arguments, self.config = arguments, load_config(arguments.config)
+        if arguments.dtype:
+            self.config.compute.dtype = arguments.dtype
+        self.detector = random_detector(self.config.model, arguments.classes, compute=self.config.compute)
+        rng, batch = np.random.default_rng(0), arguments.batch
+        self.images = jnp.asarray(rng.integers(0, 256, (batch, arguments.height, arguments.width, 3)), jnp.uint8)
+        sizes = jnp.tile(jnp.array([[arguments.height, arguments.width]], jnp.int32), (batch, 1))
+        places = (batch, arguments.objects)
+        center, side = rng.uniform(0.3, 0.7, (*places, 2)), rng.uniform(0.05, 0.4, (*places, 2))
+        self.targets = Targets(
+            boxes=jnp.asarray(np.concatenate([center, side], axis=-1), jnp.float32),
+            labels=jnp.asarray(rng.integers(0, arguments.classes, places), jnp.int32),
+            valid=jnp.ones(places, bool),
+            sizes=sizes,
+        )
+
+    def timed(self, run: Callable[[], Any]) -> dict[str, float]:
+        """Median time of a call, what the first took longer, images a second, and peak memory in GB."""
+        import jax
+
+        seconds = []
+        for _ in range(1 + self.arguments.repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds.append(time.perf_counter() - start)
+        median = float(np.median(seconds[1:]))
+        return {
+            "seconds": median,
+            "compile": seconds[0] - median,
+            "memory": peak_memory(),
+            "images_per_second": self.arguments.batch / median,
+        }
+
+    def step(self) -> tuple[Any, Any, Any]:
+        """The training step, its first state and batch; the bench's own copy of the weights is gone."""
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from hpr_jax.runtime.devices import replicate, spread
+        from hpr_jax.training.build import make_criterion, make_optimizer
+        from hpr_jax.training.step import DeviceBatch, TrainState, TrainStep
+
+        optimizer = make_optimizer(self.config)
+        graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
+        del self.detector
+        step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
+        state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+        batch = jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
+        return step, replicate(step.mesh, state), spread(step.mesh, batch, axis=1)
+
+
+def peak_memory() -> float:
+    """Of the GPU, or of this process, in GB."""
+    import jax
+
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"] / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss, which a process has from its parent.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def inference(bench: Bench) -> dict[str, float]:
+    from flax import nnx
+
+    from hpr_jax.evaluation.evaluator import make_detect
+
+    graph, state = nnx.split(bench.detector)
+    detect = make_detect(graph, bench.config.evaluate.detections)
+    return bench.timed(lambda: detect(state, bench.images, bench.targets.sizes))
+
+
+def forward_and_backward(bench: Bench) -> dict[str, float]:
+    step, state, batch = bench.step()
+    state = state.replace(optimizer=None)
+    return bench.timed(lambda: step.gradients(state, batch))
+
+
+def training_step(bench: Bench) -> dict[str, float]:
+    step, state, batch = bench.step()
+
+    def run():
+        nonlocal state
+        state, numbers = step(state, batch, 1e-4)
+        return state, numbers
+
+    return bench.timed(run)
+
+
+def matching(bench: Bench) -> dict[str, float]:
+    """Transfer of the costs and solving, of all layers, branches and dense queries of one step."""
+    import jax
+    import jax.numpy as jnp
+
+    from hpr_jax.losses.matching import Request
+    from hpr_jax.runtime.devices import data_mesh
+    from hpr_jax.training.build import make_criterion
+    from hpr_jax.training.step import solve
+
+    model, criterion = bench.config.model, make_criterion(bench.config)
+    layers, branches = model.refiner.layers, 1 + len(model.refiner.auxiliaries)
+    shapes = [(model.queries.count, (criterion.proposal_repeats, *(criterion.repeats or (1,) * layers) * branches))]
+    if model.queries.kind == "distinct":
+        dense = int(model.queries.count * model.queries.dense_ratio)
+        shapes.append((dense, (criterion.dense.positives,) * (1 + layers * branches)))
+    mesh = data_mesh(jax.local_devices()[:1])
+    rng, (batch, objects) = np.random.default_rng(0), bench.targets.valid.shape
+    requests = []
+    for queries, repeats in shapes:
+        cost = jnp.asarray(rng.normal(size=(len(repeats), batch, queries, objects)), jnp.float32)
+        requests.append(Request(cost, jnp.ones(cost.shape[:3], bool), repeats))
+
+    def run():
+        # A device array keeps its first copy on the host; another array has to be fetched.
+        return solve(mesh, [request.replace(cost=request.cost + 0.0) for request in requests], bench.targets.valid)
+
+    return bench.timed(run) | {"problems": sum(len(repeats) for _, repeats in shapes) * batch}
+
+
+def stages(bench: Bench) -> dict[str, dict[str, float]]:
+    """Time of each stage, as the difference between the network up to it and the network up to the one before: forward as in
+    inference, and forward and backward without losses, denoising and dense queries."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graph, params, rest = nnx.split(bench.detector, nnx.Param, ...)
+    del bench.detector
+    sizes = bench.targets.sizes
+
+    def up_to(stage, params, images):
+        detector = nnx.merge(graph, params, rest)
+        images = detector.normalize(images, sizes)
+        if stage == "backbone":
+            return detector.backbone(images.astype(detector.dtype), sizes)[0]
+        outputs = detector(images, sizes)
+        inner = outputs.intermediates
+        return {
+            "neck and encoder": inner.memory,
+            "initial queries": (inner.initial_content, outputs.proposals.logits, outputs.proposals.boxes),
+            "refiner": (inner.hidden, inner.branch_hidden, inner.reference_boxes),
+            "heads": [(b.matching.logits, b.matching.boxes) for b in (outputs.primary, *outputs.branches.values())],
+        }[stage]
+
+    def loss(stage, params, images):
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(up_to(stage, params, images)))
+
+    found, before = {}, {"forward": 0.0, "forward and backward": 0.0}
+    for stage in ("backbone", "neck and encoder", "initial queries", "refiner", "heads"):
+        forward, backward = jax.jit(up_to, static_argnums=0), jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+        now = {
+            "forward": bench.timed(functools.partial(forward, stage, params, bench.images))["seconds"],
+            "forward and backward": bench.timed(functools.partial(backward, stage, params, bench.images))["seconds"],
+        }
+        found[stage] = {name: now[name] - before[name] for name in now}
+        before = now
+    return found
+
+
+def run_phase(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from hpr_jax.runtime.host_memory import return_memory_of_compiling
+
+    return_memory_of_compiling()
+    if arguments.cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(arguments.cache).resolve()))
+    functions = (inference, forward_and_backward, training_step, matching, stages)
+    print(json.dumps(dict(zip(PHASES, functions))[arguments.phase](Bench(arguments))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(Path(__file__).parents[2] / "configs/ddq.py:r50_1x"))
+    for name, default in (("batch", 1), ("height", 800), ("width", 1333), ("objects", 7), ("classes", 80), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations; default: the config's")
+    parser.add_argument("--accumulation-steps", type=int, default=1, help="parts of the batch of a training step")
+    parser.add_argument("--cache", help="folder that keeps compiled programs")
+    parser.add_argument("--official", help="the official implementation's seconds and GB of inference, then of training")
+    parser.add_argument(
+        "--phase", choices=PHASES, help="run one phase and print its numbers as JSON; default: all in a table"
+    )
+    arguments = parser.parse_args()
+    if arguments.phase:
+        run_phase(arguments)
+        return
+    numbers = [float(number) for number in arguments.official.split(",")] if arguments.official else []
+    official = dict(zip(("inference", "forward and backward"), zip(numbers[::2], numbers[1::2])))
+    print(f"{'phase':22} {'seconds':>9} {'images/s':>9} {'compile s':>10} {'peak GB':>8} {'x time':>7} {'x GB':>6}")
+    for name in PHASES:
+        command = [sys.executable, __file__, *sys.argv[1:], "--phase", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name:22} failed")
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        if name == "stages":
+            print(f"\n{'stage':22} {'forward s':>10} {'forward and backward s':>24}")
+            for stage, seconds in row.items():
+                print(f"{stage:22} {seconds['forward']:10.4f} {seconds['forward and backward']:24.4f}")
+            continue
+        line = f"{name:22} {row['seconds']:9.4f} {row['images_per_second']:9.3f} {row['compile']:10.1f} {row['memory']:8.2f}"
+        if name in official:
+            line += f" {row['seconds'] / official[name][0]:7.2f} {row['memory'] / official[name][1]:6.2f}"
+        if name == "matching":
+            line += f"   ({row['problems']} problems)"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

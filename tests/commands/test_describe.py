@@ -1,0 +1,249 @@
+"""What a detector costs: counted FLOPs and parameters, static shapes, and the mode that prints them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from hpr_jax import main as command
+from hpr_jax.analysis.costs import (
+    compiled_memory,
+    evaluation_buckets,
+    parts_of,
+    photographs,
+    static_shapes,
+    total,
+    training_buckets,
+)
+from hpr_jax.analysis.flops import inner_jaxprs, product_flops
+from hpr_jax.config import load_config, to_plain
+from hpr_jax.data.dataset import Classes
+from hpr_jax.errors import UserError
+from hpr_jax.evaluation.evaluator import make_detect
+from hpr_jax.models.backbones.resnet import ResNet
+from hpr_jax.models.backbones.swin import SwinTransformer
+from hpr_jax.weights.checkpoint import Checkpoints, Meta, abstract_detector
+
+SHAPE = (tiny.SIDE, tiny.SIDE)
+
+
+def flops(function, *shapes):
+    return product_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr)
+
+
+def convolution(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def loop(x, w):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+
+@jax.custom_vjp
+def custom(a, b):
+    return a @ b
+
+
+custom.defvjp(lambda a, b: (a @ b, (a, b)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "expected"),
+    [
+        (jnp.matmul, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),
+        (lambda a, b: jnp.einsum("bij,bkj->bik", a, b), [(2, 3, 5), (2, 4, 5)], 2 * 2 * 3 * 4 * 5),
+        (convolution, [(2, 9, 8, 3), (3, 3, 3, 6)], 2 * 2 * 5 * 4 * 6 * 3 * 3 * 3),
+        (loop, [(3, 5), (4, 5, 5)], 4 * 2 * 3 * 5 * 5),
+        (jax.jit(jax.checkpoint(loop)), [(3, 5), (4, 5, 5)], 4 * 2 * 3 * 5 * 5),
+        (custom, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x), [(3, 3)], 2 * 2 * 27),
+        (lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), [(3, 3)], 2 * 27),
+        (lambda a, b: jnp.exp(a) + b, [(3, 5), (3, 5)], 0),
+    ],
+)
+def test_flops_of_known_functions(function, shapes, expected):
+    assert flops(function, *shapes) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "multiply_adds", "parameters"),
+    [
+        # Besides weights and affine parameters, BatchNorm keeps two statistics a channel.
+        (ResNet, 224, 4.09e9, 25_557_032 - 2049 * 1000 + 2 * 26_560),
+        # Of the norms of the four maps, the classifier has the last.
+        (SwinTransformer, 384, 103.9e9, 196_735_516 - 1537 * 1000 + 2 * (192 + 384 + 768)),
+    ],
+)
+def test_backbones_have_their_published_sizes(kind, side, multiply_adds, parameters):
+    """Those of ResNet-50 and Swin-L without the 1000-class layer, whose multiply-adds are few."""
+    backbone = nnx.eval_shape(lambda: kind(rngs=nnx.Rngs(0)))
+    inputs = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    counted = product_flops(jax.make_jaxpr(lambda m, *x: m(*x))(backbone, *inputs).jaxpr)
+    assert counted / 2 == pytest.approx(multiply_adds, rel=2e-3)
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(backbone))) == parameters
+
+
+def config(merge_points):
+    c = tiny.config()
+    c.model.refiner.merge_points = merge_points
+    return c
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in inner_jaxprs(equation):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("merge_points", [("attention", "ffn"), ("interaction",), ("attention",), ()])
+def test_parts_sum_to_what_detections_depend_on(merge_points):
+    c = config(merge_points)
+    detector = abstract_detector(c.model, tiny.CLASSES)
+    parts = parts_of(detector, SHAPE)
+    graph, state = nnx.split(detector)
+    inputs = jax.ShapeDtypeStruct((1, *SHAPE, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    jaxpr = jax.make_jaxpr(make_detect(graph, 10))(state, *inputs).jaxpr
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert total(parts).flops == product_flops(needed)
+    assert all(part.flops >= 0 for part in parts)
+    refiner = next(part for part in parts if part.name == "refiner")
+    inside = [part for part in parts if part.within == "refiner"]
+    for field in ("trained", "frozen", "flops"):
+        assert getattr(refiner, field) == sum(getattr(part, field) for part in inside)
+    # Their bodies count once, which would be too little.
+    loops = [equation for equation in equations(needed) if equation.primitive.name == "while"]
+    assert loops
+    assert not any(product_flops(inner) for equation in loops for inner in inner_jaxprs(equation))
+
+
+def test_parameters_are_those_of_the_detector():
+    c = tiny.config()
+    c.model.backbone.update(norm="frozen_batch", frozen_stages=1)
+    detector = abstract_detector(c.model, tiny.CLASSES)
+    sums = total(parts_of(detector, SHAPE))
+    leaves = nnx.to_flat_state(nnx.state(detector))
+    trained = sum(math.prod(v.shape) for _, v in leaves if isinstance(v, nnx.Param))
+    assert sums.trained == trained
+    assert sums.frozen == sum(math.prod(v.shape) for _, v in leaves) - trained
+    assert 0 < sums.frozen < sums.trained
+
+
+@pytest.mark.parametrize(
+    ("model", "max_boxes", "queries"), [("ddq", 3, (8, 8, 12)), ("ddq", 9, (8, 18, 12)), ("deformable_detr", 9, (8, 0, 0))]
+)
+def test_static_shapes(model, max_boxes, queries):
+    detector = abstract_detector(tiny.config(model=model).model, tiny.CLASSES)
+    shapes = static_shapes(detector, SHAPE, max_boxes)
+    assert shapes.levels == ((8, 8), (4, 4), (2, 2), (1, 1))
+    assert shapes.tokens == 85
+    assert (shapes.matching, shapes.denoising, shapes.dense) == queries
+    shapes = static_shapes(detector, SHAPE)
+    assert (shapes.matching, shapes.denoising, shapes.dense) == (8, 0, 0)
+
+
+def test_buckets_hold_all_photographs():
+    c = load_config(f"{tiny.ROOT}/configs/ddq.py")
+    for buckets, count in ((evaluation_buckets(c), 6), (training_buckets(c), 12)):
+        assert len(buckets) == count
+        assert sum(buckets.values()) == pytest.approx(1)
+        assert list(buckets) == sorted(buckets, key=np.prod)
+    assert len(photographs()) == 1000
+    assert len(photographs(1001)) >= 1001
+
+
+def test_compiled_memory():
+    function = jax.jit(lambda x, y: (x + 1, jnp.sort(y @ y) @ y), donate_argnums=0)
+    x, y = jax.ShapeDtypeStruct((1000,), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    memory = compiled_memory(function, x, y)
+    # x is written over; there may be a few bytes of pointers.
+    assert 0 <= memory["results"] - 4 * 64 * 64 < 100
+    assert memory["temporaries"] >= 4 * 64 * 64
+
+
+def config_file(tmp_path, text=""):
+    path = tmp_path / "config.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(tiny.ROOT / 'tests/helpers')!r})\nimport tiny\n\n")
+    with path.open("a") as file:
+        file.write(f"def get_config():\n    c = tiny.config()\n    {text or 'pass'}\n    return c\n")
+    return path
+
+
+def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
+    def lowered(function, *inputs):
+        # Compiling the training step takes half a minute, and shows no more.
+        function.lower(*inputs)
+        return {"results": 0, "temporaries": 12_345_678}
+
+    monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lowered)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    file = config_file(tmp_path, "c.data.directory = 'nowhere'")
+    command.run(["--config", str(file), "--mode", "describe", "--classes", str(tiny.CLASSES)])
+    printed = capsys.readouterr().out
+    detector = abstract_detector(tiny.config().model, tiny.CLASSES)
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(detector)))
+    (row,) = (line for line in printed.splitlines() if line.startswith("total") and "MB" not in line)
+    assert row.split()[1:3] == [f"{size:,}", f"{size:,}"]
+    for sentence in (
+        "  deformable (primary) ",
+        "evaluation, height x width",
+        "training, height x width",
+        "8 + 8 + 12",
+        "Memory of inference, 2 x 64x64, on cpu:",
+        "Memory of one training step, 2 x 64x64, on cpu:",
+        f"{4 * size / 1e6:,.1f} MB",
+    ):
+        assert sentence in printed
+    assert printed.count("12.3 MB") == 2
+    assert sorted(tmp_path.iterdir()) == sorted([*before, file])
+
+
+def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
+    file = config_file(tmp_path, "c.augmentation.update(kind='lsj', strong_views=True)")
+    command.run(["--config", str(file), "--mode", "describe"])
+    printed = capsys.readouterr().out
+    assert "does not tell the size of activations" in printed
+    # A weak and a strong view of each of two images.
+    assert "Memory of one training step, 4 x 1024x1024, on cpu:" in printed
+
+
+def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
+    state = nnx.state(abstract_detector(tiny.config().model, tiny.CLASSES))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    checkpoints = Checkpoints(tmp_path, 1)
+    classes = Classes(("cup", "pen", "hat"), (2, 5, 9))
+    checkpoints.save_best(1, state, Meta(to_plain(tiny.config()), classes, 1, {}))
+    arguments = ["--mode", "describe", "--workdir", str(tmp_path), "--classes", "7", "--config.evaluate.side=32"]
+    command.run([*arguments, "--config.evaluate.max_side=32"])
+    printed = capsys.readouterr().out
+    size = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert f" {size:,} " in printed
+    assert "Memory of inference, 2 x 32x32, on cpu:" in printed
+    with pytest.raises(UserError, match="of another model"):
+        command.run([*arguments, "--config.model.hidden=8"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "FILE", "--classes", "0"], "--classes is 0; it must be at least 1"),
+        (["--config", "FILE", "--classes", "many"], "invalid int value"),
+        (["--config", "FILE", "image.jpg"], "takes no inputs"),
+        (["--config", "FILE", "--config.train.batch_size=0"], "config.train.batch_size is 0"),
+        (["--config", "FILE", "--config.model.refiner.primary=none"], "names the refiner 'none'"),
+        ([], "needs --config"),
+        (["--workdir", "nowhere"], "no checkpoint in nowhere"),
+    ],
+)
+def test_mistakes(tmp_path, arguments, sentence):
+    file = str(config_file(tmp_path))
+    with pytest.raises(UserError, match=sentence):
+        command.run(["--mode", "describe", *(file if a == "FILE" else a for a in arguments)])

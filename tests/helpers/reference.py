@@ -1,0 +1,125 @@
+"""Reads reference values and builds the small models they were made with."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hpr_jax.models.build import build_detector
+from hpr_jax.weights.official import load_official
+
+DIRECTORY = Path(os.environ.get("HPR_REFERENCE_DIR") or Path(__file__).parent.parent / "reference_values" / "official")
+
+
+@functools.cache
+def sizes() -> dict:
+    return json.loads((DIRECTORY / "config.json").read_text())
+
+
+@functools.cache
+def arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(DIRECTORY / f"{name}.npz") as file:
+        return dict(file)
+
+
+def model_config(model: str) -> dict:
+    """Our config of a reference model."""
+    s = sizes()
+    kind = s["align_detr"] if model == "align_detr" else s["others"]
+    if s["backbone"] != "resnet50":
+        raise ValueError(f"The reference models have the backbone {s['backbone']}, the tests know resnet50.")
+    return {
+        "channels": s["embed_dims"],
+        "heads": s["num_heads"],
+        "levels": s["num_levels"],
+        "points": s["num_points"],
+        "hidden": s["feedforward_channels"],
+        "pixel_mean": (0.0, 0.0, 0.0),
+        "pixel_std": (1.0, 1.0, 1.0),
+        "backbone": {
+            "kind": "resnet",
+            "blocks": (3, 4, 6, 3),
+            "base_channels": s["backbone_base_channels"],
+            "norm": "frozen_batch",
+            "frozen_stages": kind["frozen_stages"],
+        },
+        "neck": {"groups": s["neck_num_groups"], "bias": kind["neck_bias"]},
+        "encoder": {
+            "layers": s["encoder_num_layers"],
+            "position_temperature": kind["positional_encoding"]["temperature"],
+            "position_offset": kind["positional_encoding"]["offset"],
+        },
+        "queries": _queries(model),
+        "denoising": {
+            "queries": 0 if model == "deformable_detr" else s["num_dn_queries"],
+            "label_noise": 0.5,
+            "box_noise": 1.0,
+            "views_per_chunk": 1_000_000,
+        },
+        "refiner": {
+            "layers": s["decoder_num_layers"],
+            "primary": "deformable",
+            "auxiliaries": ("regional_attention", "dynamic_conv"),
+            "merge": "learned_vector",
+            "merge_points": ("attention", "ffn"),
+            "merge_initial": (1.0, 1.0, 1.0),
+            "merge_xavier": False,
+            "region": {
+                "strides": tuple(8 * 2**level for level in range(s["num_levels"])),
+                "output_size": s["roi_output_size"],
+                "sampling_ratio": s["roi_sampling_ratio"],
+                "finest_scale": s["roi_finest_scale"],
+            },
+            "global_attention": {"heads": s["num_heads"], "level": s["num_levels"] - 1, "temperature": 20.0},
+            "region_fc": {"hidden": 16},
+            "dynamic_conv": {"hidden": s["dynamic_conv_feat_channels"]},
+            "regional_attention": {
+                "heads": s["regional_attention_heads"],
+                "samples": s["regional_attention_samples"],
+                "temperature": s["regional_positional_temperature"],
+            },
+        },
+    }
+
+
+def _queries(model: str) -> dict:
+    s = sizes()
+    if not model.startswith("ddq"):
+        return {"kind": "top", "count": s["num_queries"]}
+    return {
+        "kind": "distinct",
+        "count": s["num_queries"],
+        "dense_ratio": s[model]["dense_topk_ratio"],
+        "nms_threshold": s[model]["nms_iou_threshold"],
+    }
+
+
+@functools.cache
+def detector(model: str):
+    """The reference model with its weights."""
+    # Shapes only: the import fills every variable or fails.
+    built = nnx.eval_shape(lambda: build_detector(model_config(model), sizes()["num_classes"], rngs=nnx.Rngs(0)))
+    load_official(built, arrays(f"{model}_state_dict"))
+    return built
+
+
+def images() -> tuple[jax.Array, jax.Array]:
+    """Normalised images `[B, H, W, 3]` and sizes `[B, 2]`."""
+    inputs = arrays("inputs")
+    return jnp.asarray(inputs["images"].transpose(0, 2, 3, 1)), jnp.asarray(inputs["image_sizes_hw"], jnp.int32)
+
+
+def assert_close(actual, expected, tolerance: float, name: str = "") -> None:
+    """max |difference| <= tolerance * max |expected|."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    if not expected.size:
+        return
+    difference = np.max(np.abs(actual.astype(np.float64) - expected))
+    scale = np.max(np.abs(expected))
+    assert difference <= tolerance * scale + 1e-12, f"{name}: differs by {difference:.3g} of {scale:.3g}"

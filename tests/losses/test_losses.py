@@ -1,0 +1,134 @@
+"""Matching against brute force, and what losses must and must not see."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from hpr_jax.losses.criterion import Criterion
+from hpr_jax.losses.functions import quality_focal_loss, sigmoid_focal_loss
+from hpr_jax.losses.matching import Request, assign, focal_cost, solve_on_host
+from hpr_jax.types import BranchPredictions, Intermediates, Outputs, Predictions
+
+RNG = np.random.default_rng(0)
+
+
+def test_assignment_is_the_cheapest():
+    cost = RNG.normal(size=(2, 3, 5, 3)).astype(np.float32)
+    valid = jnp.array([[True] * 3, [True, True, False], [False] * 3])
+    (assigned,) = assign([Request(jnp.asarray(cost), jnp.ones((2, 3, 5), bool), (1, 1))], valid)
+    assigned = np.asarray(assigned)
+    for problem, image in np.ndindex(2, 3):
+        count = int(valid[image].sum())
+        best = min(
+            sum(cost[problem, image, q, n] for n, q in enumerate(queries))
+            for queries in itertools.permutations(range(5), count)
+        )
+        rows = np.flatnonzero(assigned[problem, image] >= 0)
+        assert sorted(assigned[problem, image, rows].tolist()) == list(range(count))
+        assert sum(cost[problem, image, q, assigned[problem, image, q]] for q in rows) == pytest.approx(best, abs=1e-5)
+
+
+def test_invalid_queries_stay_unmatched():
+    cost = np.zeros((1, 1, 4, 2), np.float32)
+    query_valid = np.array([[[False, True, False, False]]])
+    (assigned,) = solve_on_host([cost], [query_valid], np.ones((1, 2), bool), [(1,)])
+    assert (assigned[0, 0] >= 0).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("repeats", "expected"), [(1, 1), (3, 3), (9, 3)])
+def test_a_box_takes_as_many_queries_as_suffice(repeats, expected):
+    cost = RNG.normal(size=(1, 1, 7, 2)).astype(np.float32)
+    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 7), bool)], np.ones((1, 2), bool), [(repeats,)])
+    assert np.bincount(assigned[0, 0][assigned[0, 0] >= 0]).tolist() == [expected, expected]
+
+
+def test_not_finite_costs_do_not_raise():
+    cost = np.array([[[[np.nan, np.inf], [0.0, -np.inf], [1.0, 2.0]]]], np.float32)
+    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 3), bool)], np.ones((1, 2), bool), [(1,)])
+    assert assigned.max() == 1
+
+
+def test_focal_terms_by_hand():
+    logits = jnp.array([0.0, 0.0])
+    loss = sigmoid_focal_loss(logits, jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(loss, [0.25 * 0.25 * np.log(2), 0.75 * 0.25 * np.log(2)], rtol=1e-6)
+    cost = focal_cost(jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32))
+    assert cost[0, 0] == pytest.approx((0.25 - 0.75) * 0.25 * np.log(2), rel=1e-5)
+    # A quality target that is met costs nothing but the entropy, weighted by zero.
+    assert quality_focal_loss(jnp.array(0.0), jnp.array(0.5), jnp.array(True)) == pytest.approx(0.0, abs=1e-7)
+
+
+def predictions(key, layers, batch, queries):
+    logits, boxes = jax.random.normal(key, (layers, batch, queries, 7)), None
+    logits, boxes = logits[..., : tiny.CLASSES], jax.nn.sigmoid(logits[..., tiny.CLASSES :])
+    return Predictions(logits, boxes, jnp.ones(logits.shape[:-1], bool))
+
+
+def outputs(layers=2, batch=2):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def branch():
+        return BranchPredictions(
+            matching=predictions(next(keys), layers, batch, 6),
+            denoising=None,
+            dense=predictions(next(keys), layers, batch, 9),
+        )
+
+    first = jax.tree.map(lambda x: x[0], predictions(next(keys), 1, batch, 6))
+    dense = jax.tree.map(lambda x: x[0], predictions(next(keys), 1, batch, 9))
+    empty = jnp.zeros(0)
+    return Outputs(
+        primary=branch(),
+        branches={"other": branch()},
+        proposals=first,
+        dense_proposals=dense,
+        intermediates=Intermediates(*[empty] * 9, spatial_shapes=()),
+    )
+
+
+criterion = jax.jit(lambda outputs, targets: Criterion(branch_weights=(("other", 0.5),))(outputs, targets, None))
+
+
+def test_terms_of_every_branch_and_layer():
+    terms = criterion(outputs(), tiny.targets([2, 1], 3, [[50, 60], [60, 40]]))
+    kinds = {f"{b}{k}" for b in ("", "other/") for k in ("layer_0", "layer_1", "dense_0", "dense_1")}
+    kinds |= {"proposals", "dense_proposals"}
+    assert {name.rpartition("/")[0] for name in terms} == kinds
+    assert all(np.all(np.isfinite(term)) and np.all(term >= 0) for term in terms.values())
+
+
+def test_padded_boxes_change_nothing():
+    """More room for ground truth, filled with other boxes that are not valid."""
+    small = tiny.targets([2, 1], 2, [[50, 60], [60, 40]])
+    large = tiny.targets([2, 1], 5, [[50, 60], [60, 40]], seed=1)
+    large = large.replace(boxes=large.boxes.at[:, :2].set(small.boxes), labels=large.labels.at[:, :2].set(small.labels))
+    a, b = criterion(outputs(), small), criterion(outputs(), large)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
+
+
+def test_an_image_without_boxes():
+    terms = criterion(outputs(), tiny.targets([2, 0], 3, [[50, 60], [60, 40]]))
+    for name, term in terms.items():
+        if "dense" in name:
+            assert term[1] == 0, name
+    nothing = criterion(outputs(), tiny.targets([0, 0], 3, [[50, 60], [60, 40]]))
+    assert nothing["layer_1/class"] > 0
+    assert nothing["layer_1/l1"] == nothing["layer_1/giou"] == 0
+
+
+def test_queries_that_do_not_count_change_nothing():
+    targets = tiny.targets([2, 1], 3, [[50, 60], [60, 40]])
+    out = outputs()
+    valid = out.primary.matching.valid.at[1, :, 3].set(False)
+
+    def with_logits(value):
+        matching = out.primary.matching.replace(valid=valid, logits=out.primary.matching.logits.at[1, :, 3].set(value))
+        return out.replace(primary=out.primary.replace(matching=matching))
+
+    a, b = criterion(with_logits(0.0), targets), criterion(with_logits(9.0), targets)
+    assert all(np.array_equal(a[name], b[name]) for name in a)

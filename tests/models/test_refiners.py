@@ -1,0 +1,156 @@
+"""Refiners as settings: every ablation of the paper builds, trains and evaluates; so do other subsets and orders."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from hpr_jax.config import load_config
+from hpr_jax.data.sources.coco import load_coco
+from hpr_jax.errors import UserError
+from hpr_jax.evaluation.evaluator import Evaluator
+from hpr_jax.models.build import build_detector
+from hpr_jax.models.detector import detections
+from hpr_jax.models.refiner.hybrid import Merge
+from hpr_jax.runtime.devices import replicate, spread
+from hpr_jax.training.build import make_criterion, make_optimizer
+from hpr_jax.training.step import DeviceBatch, TrainState, TrainStep
+from hpr_jax.weights.checkpoint import abstract_detector
+
+ABLATIONS = tiny.ROOT / "configs" / "ablations.py"
+VARIANTS = re.findall(r'^    "(table\w+)":', ABLATIONS.read_text(), re.MULTILINE)
+IMAGES = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3)).astype(np.uint8)
+
+
+def shallow(**refiner):
+    """The tiny Deformable DETR with other refiner settings, one layer of each kind, and less to compile elsewhere."""
+    c = tiny.config(model="deformable_detr")
+    c.model.refiner.update(refiner)
+    c.model.encoder.layers = c.model.refiner.layers = 1
+    c.compute.remat = ()
+    c.model.backbone.update(norm="frozen_batch", frozen_stages=4)
+    return c
+
+
+def random_weights(c):
+    """A detector with weights of the size that initialisation gives them, but drawn by NumPy: nothing to compile."""
+    detector, rng = abstract_detector(c.model, tiny.CLASSES), np.random.default_rng(0)
+    filled = []
+    for path, variable in nnx.to_flat_state(nnx.state(detector)):
+        shape = variable.shape
+        fan_in = np.prod(shape[-2:-1]) if path[-1] in ("kernel", "embedding") else 100
+        value = rng.normal(size=shape) * fan_in**-0.5 + (path[-1] in ("scale", "weights"))
+        value = np.abs(value) + 1 if path[-1] == "variance" else value
+        filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
+    nnx.update(detector, nnx.from_flat_state(filled))
+    return nnx.split(detector, nnx.Param, ...)
+
+
+@jax.jit
+def detect(detector, images, sizes):
+    outputs = detector(detector.normalize(images, sizes), sizes)
+    return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
+
+
+def assert_trains_and_evaluates(c, dataset):
+    """Steps on one batch lower the loss and move every weight of the refiner; then it is evaluated on a data set."""
+    graph, params, frozen = random_weights(c)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(params)["refiner"])
+    optimizer = make_optimizer(c)
+    step, losses = TrainStep(graph, make_criterion(c), optimizer, 0), []
+    state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+    batch = DeviceBatch(jnp.asarray(IMAGES), tiny.targets([2, 1], 4, [[64, 64], [48, 40]]))
+    state, batch = replicate(step.mesh, state), spread(step.mesh, jax.tree.map(lambda x: x[None], batch), axis=1)
+    for _ in range(4):
+        state, numbers = step(state, batch, 3e-3)
+        losses.append(float(numbers["loss"]))
+    assert min(losses[1:]) < losses[0], losses
+    after = nnx.to_pure_dict(state.params)["refiner"]
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+    still = [jax.tree_util.keystr(key) for key, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
+    assert not still, still
+    result = Evaluator(c, dataset, graph).run(nnx.merge_state(state.params, state.frozen))
+    assert 0 <= result.metrics["AP"] <= 1
+    assert len(result.detections) == 10 * len(dataset)
+    assert np.ptp([found["score"] for found in result.detections]) > 0
+    assert np.all(np.isfinite([found["bbox"] for found in result.detections]))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Three images of three classes."""
+    directory = tiny.write_coco(tmp_path_factory.mktemp("coco"))
+    return load_coco(directory, "val2017", "annotations/instances_val2017.json")
+
+
+def test_there_are_the_rows_of_three_tables():
+    assert [sum(name.startswith(f"table{number}") for name in VARIANTS) for number in (5, 6, 7)] == [6, 7, 6]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_row_trains_and_evaluates(variant, dataset):
+    full = load_config(f"{ABLATIONS}:{variant}")
+    assert full.model.queries.count == 300
+    assert not full.augmentation.strong_views
+    keys = ("primary", "auxiliaries", "merge", "merge_points", "merge_initial")
+    assert_trains_and_evaluates(shallow(**{key: full.model.refiner[key] for key in keys}), dataset)
+
+
+def test_all_refiners_at_once_in_another_order(dataset):
+    """As auxiliaries of another primary, with branches of their own."""
+    auxiliaries = ("point", "deformable", "region_fc", "regional_attention", "global_attention")
+    assert_trains_and_evaluates(shallow(primary="dynamic_conv", auxiliaries=auxiliaries, merge="fixed"), dataset)
+
+
+@pytest.mark.parametrize(
+    "refiner", ["deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point"]
+)
+def test_padding_does_not_matter_to_any_refiner(refiner):
+    graph, params, frozen = random_weights(shallow(primary=refiner, auxiliaries=()))
+    detector = nnx.merge(graph, params, frozen)
+    sizes = np.array([[48, 40]], np.int32)
+    image = IMAGES[:1, :48, :40]
+    alone = detect(detector, image, sizes)
+    padded = np.full((1, 64, 96, 3), 7, np.uint8)
+    padded[:, :48, :40] = image
+    for a, b in zip(alone, detect(detector, padded, sizes)):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "learned_scalar", "learned_vector"])
+def test_initial_weights_of_merges(kind):
+    merge = Merge(3, 4, kind, (2.0, 1.0, 0.5), rngs=nnx.Rngs(0))
+    paths = [jnp.full((1, 2, 4), value) for value in (1.0, 10.0, 100.0)]
+    np.testing.assert_allclose(merge(paths), np.full((1, 2, 4), 62.0))
+    assert isinstance(merge.weights, nnx.Param) == (kind != "fixed")
+    assert merge.weights.shape == ((4, 3) if kind == "learned_vector" else (3,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"auxiliaries": ("dynamic_convolution",)}, "dynamic_convolution"),
+        ({"primary": "deformabel"}, "deformabel"),
+        ({"layers": 0}, "refiner.layers is 0"),
+        ({"regional_attention": {"samples": 0}}, "refiner.regional_attention.samples is 0"),
+        ({"auxiliaries": ("deformable", "dynamic_conv")}, "twice"),
+        ({"merge_initial": (1.0, 1.0)}, "merge_initial has 2 weights for 3 refiners"),
+        ({"merge_initial": (1.0, 1.0, 1.0), "merge_xavier": True}, "merge_xavier=False"),
+        ({"merge": "learned_vectr"}, "learned_vector"),
+        ({"merge": "fixed", "merge_xavier": True}, "merge_xavier=False"),
+        ({"merge_points": ("attention", "fnn")}, r"merge_points names 'fnn'; known are attention, interaction, ffn"),
+        (
+            {"primary": "global_attention", "global_attention": {"heads": 2, "level": 4, "temperature": 20.0}},
+            "levels 0 to 3",
+        ),
+    ],
+)
+def test_ill_formed_refiners_get_a_sentence(setting, sentence):
+    config = tiny.config().model
+    config.refiner.update(setting)
+    with pytest.raises(UserError, match=sentence):
+        nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))

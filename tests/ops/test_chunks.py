@@ -1,0 +1,85 @@
+"""What is computed chunk by chunk, or again in the backward pass, is the same."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hpr_jax.models import layers
+from hpr_jax.models.layers import FeedForward, kept, rematerialized
+from hpr_jax.models.refiner import regional_attention as region
+from hpr_jax.models.refiner.regional_attention import DynamicConv, RegionalAttention
+from hpr_jax.ops.chunks import by_chunks
+
+RNG = np.random.default_rng(0)
+QUERY, REGIONS = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (2, 5, 4, 8)))
+
+
+def feed_forward(rngs):
+    return FeedForward(8, 16, rngs=rngs), lambda module, query, regions: module(query)
+
+
+def dynamic_conv(rngs):
+    return DynamicConv(8, 4, 2, rngs=rngs), refine
+
+
+def regional_attention(rngs):
+    return RegionalAttention(8, 2, 3, 2, temperature=20.0, rngs=rngs), refine
+
+
+def refine(module, query, regions):
+    return module(query, jnp.zeros_like(query), SimpleNamespace(regions=regions))
+
+
+@pytest.mark.parametrize("make", [feed_forward, dynamic_conv, regional_attention])
+def test_modules_by_chunks(make, monkeypatch):
+    """Ten queries at once, and four by four: results, and gradients of parameters, queries and regions."""
+    module, call = make(nnx.Rngs(0))
+    graph, state = nnx.split(module)
+
+    def loss(state, query, regions):
+        # Sines, so that the gradient of each result is another.
+        return jnp.sum(jnp.sin(call(nnx.merge(graph, state), query, regions)))
+
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    whole = run(state, QUERY, REGIONS)
+    sizes = []
+
+    def chunks(function, size, rows):
+        sizes.append(size)
+        return by_chunks(function, size, rows)
+
+    for owner, name in ((layers, "ROWS"), (region, "QUERIES")):
+        monkeypatch.setattr(owner, name, 4)
+        monkeypatch.setattr(owner, "by_chunks", chunks)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run(state, QUERY, REGIONS))):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert sizes == [4]
+
+
+def test_kept_results_are_not_computed_again():
+    kernels = tuple(jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((8, 16), (16, 8)))
+
+    def network(mark):
+        def function(kernels, x):
+            first, last = kernels
+            return jnp.sin(mark(jnp.sin(x @ first) @ last))
+
+        return function
+
+    def gradient(function):
+        return jax.grad(lambda kernels: jnp.sum(function(kernels, QUERY[0])))
+
+    def products(function):
+        return str(jax.make_jaxpr(gradient(function))(kernels)).count("dot_general")
+
+    stored, again = network(kept), rematerialized(network(lambda x: x))
+    # Two products forward, three backward (the input has no gradient).
+    assert products(stored) == 5
+    assert products(again) == 7
+    assert products(rematerialized(stored)) == 6
+    for one, other in zip(gradient(stored)(kernels), gradient(rematerialized(stored))(kernels)):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,232 @@
+"""Operations against plain loops and hand-computed values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hpr_jax.ops import attention as attention_module
+from hpr_jax.ops.attention import attention
+from hpr_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, iou, xyxy_to_cxcywh
+from hpr_jax.ops.convolution import convolution
+from hpr_jax.ops.deformable_sampling import deformable_sampling
+from hpr_jax.ops.nms import nms_first, nms_mask
+from hpr_jax.ops.order import after
+from hpr_jax.ops.padding import halve, valid_mask, zero_padding
+from hpr_jax.ops.roi_align import roi_align
+
+RNG = np.random.default_rng(0)
+
+
+def test_overlaps_by_hand():
+    a, b = jnp.array([0.0, 0.0, 2.0, 2.0]), jnp.array([1.0, 1.0, 3.0, 3.0])
+    assert iou(a, b) == pytest.approx(1 / 7)
+    # The enclosing box has area 9, of which 2 belong to neither.
+    assert generalized_iou(a, b) == pytest.approx(1 / 7 - 2 / 9)
+    assert generalized_iou(a, a) == pytest.approx(1.0)
+
+
+def test_box_formats_are_inverse():
+    boxes = jnp.asarray(RNG.uniform(size=(5, 4)), jnp.float32)
+    np.testing.assert_allclose(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes, atol=1e-6)
+
+
+def test_inverse_sigmoid_clips():
+    x = inverse_sigmoid(jnp.array([0.0, 0.5, 1.0, 2.0]), 1e-3)
+    np.testing.assert_allclose(x, [np.log(1e-3), 0, np.log(1e3), np.log(1e3)], rtol=1e-5)
+
+
+def test_padding():
+    sizes = jnp.array([[2, 3], [4, 1]])
+    mask = np.asarray(valid_mask(sizes, 4, 5))[..., 0]
+    assert mask[0].sum() == 6
+    assert mask[1].sum() == 4
+    assert mask[0, :2, :3].all()
+    assert np.asarray(zero_padding(jnp.ones((2, 4, 5, 1)), sizes)).sum() == 10
+    np.testing.assert_array_equal(halve(jnp.array([1, 2, 3, 8])), [1, 1, 2, 4])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize(("height", "width"), [(8, 9), (7, 6)])
+def test_convolution_against_loops(height, width, size, stride):
+    x, kernel = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((2, height, width, 3), (size, size, 3, 4)))
+    pad = size // 2
+
+    def by_loops(x, kernel):
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+        def pixel(row, column):
+            return jnp.einsum("bhwi,hwio->bo", x[:, row : row + size, column : column + size], kernel)
+
+        rows = [[pixel(row, column) for column in range(0, width, stride)] for row in range(0, height, stride)]
+        return jnp.stack([jnp.stack(row, 1) for row in rows], 1)
+
+    weights = jnp.asarray(RNG.normal(size=(2, -(-height // stride), -(-width // stride), 4)), jnp.bfloat16)
+
+    def run(function, x):
+        out, back = jax.vjp(function, x, kernel)
+        return out, *back(weights.astype(out.dtype))
+
+    ours = run(lambda x, kernel: convolution(x, kernel, stride), x)
+    for a, b in zip(ours, run(by_loops, x)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    rounded = run(lambda x, kernel: convolution(x, kernel, stride), x.astype(jnp.bfloat16))
+    assert [array.dtype for array in rounded] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for a, b in zip(rounded, ours):
+        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="only CPUs take one head after the other")
+@pytest.mark.parametrize("seen", ["all", "some keys", "some pairs", "some pairs of all images"])
+def test_attention_head_by_head(seen, monkeypatch):
+    rng = np.random.default_rng(0)
+    # Values far from zero, beside which the gradients of queries and keys are small.
+    arrays = (rng.normal(mean, size=(2, n, 3, 4)) for n, mean in ((5, 0), (7, 0), (7, 20), (5, 0)))
+    # Numbers that bfloat16 has, too.
+    query, key, value, weights = (jnp.asarray(array, jnp.bfloat16).astype(jnp.float32) for array in arrays)
+    mask = None
+    if seen != "all":
+        shape = {"some keys": (2, 1, 7), "some pairs": (2, 5, 7), "some pairs of all images": (1, 5, 7)}[seen]
+        mask = rng.random(shape) < 0.5
+        # A query, or all of an image, that see nothing.
+        mask[0, 0] = False
+        mask = jnp.asarray(mask)
+
+    def run(*arguments):
+        out, back = jax.vjp(lambda *arguments: attention(*arguments, mask), *arguments)
+        return out, *back(weights.astype(out.dtype))
+
+    together = run(query, key, value)
+    monkeypatch.setattr(attention_module, "LARGE", 1)
+    apart = run(query, key, value)
+    assert "custom_vjp_call" in str(jax.make_jaxpr(lambda: attention(query, key, value, mask))())
+    for a, b in zip(apart, together):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    rounded = run(*(x.astype(jnp.bfloat16) for x in (query, key, value)))
+    for a, b in zip(rounded, together):
+        assert a.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="only programs for CPUs are put into an order")
+@pytest.mark.parametrize("other", [1.0, np.inf, np.nan])
+def test_after_waits_and_changes_nothing(other):
+    x = jnp.asarray(RNG.normal(size=(3, 2)), jnp.bfloat16)
+    waited = jax.jit(after)(jnp.full((4, 5), other), x)
+    assert waited.dtype == x.dtype
+    # That NaN arrives shows that the compiler has not taken the one for independent of the other.
+    expected = np.full(x.shape, np.nan) if np.isnan(other) else x.astype(jnp.float32)
+    np.testing.assert_array_equal(waited.astype(jnp.float32), expected)
+
+
+def bilinear(level, x, y):
+    """Value of map `[h, w, D]` at pixel coordinates, zero outside."""
+    height, width, channels = level.shape
+    x0, y0 = int(np.floor(x)), int(np.floor(y))
+    out = np.zeros(channels)
+    for column in (x0, x0 + 1):
+        for row in (y0, y0 + 1):
+            if 0 <= column < width and 0 <= row < height:
+                out += (1 - abs(x - column)) * (1 - abs(y - row)) * level[row, column]
+    return out
+
+
+def test_deformable_sampling_against_loops():
+    shapes, batch, heads, width, queries, points = ((3, 5), (2, 2)), 2, 2, 3, 4, 3
+    tokens = sum(h * w for h, w in shapes)
+    value = RNG.normal(size=(batch, tokens, heads, width))
+    # Well inside, at the borders, outside, and far outside.
+    locations = RNG.uniform(-0.6, 1.6, (batch, queries, heads, len(shapes), points, 2))
+    locations[0, 0, 0] = 0.0
+    locations[0, 1, 0] = 1.0
+    locations[0, 2, 0] = 7.0
+    weights = RNG.normal(size=locations.shape[:-1])
+    expected = np.zeros((batch, queries, heads, width))
+    for b, q, h in np.ndindex(batch, queries, heads):
+        start = 0
+        for level, (rows, columns) in enumerate(shapes):
+            table = value[b, start : start + rows * columns, h].reshape(rows, columns, width)
+            for p in range(points):
+                x, y = locations[b, q, h, level, p] * (columns, rows) - 0.5
+                expected[b, q, h] += weights[b, q, h, level, p] * bilinear(table, x, y)
+            start += rows * columns
+    arguments = (jnp.asarray(a, jnp.float32) for a in (locations, weights))
+    out = deformable_sampling(jnp.asarray(value, jnp.float32), shapes, *arguments)
+    np.testing.assert_allclose(out, expected.reshape(batch, queries, -1), atol=1e-5)
+
+
+def test_deformable_sampling_refuses():
+    value, locations, weights = jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 1, 1, 1, 1, 2)), jnp.zeros((1, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match="cuda"):
+        deformable_sampling(value, ((2, 2),), locations, weights, implementation="cuda")
+    with pytest.raises(ValueError, match="4 tokens"):
+        deformable_sampling(value, ((2, 3),), locations, weights)
+
+
+def test_roi_align_of_a_ramp_is_the_bin_centre():
+    """On a map whose value is its x coordinate, a bin's average is its centre (in pixels of the level)."""
+    shapes = ((16, 16), (8, 8))
+    ramp = [np.broadcast_to(np.arange(w, dtype=np.float32), (h, w)) for h, w in shapes]
+    features = jnp.asarray(np.concatenate([r.ravel() for r in ramp]))[None, :, None]
+    boxes = jnp.array([[[16.0, 16.0, 48.0, 48.0], [8.0, 8.0, 124.0, 124.0]]])
+    sizes = jnp.array([shapes])
+    out = roi_align(features, shapes, sizes, boxes, strides=(8, 16), output_size=2, sampling_ratio=2)
+    # 32 pixels: level 0 at stride 8, x from 1.5 to 5.5; 116 pixels: level 1 at stride 16, x from 0 to 7.25.
+    np.testing.assert_allclose(out[0, 0, :, 0], [2.5, 4.5, 2.5, 4.5], rtol=1e-6)
+    np.testing.assert_allclose(out[0, 1, :, 0], [1.8125, 5.4375, 1.8125, 5.4375], rtol=1e-5)
+
+
+def test_roi_align_stops_at_the_valid_area():
+    shapes, full, valid = ((8, 8),), jnp.array([[[8, 8]]]), jnp.array([[[5, 6]]])
+    features = jnp.asarray(RNG.normal(size=(1, 64, 3)), jnp.float32)
+    cropped = features.reshape(1, 8, 8, 3)[:, :5, :6].reshape(1, 30, 3)
+    boxes = jnp.array([[[20.0, 10.0, 60.0, 52.0], [-30.0, -20.0, 90.0, 90.0]]])
+    out = roi_align(features, shapes, valid, boxes, strides=(8,))
+    np.testing.assert_allclose(out, roi_align(cropped, ((5, 6),), valid, boxes, strides=(8,)), atol=1e-6)
+    assert np.abs(out - roi_align(features, shapes, full, boxes, strides=(8,))).max() > 0.1
+
+
+def greedy(boxes, scores, candidates, threshold):
+    """Textbook NMS: kept indices by falling score."""
+    kept = []
+    for i in sorted(np.flatnonzero(candidates), key=lambda i: (-scores[i], i)):
+        if all(float(iou(jnp.asarray(boxes[k]), jnp.asarray(boxes[i]))) <= threshold for k in kept):
+            kept.append(int(i))
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5])
+def test_nms_is_greedy(threshold):
+    center, side = RNG.uniform(0, 4, (24, 2)), RNG.uniform(0.5, 3, (24, 2))
+    boxes = np.concatenate([center - side / 2, center + side / 2], axis=-1).astype(np.float32)
+    scores = RNG.choice([0.1, 0.2, 0.3, 0.4], 24).astype(np.float32)
+    candidates = RNG.random(24) < 0.8
+    expected = greedy(boxes, scores, candidates, threshold)
+    arrays = (jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(candidates))
+    index, found = map(np.asarray, nms_first(*arrays, 24, threshold))
+    assert index[found].tolist() == expected
+    assert not index[~found].any()
+    assert np.flatnonzero(nms_mask(*arrays, threshold)).tolist() == sorted(expected)
+    few, _ = nms_first(*arrays, 3, threshold)
+    assert few.tolist() == expected[:3]
+
+
+def test_nms_of_nothing():
+    boxes, scores, nothing = jnp.zeros((3, 4)), jnp.zeros(3), jnp.zeros(3, bool)
+    assert not nms_first(boxes, scores, nothing, 2, 0.5)[1].any()
+    assert not nms_mask(boxes, scores, nothing, 0.5).any()
+
+
+def test_empty_boxes_do_not_suppress_one_another():
+    boxes, scores, everything = jnp.zeros((3, 4)), jnp.array([0.1, 0.3, 0.2]), jnp.ones(3, bool)
+    index, found = nms_first(boxes, scores, everything, 3, 0.5)
+    assert index.tolist() == [1, 2, 0]
+    assert found.all()
+    assert nms_mask(boxes, scores, everything, 0.5).all()
+
+
+def test_sampling_gradients_are_finite_far_outside():
+    value = jnp.ones((1, 4, 1, 2))
+    locations, weights = jnp.full((1, 1, 1, 1, 1, 2), 1e6), jnp.ones((1, 1, 1, 1, 1))
+    gradients = jax.grad(lambda *a: deformable_sampling(a[0], ((2, 2),), *a[1:]).sum(), (0, 1, 2))(value, locations, weights)
+    assert all(np.all(np.asarray(g) == 0) for g in gradients)

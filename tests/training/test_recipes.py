@@ -1,0 +1,175 @@
+"""Every official recipe is a variant, and holds the official values (`data/recipes.txt`); what they build is right."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hpr_jax.config import check, load_config
+from hpr_jax.errors import UserError
+from hpr_jax.training.build import in_steps, make_criterion, warn_of_recipe
+
+MODELS = ("deformable_detr", "dino", "align_detr", "ddq")
+ROWS = [
+    [cell.strip() for cell in line.split("|")]
+    for line in (Path(__file__).parent.parent / "reference_values" / "recipes.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def variant(official):
+    """`align_detr-lsj_900q_4scale_2x_swinL` -> (`align_detr`, `swin_l_2x_lsj`)."""
+    model = next(name for name in MODELS if official.startswith(name))
+    *_, length, backbone = official.split("_")
+    return model, f"{'swin_l' if backbone == 'swinL' else 'r50'}_{length}{'_lsj' if '-lsj_' in official else ''}"
+
+
+def load(model, name):
+    return load_config(f"{tiny.ROOT}/configs/{model}.py:{name}")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_recipes_hold_the_official_values(row):
+    official, queries, length, milestones, warmup, rate, decay, images_per_gpu, use_lsj = row
+    model, name = variant(official)
+    config = load(model, name)
+    check(config)
+    count, unit = length.split()
+    assert (config.train.steps, config.train.epochs) == ((int(count), 0) if unit == "steps" else (0, int(count)))
+    assert config.optimizer.milestones == tuple(map(int, milestones.split()))
+    warmup_steps, factor = warmup.split() if warmup != "-" else (0, 1e-4)
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_factor) == (int(warmup_steps), float(factor))
+    assert config.optimizer.learning_rate == float(rate)
+    assert config.optimizer.weight_decay == float(decay)
+    assert config.model.queries.count == int(queries)
+    # The valid size becomes the padded one: on canvases it is that already, and an image alone on its GPU has no padding.
+    lsj = name.endswith("_lsj")
+    assert use_lsj == "no" or lsj or images_per_gpu == "1"
+    assert config.evaluate.canvas == (1024 if lsj else 0)
+    assert config.data.keep_empty == lsj
+    assert config.data.min_side == (0 if lsj else 32)
+    assert config.train.evaluate_every == (1 if unit == "epochs" else 8000)
+    denoises = model != "deformable_detr"
+    assert config.model.denoising.queries == (100 if denoises else 0)
+    if denoises:
+        assert config.model.denoising.views_per_chunk == 2 * int(images_per_gpu)
+    assert config.augmentation.kind == ("lsj" if lsj else "detr")
+    assert config.augmentation.strong_views
+
+
+def test_every_variant_is_official_and_every_recipe_a_variant():
+    expected = {model: set() for model in MODELS}
+    for row in ROWS:
+        model, name = variant(row[0])
+        expected[model].add(name)
+    for model in MODELS:
+        listed = set()
+        for name in expected[model] | {"small", "demo"}:
+            load(model, name)
+            listed.add(name)
+        with pytest.raises(UserError, match="no variant") as error:
+            load(model, "zzz")
+        known = str(error.value).partition("known are ")[2].rstrip(".").split(", ")
+        assert set(known) == listed
+    assert len(ROWS) == 30
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_what_all_recipes_have_in_common(row):
+    model, name = variant(row[0])
+    config = load(model, name)
+    m, o = config.model, config.optimizer
+    assert (m.channels, m.levels, m.hidden, m.encoder.layers, m.refiner.layers) == (256, 4, 2048, 6, 6)
+    assert (o.backbone_multiplier, o.clip_norm, o.gamma, config.train.batch_size) == (0.1, 0.1, 0.1, 16)
+    assert (m.denoising.label_noise, m.denoising.box_noise) == (0.5, 1.0)
+    sides = (1024, 1024) if name.endswith("_lsj") else (800, 1333)
+    assert (config.evaluate.detections, config.evaluate.side, config.evaluate.max_side) == (300, *sides)
+    assert config.loss.branch_weight == 0.5
+    assert m.refiner.auxiliaries == ("regional_attention", "dynamic_conv")
+    assert (m.refiner.merge, m.refiner.merge_points, m.refiner.merge_initial) == ("learned_vector", ("attention", "ffn"), ())
+    assert m.refiner.region.to_dict() == {
+        "strides": (8, 16, 32, 64),
+        "output_size": 7,
+        "sampling_ratio": 2,
+        "finest_scale": 56.0,
+    }
+    assert m.refiner.dynamic_conv.hidden == 64
+    assert m.refiner.regional_attention.to_dict() == {"heads": 8, "samples": 5, "temperature": 20.0}
+
+    align, swin = model == "align_detr", name.startswith("swin_l")
+    assert (m.encoder.position_offset, m.encoder.position_temperature) == ((-0.5, 10000.0) if align else (0.0, 20.0))
+    assert m.pixel_std[0] == (58.335 if model in ("deformable_detr", "dino") else 58.395)
+    assert m.neck.bias == (align or swin)
+    assert m.refiner.merge_xavier == (model == "ddq")
+    if swin:
+        assert m.backbone.to_dict() == {
+            "kind": "swin",
+            "embed_channels": 192,
+            "depths": (2, 2, 18, 2),
+            "heads": (6, 12, 24, 48),
+            "window": 12,
+            "drop_path": 0.2,
+            "frozen_stages": -1,
+        }
+    else:
+        assert (m.backbone.kind, m.backbone.norm, m.backbone.blocks) == ("resnet", "frozen_batch", (3, 4, 6, 3))
+        assert m.backbone.frozen_stages == (0 if align else 1)
+
+    criterion = make_criterion(config)
+    assert (criterion.costs.classes, criterion.costs.l1, criterion.costs.giou) == (2.0, 5.0, 2.0)
+    boxes = criterion.matched.boxes
+    assert (criterion.matched.class_weight, boxes.l1_weight, boxes.giou_weight) == (1.0, 5.0, 2.0)
+    assert criterion.branch_weights == (("regional_attention", 0.5), ("dynamic_conv", 0.5))
+    if align:
+        assert (criterion.repeats, criterion.proposal_repeats) == ((2, 2, 2, 2, 2, 1), 2)
+        assert (criterion.matched.alpha, criterion.matched.gamma, criterion.matched.tau) == (0.25, 2.0, 1.5)
+    else:
+        assert criterion.repeats == ()
+    if model == "ddq":
+        assert (m.queries.dense_ratio, m.queries.nms_threshold) == (1.5, 0.8)
+        dense = criterion.dense
+        assert (dense.alpha, dense.beta, dense.positives, dense.giou_weight) == (1.0, 6.0, 4, 2.0)
+
+
+def test_lengths_in_epochs_become_steps():
+    config = in_steps(load("dino", "r50_2x"), 100)
+    assert (config.train.steps, config.train.evaluate_every) == (2400, 100)
+    assert config.optimizer.milestones == (1600, 2200)
+    check(config)
+    steps = load("ddq", "r50_1x")
+    assert in_steps(steps, 100) == steps
+
+
+def test_what_hardly_is_meant_is_said(caplog):
+    quick = load("ddq", "demo")
+    for config in (load("ddq", "r50_1x_lsj"), load("ddq", "r50_1x"), quick):
+        warn_of_recipe(config)
+    assert not caplog.text
+    quick.augmentation.kind = "lsj"
+    warn_of_recipe(quick)
+    assert "canvases of side 1024, and config.evaluate.canvas is 0" in caplog.text
+    caplog.clear()
+    quick.augmentation.kind = "detr"
+    quick.train.update(steps=0, epochs=12)
+    warn_of_recipe(quick)
+    assert "must count epochs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "sentence"),
+    [
+        ("align_detr", lambda c: c.model.refiner.update(layers=3), r"loss.aligned.repeats lists 6 layers"),
+        ("ddq", lambda c: c.model.queries.update(kind="top"), r"loss.dense goes with"),
+        ("dino", lambda c: c.train.update(steps=5), r"one of them must be"),
+    ],
+)
+def test_settings_that_contradict_each_other(model, change, sentence):
+    config = load(model, "r50_1x")
+    change(config)
+
+    def start():
+        check(config)
+        make_criterion(config)
+
+    with pytest.raises(UserError, match=sentence):
+        start()

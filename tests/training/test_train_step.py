@@ -1,0 +1,111 @@
+"""The programs of a step against one that does the same at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+
+from hpr_jax.runtime.devices import replicate, spread
+from hpr_jax.training.build import make_criterion
+from hpr_jax.training.step import DeviceBatch, Scalar, TrainState, TrainStep, Variable, _with, _without
+
+SEED = 3
+CRITERION = make_criterion(tiny.config())
+
+
+class Descent:
+    """Plain gradient descent, so that the change of the parameters is the gradient."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, gradients, state, params, learning_rate):
+        return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradients), state
+
+
+@functools.cache
+def step():
+    return TrainStep(nnx.split(tiny.detector())[0], CRITERION, Descent(), SEED)
+
+
+def state_and_batch():
+    _, params, frozen = nnx.split(tiny.detector(), nnx.Param, ...)
+    # Copies: a step overwrites its state.
+    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), frozen, ())
+    images = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3)).astype(np.uint8)
+    batch = DeviceBatch(jnp.asarray(images), tiny.targets([2, 1], 4, [[60, 50], [64, 64]]))
+    batch = jax.tree.map(lambda x: x[None], batch)
+    return replicate(step().mesh, state), spread(step().mesh, batch, axis=1)
+
+
+def test_the_programs_do_what_one_does():
+    state, batch = state_and_batch()
+    only_view = jax.tree.map(lambda x: x[0], batch)
+
+    @jax.jit
+    def at_once(params):
+        detector, targets = nnx.merge(step().graph, params, state.frozen), only_view.targets
+        draw_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(SEED), state.step))
+        denoising = detector.denoiser.draw(draw_key, targets)
+        images = detector.normalize(only_view.images, targets.sizes)
+        drop_keys = jax.random.split(drop_key, len(images))
+        outputs = detector(images, targets.sizes, denoising=denoising, train=True, keys=drop_keys)
+        terms = {name: jnp.sum(term) for name, term in CRITERION(outputs, targets, denoising).items()}
+        return sum(terms.values()), terms
+
+    (loss, terms), gradients = jax.value_and_grad(at_once, has_aux=True)(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    new, numbers = step()(state, batch, 0.1)
+    np.testing.assert_allclose(numbers["loss"], loss, rtol=1e-5)
+    assert terms.keys() == numbers.keys() - {"loss", "gradient_norm"}
+    for name, term in terms.items():
+        np.testing.assert_allclose(numbers[name], term, rtol=1e-4, atol=1e-5, err_msg=name)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    for ours, theirs in zip(jax.tree.leaves(new.params), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+    assert int(new.step) == 1
+
+
+def test_one_compilation_serves_all_steps():
+    state, batch = state_and_batch()
+    for number in range(3):
+        state, numbers = step()(state, batch, 1e-3 / (1 + number))
+        assert np.isfinite(numbers["loss"])
+    assert int(state.step) == 3
+    assert step().compilations == 4
+
+
+def test_memory_goes_back_before_the_backward_pass(monkeypatch):
+    calls, backward = [], step().backward
+    monkeypatch.setattr("hpr_jax.training.step.return_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(step(), "backward", lambda *arguments: calls.append("backward") or backward(*arguments))
+    step()(*state_and_batch(), 0.1)
+    assert calls == (["memory", "backward"] if step().on_cpu else ["backward"])
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """No copy of a parameter, and nothing that calls the host: such programs are never kept in the compilation cache."""
+    state, batch = state_and_batch()
+    part = jnp.int32(0)
+    forward = jax.eval_shape(step().forward, state, batch, part)
+    kept = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
+    kernels = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2 and leaf.size > 256}
+    assert any(isinstance(leaf, Variable) for leaf in kept)
+    assert kernels.isdisjoint(leaf.shape for leaf in kept if not isinstance(leaf, Variable))
+    assert "callback" not in step().forward.lower(state, batch, part).as_text()
+    cotangents = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, forward.outputs)
+    assert "callback" not in step().backward.lower(state, forward.pullback, cotangents).as_text()
+
+
+def test_numbers_between_the_programs():
+    """What a device keeps has an axis, at which it is joined with what others keep; a number is given one."""
+    weights = jnp.array([1.0, 2.0])
+    _, pullback = jax.vjp(lambda weights: jnp.sum(jnp.sin(weights[0]) * weights), weights)
+    kept = _without(pullback, [weights])
+    assert all(leaf.ndim for leaf in jax.tree.leaves(kept))
+    kinds = {type(leaf) for leaf in jax.tree.leaves(kept, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
+    assert {Scalar, Variable} <= kinds
+    np.testing.assert_array_equal(_with(kept, [weights])(1.0)[0], pullback(1.0)[0])
