@@ -108,7 +108,7 @@ def run(command_line: list[str]) -> None:
             # One says how it goes; warnings are each one's own.
             log_to_console(logging.WARNING)
     if arguments.mode == "train":
-        from hpr_jax.training.loop import train
+        from hpr_jax.commands.train import train
 
         train(config, arguments.workdir, accept_changes=arguments.accept_changes)
         return
@@ -121,7 +121,7 @@ def run(command_line: list[str]) -> None:
         return
     checkpoint = arguments.checkpoint or arguments.workdir
     if arguments.mode == "evaluate":
-        from hpr_jax.evaluation.evaluator import evaluate
+        from hpr_jax.commands.evaluate import evaluate
 
         evaluate(checkpoint, arguments.output or arguments.workdir / "evaluation", overrides, config)
     else:

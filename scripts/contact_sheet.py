@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 
 import hpr_jax
-from hpr_jax.data.augmentation.geometry import read_annotated_image
 from hpr_jax.data.build import load_dataset
+from hpr_jax.data.images import read_annotated_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 

@@ -15,11 +15,11 @@ import reference
 from flax import nnx
 from reference import arrays, assert_close, sizes
 
+from hpr_jax.inference.detect import detections
+from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
-from hpr_jax.losses.matched import AlignedMatchedLoss
-from hpr_jax.models.detector import detections
-from hpr_jax.models.encoder import flatten
+from hpr_jax.models.pyramid import flatten
 from hpr_jax.models.queries.denoising import group_layout
 from hpr_jax.ops.boxes import xyxy_to_cxcywh
 from hpr_jax.types import DenoisingQueries, Targets

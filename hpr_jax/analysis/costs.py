@@ -16,16 +16,20 @@ from ml_collections import ConfigDict
 
 from hpr_jax.analysis.flops import product_flops
 from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.build import make_plan
 from hpr_jax.data.dataset import Classes, Dataset, Record, Records
-from hpr_jax.data.loading.plan import Shape, choose_buckets, smallest_bucket
-from hpr_jax.evaluation.evaluator import make_detect
+from hpr_jax.data.loading.buckets import Shape, choose_buckets, smallest_bucket
+from hpr_jax.inference.detect import make_detect
+from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.detector import Detector
-from hpr_jax.models.encoder import Pyramid, flatten
 from hpr_jax.models.layers import layer
-from hpr_jax.models.refiner.hybrid import MERGE_POINTS, DecoderInput, HybridRefiner, RefinerLayer
+from hpr_jax.models.pyramid import Pyramid, flatten
+from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
 from hpr_jax.models.refiner.interaction import Surroundings
-from hpr_jax.training.build import make_criterion, make_optimizer, make_plan
-from hpr_jax.training.step import DeviceBatch, TrainState, TrainStep
+from hpr_jax.models.refiner.layer import MERGE_POINTS, RefinerLayer
+from hpr_jax.training.build import make_optimizer
+from hpr_jax.training.state import TrainState
+from hpr_jax.training.step import DeviceBatch, TrainStep
 from hpr_jax.types import Targets
 
 # (height, width) of common photographs, and how many of a thousand have it: about as in COCO, by assumption.

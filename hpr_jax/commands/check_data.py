@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
 from hpr_jax.config import check, load_config
-from hpr_jax.data.augmentation.geometry import OtherSizeError, UnreadableImageError, decode_annotated
-from hpr_jax.data.build import load_dataset
+from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.dataset import Dataset, Problem, Record
+from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
 from hpr_jax.data.loading.batches import TrainLoader
 from hpr_jax.data.loading.plan import TrainPlan
 from hpr_jax.data.sources.coco import clip_box
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 from hpr_jax.runtime.logs import log_to_console
-from hpr_jax.training.build import in_steps, make_plan, make_views, room_for_boxes, wants_masks, warn_of_recipe
+from hpr_jax.training.build import in_steps, warn_of_recipe
 
 # Of the longest bar of a histogram.
 BAR = 40

@@ -19,7 +19,9 @@ from hpr_jax.config import check, load_config, to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import COCO_CLASSES
 from hpr_jax.errors import UserError
-from hpr_jax.weights.checkpoint import Checkpoints, Meta, abstract_detector, load_detector
+from hpr_jax.models.build import abstract_detector
+from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.weights.checkpoint import Meta, load_detector
 from hpr_jax.weights.official import load_official, official_buffers, to_official
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
 

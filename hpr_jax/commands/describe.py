@@ -19,9 +19,11 @@ from hpr_jax.analysis.costs import (
     training_memory,
 )
 from hpr_jax.config import check
-from hpr_jax.data.loading.plan import Shape
-from hpr_jax.training.build import make_criterion, wants_masks
-from hpr_jax.weights.checkpoint import abstract_detector, checkpoint_config, read_meta
+from hpr_jax.data.build import wants_masks
+from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.losses.build import make_criterion
+from hpr_jax.models.build import abstract_detector
+from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
 # Room for ground-truth boxes where config.data.max_boxes leaves it to the data (the fullest image of COCO has 93), and again
 # for as many pasted ones.

@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hpr_jax.data.augmentation.geometry import UnreadableImageError, read_image
+from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import write_image
 from hpr_jax.inference.image_detector import Detections, load

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpr_jax.data.augmentation.geometry import EncodedImage
+from hpr_jax.data.images import EncodedImage
 from hpr_jax.data.masks import Mask, PackedMasks
 
 

@@ -4,17 +4,13 @@ import contextlib
 import io
 import json
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
-from hpr_jax.errors import RunError, UserError
+from hpr_jax.errors import UserError
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 NAMES += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
@@ -96,76 +92,3 @@ def find_evaluator(name: str) -> tuple[type, type]:
     from pycocotools.cocoeval import COCOeval
 
     return COCO, COCOeval
-
-
-class MetricWriter:
-    """Writes numbers to `metrics.jsonl` and to TensorBoard event files in one directory.
-
-    Args:
-      workdir: None writes nothing.
-      start: the step that a run goes on from; what was written of later ones is dropped, as it comes again.
-    """
-
-    def __init__(self, workdir: Path | None, start: int = 0):
-        self._file = None
-        if workdir is None:
-            return
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        _drop_later(path, start)
-        self._file = path.open("a")
-        # Not the usual writer, whose thread keeps events for minutes, and the caller waiting when the disk is full.
-        self._board = EventsWriter(str(workdir / "events"))
-        self._put(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def __enter__(self) -> "MetricWriter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._file is not None:
-            # Everything was written when it came.
-            with contextlib.suppress(OSError):
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self._board.close()
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes the numbers of a step.
-
-        Raises:
-          RunError: they cannot be written.
-        """
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-            self._file.flush()
-            for name, value in numbers.items():
-                self._put(Event(step=step, summary=scalar(name, value)))
-            self._board.flush()
-        except OSError as error:
-            raise RunError(
-                f"The metrics of step {step} cannot be written to {self._file.name}: {error.strerror}. The same command "
-                "goes on from the latest checkpoint."
-            ) from error
-
-    def _put(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._board.write_event(event)
-
-
-def _drop_later(path: Path, start: int) -> None:
-    """Leaves the lines of steps up to `start`; a process that was killed may have left half a line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            early = json.loads(line)["step"] <= start
-        except (ValueError, KeyError, TypeError):
-            continue
-        if early:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)

@@ -1,31 +1,24 @@
 """Detections of a whole split, and their average precision."""
 
 import dataclasses
-import functools
 import itertools
-import json
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.data.augmentation.geometry import whole
-from hpr_jax.data.build import load_dataset
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.loading.batches import EvaluationLoader, evaluation_batches
-from hpr_jax.data.loading.plan import choose_buckets, evaluation_plan
+from hpr_jax.data.loading.buckets import choose_buckets
+from hpr_jax.data.loading.plan import evaluation_plan
 from hpr_jax.evaluation.average_precision import coco_average_precision, find_evaluator
-from hpr_jax.models.detector import detections
-from hpr_jax.runtime.devices import EVERYWHERE, agree, data_mesh, gather, leads, on_devices_of, split_at, spread
-from hpr_jax.runtime.logs import log_dropped
-from hpr_jax.weights.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
+from hpr_jax.inference.detect import make_detect
+from hpr_jax.runtime.devices import agree, data_mesh, gather, leads, on_devices_of, spread
 
 log = logging.getLogger("hpr_jax")
 
@@ -37,22 +30,6 @@ class EvaluationResult:
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
     detections: list[dict[str, Any]]
-
-
-@functools.lru_cache(maxsize=8)
-def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
-    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid. A mesh splits the
-    images over its devices. Cached, so that runs in the same process share what is compiled."""
-
-    def detect(state, images, sizes):
-        detector = nnx.merge(graph, state)
-        outputs = detector(detector.normalize(images, sizes), sizes)
-        return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, count)
-
-    if mesh is not None:
-        specs = EVERYWHERE, split_at(0), split_at(0)
-        detect = jax.shard_map(detect, mesh=mesh, in_specs=specs, out_specs=split_at(0), check_vma=False)
-    return jax.jit(detect)
 
 
 class Evaluator:
@@ -133,35 +110,3 @@ def log_table(result: EvaluationResult) -> None:
     log.info("%-*s %7s %7s", width, "class", "AP", "AP50")
     for name, numbers in result.per_class.items():
         log.info("%-*s %7.4f %7.4f", width, name, numbers["AP"], numbers["AP50"])
-
-
-def evaluate(
-    checkpoint: Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
-) -> EvaluationResult:
-    """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
-
-    Args:
-      checkpoint: a checkpoint's directory or a run's workdir.
-      output: folder for the files.
-      overrides: settings (dotted key, text) in place of the checkpoint's.
-      config: in place of the checkpoint's; its model must be the same.
-    """
-    meta = read_meta(checkpoint)
-    config = checkpoint_config(meta, overrides, config)
-    detector, _ = load_detector(checkpoint, config.compute)
-    dataset = load_dataset(config.data, "val", meta.classes)
-    log_dropped(dataset)
-    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
-    if leads():
-        output.mkdir(parents=True, exist_ok=True)
-    graph, state = nnx.split(detector)
-    result = Evaluator(config, dataset, graph).run(state)
-    for name, value in result.metrics.items():
-        log.info("%-10s %7.4f", name, value)
-    log_table(result)
-    if not leads():
-        return result
-    (output / "detections.json").write_text(json.dumps(result.detections))
-    (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
-    log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
-    return result

@@ -16,10 +16,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.config import check, load_config
-from hpr_jax.data.augmentation.geometry import Geometry, UnreadableImageError, apply, read_image, whole
+from hpr_jax.data.augmentation.geometry import Geometry, apply, whole
 from hpr_jax.data.dataset import Classes
+from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
-from hpr_jax.evaluation.evaluator import make_detect
+from hpr_jax.inference.detect import make_detect
 from hpr_jax.inference.drawing import draw
 from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector

@@ -6,8 +6,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from hpr_jax.losses.functions import sigmoid_cross_entropy, sigmoid_focal_loss
-from hpr_jax.ops.boxes import generalized_iou, iou, pixel_overlap
+from hpr_jax.losses.functions import sigmoid_focal_loss
+from hpr_jax.ops.boxes import generalized_iou, pixel_overlap
 from hpr_jax.types import Predictions, Targets
 
 Terms = dict[str, jax.Array]
@@ -61,57 +61,7 @@ class FocalMatchedLoss:
         return {"class": self.class_weight * jnp.sum(focal) / count, **box_terms}
 
 
-@dataclasses.dataclass(frozen=True)
-class AlignedMatchedLoss:
-    """Cross entropy towards a blend of score and IoU (Align DETR, Cai et al. 2023, sections 3.2 and 3.3).
-
-    The queries of one box are ranked by the blend t = score^alpha IoU^(1 - alpha); rank r weighs exp(-r / tau), in the
-    class target and on the box terms. Everything is divided by the number of boxes in the batch, at least 1; for denoising
-    queries, which are not ranked, by the number of positive ones.
-    """
-
-    class_weight: float = 1.0
-    alpha: float = 0.25
-    gamma: float = 2.0
-    tau: float = 1.5
-    boxes: BoxLoss = BoxLoss()
-
-    def __call__(
-        self, predictions: Predictions, positive: jax.Array, index: jax.Array, targets: Targets, *, denoising: bool
-    ) -> Terms:
-        """See `MatchedLoss`."""
-        is_label = _is_label(predictions, positive, index, targets)
-        goal = jnp.take_along_axis(targets.boxes, index[..., None], axis=1)
-        probability = jax.nn.sigmoid(predictions.logits)
-        score = jnp.sum(jnp.where(is_label, probability, 0.0), axis=-1)
-        overlap = pixel_overlap(iou, predictions.boxes, goal, targets.sizes)
-        blend = jax.lax.stop_gradient(jnp.maximum(score**self.alpha * overlap ** (1 - self.alpha), 0.01))
-
-        weights = positive.astype(jnp.float32)
-        if not denoising:
-            weights *= jnp.exp(-_rank(blend, positive, index) / self.tau)
-        count = jnp.sum(positive if denoising else targets.valid)
-        count = jnp.maximum(count, 1).astype(jnp.float32)
-
-        goal_probability = jnp.where(is_label, (blend * weights)[..., None], 0.0)
-        # As published, gradients flow into the weight of negatives.
-        importance = jnp.where(is_label, 1.0, probability**self.gamma)
-        cross_entropy = importance * sigmoid_cross_entropy(predictions.logits, goal_probability)
-        cross_entropy = jnp.where(predictions.valid[..., None], cross_entropy, 0.0)
-        box_terms = self.boxes(predictions.boxes, index, weights, targets, count)
-        return {"class": self.class_weight * jnp.sum(cross_entropy) / count, **box_terms}
-
-
 def _is_label(predictions: Predictions, positive: jax.Array, index: jax.Array, targets: Targets) -> jax.Array:
     """bool `[B, Q, K]`: the class of each positive query's box."""
     labels = jnp.take_along_axis(targets.labels, index, axis=1)
     return (jnp.arange(predictions.logits.shape[-1]) == labels[..., None]) & positive[..., None]
-
-
-def _rank(value: jax.Array, positive: jax.Array, index: jax.Array) -> jax.Array:
-    """How many positive queries of the same box have a larger value, or the same and a lower index: `[B, Q]`."""
-    place = jnp.arange(value.shape[-1])
-    larger = value[:, None, :] > value[:, :, None]
-    earlier = (value[:, None, :] == value[:, :, None]) & (place[None, :] < place[:, None])
-    rivals = positive[:, None, :] & (index[:, None, :] == index[:, :, None])
-    return jnp.sum(rivals & (larger | earlier), axis=-1)

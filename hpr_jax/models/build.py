@@ -16,10 +16,17 @@ from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.neck import ChannelMapper
 from hpr_jax.models.queries.denoising import Denoiser
-from hpr_jax.models.queries.proposals import DistinctQueries, TopQueries
-from hpr_jax.models.refiner.deformable import DeformableRefiner, GlobalAttention, InteractionFactory, PointRefiner
-from hpr_jax.models.refiner.hybrid import HybridRefiner, RefinerLayer, RegionSettings
-from hpr_jax.models.refiner.regional_attention import DynamicConv, RegionalAttention, RegionFC
+from hpr_jax.models.queries.distinct import DistinctQueries
+from hpr_jax.models.queries.top import TopQueries
+from hpr_jax.models.refiner.deformable import DeformableRefiner
+from hpr_jax.models.refiner.dynamic_conv import DynamicConv
+from hpr_jax.models.refiner.global_attention import GlobalAttention
+from hpr_jax.models.refiner.hybrid import HybridRefiner, RegionSettings
+from hpr_jax.models.refiner.interaction import InteractionFactory
+from hpr_jax.models.refiner.layer import RefinerLayer
+from hpr_jax.models.refiner.point import PointRefiner
+from hpr_jax.models.refiner.region_fc import RegionFC
+from hpr_jax.models.refiner.regional_attention import RegionalAttention
 from hpr_jax.ops.dispatch import IMPLEMENTATIONS
 
 Config = Mapping[str, Any]
@@ -254,3 +261,10 @@ def _check_counts(config: Config) -> None:
 
 def _copy(module):
     return jax.tree.map(lambda leaf: leaf.copy(), module)
+
+
+def abstract_detector(
+    model_config: Mapping[str, Any], num_classes: int, compute: Mapping[str, Any] | None = None
+) -> Detector:
+    """A detector of shapes without values, to be filled."""
+    return nnx.eval_shape(lambda: build_detector(model_config, num_classes, compute=compute, rngs=nnx.Rngs(0)))

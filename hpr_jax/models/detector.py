@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hpr_jax.models.encoder import Encoder, flatten
+from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads
 from hpr_jax.models.neck import ChannelMapper
+from hpr_jax.models.pyramid import flatten
 from hpr_jax.models.queries.denoising import Denoiser
 from hpr_jax.models.queries.proposals import InitialQueries
-from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner, counted, distinct_attention
-from hpr_jax.ops.boxes import cxcywh_to_xyxy, whwh
+from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
+from hpr_jax.models.refiner.selection import counted, distinct_attention
 from hpr_jax.ops.padding import zero_padding
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Intermediates, Outputs, Predictions
 
@@ -178,24 +179,3 @@ def _by_kind(predictions: Predictions, queries: DecoderInput) -> BranchPredictio
         denoising=part(0, first) if queries.num_denoising else None,
         dense=part(last, None) if queries.num_dense else None,
     )
-
-
-def detections(predictions: Predictions, sizes: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The `count` best (query, class) pairs of each image.
-
-    Args:
-      predictions: of one layer, `[B, Q, ...]`.
-      sizes: int32 `[B, 2]`, valid (height, width) in pixels.
-
-    Returns:
-      boxes xyxy in pixels `[B, n, 4]`, scores `[B, n]` falling, labels int32 `[B, n]`, valid bool `[B, n]`, with
-      n = min(count, Q * K); fewer are valid when fewer pairs exist.
-    """
-    batch, queries, classes = predictions.logits.shape
-    scores = jnp.where(predictions.valid[..., None], jax.nn.sigmoid(predictions.logits), -1.0)
-    scores, index = jax.lax.top_k(scores.reshape(batch, -1), min(count, queries * classes))
-    scale = whwh(sizes)[:, None]
-    boxes = jnp.take_along_axis(predictions.boxes, (index // classes)[..., None], axis=1)
-    boxes = jnp.clip(cxcywh_to_xyxy(boxes) * scale, 0.0, scale)
-    valid = scores >= 0
-    return boxes, jnp.where(valid, scores, 0.0), (index % classes).astype(jnp.int32), valid

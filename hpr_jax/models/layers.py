@@ -3,7 +3,6 @@
 Everything computes in the type of its input, float32 or bfloat16; parameters are float32.
 """
 
-import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,10 +12,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hpr_jax.errors import UserError
-from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.chunks import by_chunks
-from hpr_jax.ops.order import after
-from hpr_jax.ops.padding import valid_mask
+from hpr_jax.ops.convolution import convolution
+from hpr_jax.ops.layer_norm import _normalized, _normalized_backward, _normalized_forward, normalized
+from hpr_jax.ops.linear import _affine, _affine_backward, affine
+from hpr_jax.ops.padding import valid_mask, zero_padding
 
 T = TypeVar("T", bound=nnx.Module)
 
@@ -52,34 +52,6 @@ def uniform(bound: float) -> nnx.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`x @ kernel + bias` in the type of x `[..., in]`: kernel `[in, out]`, bias `[out]` or None -> `[..., out]`.
-
-    Differentiable in reverse mode, in a way that is fast on CPUs, too: sums over rows are products, and of what the kernel's
-    gradient multiplies, the narrower is the one that XLA has to turn.
-    """
-    return _affine(*vary_alike(x, kernel, bias))
-
-
-@jax.custom_vjp
-def _affine(x, kernel, bias):
-    product = x @ kernel.astype(x.dtype)
-    return product if bias is None else product + bias.astype(x.dtype)
-
-
-def _affine_backward(residuals, gradient):
-    x, kernel, bias = residuals
-    inputs, outputs = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-
-    def summed(left, right):
-        return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
-
-    narrow = inputs.shape[1] <= outputs.shape[1]
-    of_kernel = summed(inputs, outputs) if narrow else summed(outputs, inputs).T
-    of_bias = None if bias is None else summed(jnp.ones((len(outputs), 1), outputs.dtype), outputs)[0]
-    return after(of_kernel, gradient @ kernel.T.astype(gradient.dtype)), of_kernel, of_bias
-
-
 _affine.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel, bias)), _affine_backward)
 
 
@@ -97,42 +69,6 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return normalized(x, self.scale[...], self.bias[...], self.epsilon)
-
-
-def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """x `[..., C]` over C with mean 0 and variance 1, times scale `[C]`, plus bias `[C]`: float32 inside, in the type of x.
-
-    Differentiable in reverse mode, with one pass over x for the sums over its rows and one for its own gradient: XLA would
-    join the two, and on CPUs write down several arrays as large as x.
-    """
-    return _normalized(*vary_alike(x, scale, bias), epsilon)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalized(x, scale, bias, epsilon):
-    return _normalized_forward(x, scale, bias, epsilon)[0]
-
-
-def _normalized_forward(x, scale, bias, epsilon):
-    wide = x.astype(jnp.float32)
-    center = jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide - center), axis=-1, keepdims=True) + epsilon)
-    return ((wide - center) * (inverse * scale) + bias).astype(x.dtype), (x, center, inverse, scale)
-
-
-def _normalized_backward(epsilon, residuals, gradient):
-    x, center, inverse, scale = residuals
-    x, gradient, rows = x.astype(jnp.float32), gradient.astype(jnp.float32), tuple(range(x.ndim - 1))
-    of_scale = jnp.sum(gradient * ((x - center) * inverse), axis=rows)
-    of_bias = jnp.sum(gradient, axis=rows)
-    center, inverse = after(of_scale, center), after(of_scale, inverse)
-    unit, scaled = (x - center) * inverse, gradient * scale
-
-    def mean(array):
-        return jnp.mean(array, axis=-1, keepdims=True)
-
-    of_x = inverse * (scaled - mean(scaled) - unit * mean(unit * scaled))
-    return of_x.astype(residuals[0].dtype), of_scale, of_bias
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)
@@ -221,3 +157,24 @@ def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
 def layer(stacked: T, index: int) -> T:
     """Copy `index` of a stack."""
     return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+class Conv(nnx.Module):
+    """Convolution without bias, zero-padded by k // 2; padding beyond the valid area never enters.
+
+    1x1 kernels are `[in, out]` and run as matrix products (on CPUs their gradients are six times faster so); others are
+    `[k, k, in, out]`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1, *, rngs: nnx.Rngs):
+        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+        shape = (inputs, outputs) if kernel_size == 1 else (kernel_size, kernel_size, inputs, outputs)
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`[B, h, w, in]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
+        kernel = self.kernel.get_value()
+        if self.kernel_size == 1:
+            return affine(x[:, :: self.stride, :: self.stride], kernel, None)
+        return convolution(zero_padding(x, sizes), kernel, self.stride)

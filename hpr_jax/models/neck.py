@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hpr_jax.models.backbones.resnet import Conv
-from hpr_jax.models.layers import GroupNorm, uniform
+from hpr_jax.models.layers import Conv, GroupNorm, uniform
 from hpr_jax.ops.padding import halve
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hpr_jax.data.dataset import Dataset
-
 log = logging.getLogger("hpr_jax")
 
 
@@ -26,15 +24,6 @@ def log_to_console(level: int = logging.INFO) -> None:
         log.removeHandler(handler)
         handler.close()
     log.addHandler(_BesideBars(level))
-
-
-def log_dropped(dataset: Dataset) -> None:
-    """Counts and names the boxes and masks of a data set that cannot be."""
-    for what, sentences in (("boxes", dataset.dropped), ("masks", dataset.unmasked)):
-        if sentences:
-            log.warning("%d impossible %s dropped from %s:", len(sentences), what, dataset.name)
-        for sentence in sentences:
-            log.warning("  %s", sentence)
 
 
 def log_to_file(file: Path) -> None:

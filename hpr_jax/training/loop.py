@@ -1,101 +1,30 @@
 """Training: plan, loader, compiled steps, checkpoints, evaluation at intervals."""
 
 import dataclasses
-import functools
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hpr_jax.config import check, to_plain
-from hpr_jax.data.build import load_dataset
-from hpr_jax.data.dataset import Dataset
-from hpr_jax.data.loading.batches import Batch, TrainLoader, train_batches
+from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import RunError
-from hpr_jax.evaluation.average_precision import MetricWriter
-from hpr_jax.evaluation.evaluator import Evaluator, log_table
-from hpr_jax.losses.criterion import Criterion
-from hpr_jax.models.build import Compute, random_detector
-from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, leads, replicate, spread
-from hpr_jax.runtime.logs import log_dropped, log_to_file
-from hpr_jax.training.build import (
-    check_batch,
-    in_steps,
-    make_criterion,
-    make_optimizer,
-    make_plan,
-    make_views,
-    room_for_boxes,
-    wants_masks,
-    warn_of_recipe,
-)
-from hpr_jax.training.optimizer import Optimizer, learning_rate
-from hpr_jax.training.resume import check_same_everywhere, dependencies, evaluated, resume, training_arrays
-from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainState, TrainStep
-from hpr_jax.training.stopping import StopRequests
+from hpr_jax.evaluation.evaluator import log_table
+from hpr_jax.runtime.devices import leads, spread
+from hpr_jax.training.optimizer import learning_rate
+from hpr_jax.training.state import TrainState, evaluated, training_arrays
+from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainStep
 from hpr_jax.types import Targets
-from hpr_jax.weights.checkpoint import Checkpoints, Meta
-from hpr_jax.weights.initial import load_initial_weights
+from hpr_jax.weights.checkpoint import Meta
 
 log = logging.getLogger("hpr_jax")
 
 # The part of the time that the loop waits for data, while the device may still be busy, that is worth a word.
 DATA_WAIT = 0.1
-
-
-@functools.lru_cache(maxsize=8)
-def make_train_step(
-    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, average_decay: float, parts: int, mesh: Mesh
-) -> TrainStep:
-    """Cached, so that a run resumed in the same process does not compile again."""
-    return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)
-
-
-def load_training_data(config: ConfigDict) -> tuple[Dataset, Dataset]:
-    """The whole training and validation splits."""
-    train = load_dataset(config.data, "train", masks=wants_masks(config))
-    return train, load_dataset(config.data, "val", train.classes)
-
-
-def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
-    """Logs what was dropped and left out."""
-    for dataset in (train, val):
-        log_dropped(dataset)
-    log.info(
-        "%d training images (%d left out), %d validation images, %d classes",
-        len(usable),
-        len(train) - len(usable),
-        len(val),
-        len(train.classes.names),
-    )
-
-
-def initial_state(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
-    """A new detector, split into its structure and its state, which is on every device."""
-    detector = random_detector(config.model, num_classes, compute=config.compute, seed=config.train.seed)
-    if config.train.initial_weights:
-        load_initial_weights(detector, Path(config.train.initial_weights))
-    elif config.model.backbone.get("norm") != "group":
-        log.warning(
-            "This backbone presumes pre-trained weights, and there are none: set --config.train.initial_weights, or use a "
-            "variant that trains from scratch."
-        )
-    graph, params, frozen = nnx.split(detector, nnx.Param, ...)
-    params, frozen = replicate(mesh, (params, frozen))
-    everywhere = NamedSharding(mesh, EVERYWHERE)
-    moments = jax.jit(make_optimizer(config).init, out_shardings=everywhere)(params)
-    average = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
-    return graph, TrainState(replicate(mesh, np.int32(0)), params, frozen, moments, average)
 
 
 def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBatch:
@@ -109,63 +38,6 @@ def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBat
     devices = len(mesh.local_devices)
     rows = {name: np.array([count] + [0] * (devices - 1), np.int32) for name, count in counts.items()}
     return DeviceBatch(*spread(mesh, arrays, axis=1), spread(mesh, rows))
-
-
-def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) -> dict[str, float]:
-    """Trains, going on from the workdir's latest checkpoint if there is one; returns the last evaluation's numbers.
-
-    Args:
-      accept_changes: goes on even if settings or data are others than those that the run began with.
-
-    Raises:
-      UserError: settings or data that cannot be trained on.
-      RunError: the loss is not finite, or a checkpoint cannot be written.
-      StoppedError: SIGTERM or SIGINT came; the run is saved.
-    """
-    check(config)
-    # Looks at the settings; what it makes is made again with the detector.
-    Compute(**config.compute)
-    criterion = make_criterion(config)
-    mesh = data_mesh()
-    check_batch(config, mesh.size)
-    warn_of_recipe(config)
-    whole_train_set, val_set = load_training_data(config)
-    train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
-    plan = make_plan(config, train_set)
-    config = in_steps(config, plan.steps_per_epoch)
-    meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(whole_train_set, val_set))
-    check_same_everywhere(meta)
-    # Nothing is written before the settings and the data have turned out usable.
-    log_to_file(workdir / ("train.log" if leads() else f"train.{jax.process_index()}.log"))
-    report_data(whole_train_set, train_set, val_set)
-    views = make_views(config, train_set)
-    max_boxes = room_for_boxes(config, train_set, views)
-    graph, state = initial_state(config, len(train_set.classes.names), mesh)
-    log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
-    what = "images, a weak and a strong view of each," if views.strong else "images"
-    log.info("batches of %d %s in the shapes %s", plan.batch_size, what, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
-    if mesh.size > 1:
-        log.info("on %d devices of %d processes", mesh.size, jax.process_count())
-
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    state, progress = resume(checkpoints, state, meta, accept_changes)
-    start, steps = int(state.step), config.train.steps
-    if start >= steps:
-        log.info("Step %d of %d is done already.", start, steps)
-    loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
-    evaluator = Evaluator(config, val_set, graph)
-    settings = config.train
-    step_function = make_train_step(
-        graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
-    )
-    with StopRequests() as requests, MetricWriter(workdir if leads() else None, start) as writer:
-        run = _Run(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
-        batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
-        try:
-            return run.loop(step_function, state, batches)
-        finally:
-            batches.close()
-            run.bar.close()
 
 
 class _Run:
@@ -320,7 +192,3 @@ class _Interval:
 
     def __init__(self):
         self.began, self.waited, self.images = time.perf_counter(), 0.0, 0
-
-
-def _millions(state: Any) -> float:
-    return sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e6

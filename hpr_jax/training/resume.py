@@ -13,8 +13,9 @@ from hpr_jax.config import differences
 from hpr_jax.data.dataset import Dataset
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.devices import gather
-from hpr_jax.training.step import TrainState
-from hpr_jax.weights.checkpoint import Checkpoints, Meta
+from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.training.state import TrainState, evaluated, training_arrays
+from hpr_jax.weights.checkpoint import Meta
 
 log = logging.getLogger("hpr_jax")
 
@@ -130,14 +131,3 @@ def resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_chang
     average = None if state.average is None else average
     state = TrainState(training["step"], params, frozen, training["optimizer"], average)
     return state, Progress(**found.run.get("progress", {}))
-
-
-def evaluated(state: TrainState) -> nnx.State:
-    """The variables that evaluation takes: the average of the parameters, if there is one."""
-    return nnx.merge_state(state.params if state.average is None else state.average, state.frozen)
-
-
-def training_arrays(state: TrainState) -> dict[str, Any]:
-    """What a run goes on from beside what is evaluated."""
-    training = {"optimizer": state.optimizer, "step": state.step}
-    return training if state.average is None else {**training, "params": nnx.to_pure_dict(state.params)}

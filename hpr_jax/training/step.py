@@ -13,7 +13,7 @@ The solver does not run as a callback from a program: programs with callbacks ar
 under several devices on few cores they can lock each other out.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,22 +30,10 @@ from hpr_jax.losses.matching import Request, solve_on_host
 from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, local_part, replicate, split_at, spread
 from hpr_jax.runtime.host_memory import return_freed_memory
 from hpr_jax.training.optimizer import Optimizer, global_norm, moving_average
+from hpr_jax.training.parts import OUTPUTS, at_batch_axis, join_parts, part_of, side_by_side, sum_over_devices, take_part
+from hpr_jax.training.pullback import join_floats, split_floats, with_variables, without_variables
+from hpr_jax.training.state import TrainState
 from hpr_jax.types import DenoisingQueries, Outputs, Targets
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What a step changes, and the variables that it does not (`frozen`).
-
-    Attributes:
-      average: moving average of the parameters, or None.
-    """
-
-    step: jax.Array
-    params: nnx.State
-    frozen: nnx.State
-    optimizer: Any
-    average: nnx.State | None = None
 
 
 @flax.struct.dataclass
@@ -89,21 +77,6 @@ class ForwardPass:
     target_valid: jax.Array
     pullback: Any
     denoising: DenoisingQueries | None = None
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Variable:
-    """Stands for a leaf of a tree that both programs have, by its number."""
-
-    number: int
-
-
-@flax.struct.dataclass
-class Scalar:
-    """Stands for a number, which has no axis at which to join those of the devices `[devices]`."""
-
-    numbers: jax.Array
 
 
 class TrainStep:
@@ -175,7 +148,7 @@ class TrainStep:
         return numbers, gradients
 
     def _forward(self, state: TrainState, batch: DeviceBatch, part: jax.Array) -> ForwardPass:
-        targets, views = _side_by_side(batch.targets), len(batch.images)
+        targets, views = side_by_side(batch.targets), len(batch.images)
         # For the whole batch, so that nothing depends on how it is split.
         draw_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
         drop_keys = jax.random.split(drop_key, len(targets.valid))
@@ -191,22 +164,22 @@ class TrainStep:
     def _forward_part(self, state, images, targets, denoising, drop_keys, part) -> ForwardPass:
         """Of one device, which has these images."""
         if self.parts > 1:
-            images = _part_of(images, part, self.parts, axis=1)
+            images = part_of(images, part, self.parts, axis=1)
             targets, denoising, drop_keys = jax.tree.map(
-                lambda x: _part_of(x, part, self.parts), (targets, denoising, drop_keys)
+                lambda x: part_of(x, part, self.parts), (targets, denoising, drop_keys)
             )
         normalize = nnx.merge(self.graph, state.params, state.frozen).normalize
-        images = normalize(_side_by_side(images), targets.sizes)
+        images = normalize(side_by_side(images), targets.sizes)
 
         def predict(params):
             detector = nnx.merge(self.graph, params, state.frozen)
             outputs = detector(images, targets.sizes, denoising=denoising, train=True, keys=drop_keys)
-            return _split(outputs.replace(intermediates=None))
+            return split_floats(outputs.replace(intermediates=None))
 
         floats, pullback, others = jax.vjp(predict, state.params, has_aux=True)
-        outputs = _join(floats, others)
+        outputs = join_floats(floats, others)
         requests = self.criterion.requests(outputs, targets)
-        return ForwardPass(outputs, requests, targets.valid, _without(pullback, state))
+        return ForwardPass(outputs, requests, targets.valid, without_variables(pullback, state))
 
     def _loss(
         self,
@@ -216,13 +189,13 @@ class TrainStep:
         assigned: Sequence[Sequence[jax.Array]],
     ) -> tuple[StepNumbers, list[Outputs]]:
         """Numbers, and for each part the gradients of its outputs' floats."""
-        targets, devices = _side_by_side(batch.targets), self.mesh.size
-        whole = _at_batch_axis(lambda axis, *parts: _join_parts(parts, devices, axis), *outputs)
-        assigned = [_join_parts(parts, devices, axis=1) for parts in zip(*assigned)]
-        floats, others = _split(whole)
+        targets, devices = side_by_side(batch.targets), self.mesh.size
+        whole = at_batch_axis(lambda axis, *parts: join_parts(parts, devices, axis), *outputs)
+        assigned = [join_parts(parts, devices, axis=1) for parts in zip(*assigned)]
+        floats, others = split_floats(whole)
 
         def loss_of(floats):
-            terms = self.criterion.terms(_join(floats, others), targets, denoising, assigned)
+            terms = self.criterion.terms(join_floats(floats, others), targets, denoising, assigned)
             terms = {name: jnp.sum(term) for name, term in terms.items()}
             return sum(terms.values()), terms
 
@@ -230,9 +203,9 @@ class TrainStep:
         counts = {name: jnp.sum(count) for name, count in batch.counts.items()}
         numbers = jax.lax.with_sharding_constraint({**terms, **counts, "loss": loss}, NamedSharding(self.mesh, EVERYWHERE))
         cotangents = [
-            _at_batch_axis(
+            at_batch_axis(
                 lambda axis, x, part=part: jax.lax.with_sharding_constraint(
-                    _take_part(x, part, len(outputs), devices, axis), NamedSharding(self.mesh, split_at(axis))
+                    take_part(x, part, len(outputs), devices, axis), NamedSharding(self.mesh, split_at(axis))
                 ),
                 gradients,
             )
@@ -244,7 +217,7 @@ class TrainStep:
         """Gradients of the parameters, with a leading axis of devices."""
 
         def of_device(state, pullback, cotangent):
-            (gradients,) = _with(pullback, state)(cotangent)
+            (gradients,) = with_variables(pullback, state)(cotangent)
             return jax.tree.map(lambda x: x[None], gradients)
 
         specs = (EVERYWHERE, split_at(0), OUTPUTS)
@@ -252,7 +225,7 @@ class TrainStep:
 
     def _update(self, state: TrainState, gradients: nnx.State, learning_rate: jax.Array) -> tuple[TrainState, jax.Array]:
         """The next state, and the norm of the gradients."""
-        gradients = _sum_over_devices(gradients)
+        gradients = sum_over_devices(gradients)
         params, moments = self.optimizer.update(gradients, state.optimizer, state.params, learning_rate)
         average = state.average
         if average is not None:
@@ -283,95 +256,9 @@ def solve(mesh: Mesh, requests: Sequence[Request], target_valid: jax.Array) -> l
     return spread(mesh, solved, axis=1)
 
 
-# Where the images are in each field: layers come first in those of branches.
-_BATCH_AXES = {"primary": 1, "branches": 1, "proposals": 0, "dense_proposals": 0}
-OUTPUTS = Outputs(**{field: split_at(axis) for field, axis in _BATCH_AXES.items()}, intermediates=EVERYWHERE)
-
-
-def _at_batch_axis(function: Callable[..., jax.Array], *outputs: Outputs) -> Outputs:
-    """function(axis, *arrays) of every array, with the axis of images."""
-    return outputs[0].replace(
-        **{
-            field: jax.tree.map(partial(function, axis), *(getattr(one, field) for one in outputs))
-            for field, axis in _BATCH_AXES.items()
-        }
-    )
-
-
-def _side_by_side(tree: Any) -> Any:
-    """`[V, B, ...]` -> `[B * V, ...]`: the views of an image become neighbours, so that splitting the images splits the
-    views alike, without a transfer."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def _part_of(x: jax.Array, part: jax.Array, parts: int, axis: int = 0) -> jax.Array:
-    """One of so many equal parts of what a device has."""
-    size = x.shape[axis] // parts
-    return jax.lax.dynamic_slice_in_dim(x, part * size, size, axis)
-
-
-def _join_parts(parts: Sequence[jax.Array], devices: int, axis: int) -> jax.Array:
-    """Undoes `_part_of` for an array that is split over devices: each device's parts come next to one another."""
-    if len(parts) == 1:
-        return parts[0]
-    by_device = [x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :]) for x in parts]
-    joined = jnp.concatenate(by_device, axis=axis + 1)
-    return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
-
-
-def _take_part(x: jax.Array, part: int, parts: int, devices: int, axis: int) -> jax.Array:
-    """The part that `_join_parts` joined."""
-    if parts == 1:
-        return x
-    by_device = x.reshape(*x.shape[:axis], devices, parts, -1, *x.shape[axis + 1 :])
-    taken = jax.lax.index_in_dim(by_device, part, axis + 1, keepdims=False)
-    return taken.reshape(*taken.shape[:axis], -1, *taken.shape[axis + 2 :])
-
-
-def _sum_over_devices(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    devices = len(leaves[0])
-    if devices == 1:
-        return jax.tree.map(lambda x: x[0], tree)
-    # As one vector: one reduction, not hundreds.
-    total = jnp.sum(jnp.concatenate([x.reshape(devices, -1) for x in leaves], axis=1), axis=0)
-    ends = np.cumsum([x[0].size for x in leaves])[:-1]
-    return jax.tree.unflatten(structure, [part.reshape(x.shape[1:]) for part, x in zip(jnp.split(total, ends), leaves)])
-
-
-def _split(tree):
-    """A tree's floats and its other leaves, None where the leaf is in the other tree."""
-    is_float = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), tree)
-    return (
-        jax.tree.map(lambda x, keep: x if keep else None, tree, is_float),
-        jax.tree.map(lambda x, keep: None if keep else x, tree, is_float),
-    )
-
-
-def _join(floats, others):
-    return jax.tree.map(lambda a, b: b if a is None else a, floats, others, is_leaf=lambda x: x is None)
-
-
-def _without(tree, state):
-    """The tree with a `Variable` for each leaf of the state, which the other program has anyhow, and a `Scalar` for each
-    other number."""
-    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(state))}
-
-    def replaced(leaf):
-        if id(leaf) in numbers:
-            return Variable(numbers[id(leaf)])
-        return leaf if leaf.ndim else Scalar(leaf[None])
-
-    return jax.tree.map(replaced, tree)
-
-
-def _with(tree, state):
-    """Undoes `_without`."""
-    leaves = jax.tree.leaves(state)
-
-    def replaced(leaf):
-        if isinstance(leaf, Variable):
-            return leaves[leaf.number]
-        return leaf.numbers[0] if isinstance(leaf, Scalar) else leaf
-
-    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))
+@functools.lru_cache(maxsize=8)
+def make_train_step(
+    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, average_decay: float, parts: int, mesh: Mesh
+) -> TrainStep:
+    """Cached, so that a run resumed in the same process does not compile again."""
+    return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)

@@ -75,9 +75,11 @@ class Bench:
         import jax.numpy as jnp
         from flax import nnx
 
+        from hpr_jax.losses.build import make_criterion
         from hpr_jax.runtime.devices import replicate, spread
-        from hpr_jax.training.build import make_criterion, make_optimizer
-        from hpr_jax.training.step import DeviceBatch, TrainState, TrainStep
+        from hpr_jax.training.build import make_optimizer
+        from hpr_jax.training.state import TrainState
+        from hpr_jax.training.step import DeviceBatch, TrainStep
 
         optimizer = make_optimizer(self.config)
         graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
@@ -106,7 +108,7 @@ def peak_memory() -> float:
 def inference(bench: Bench) -> dict[str, float]:
     from flax import nnx
 
-    from hpr_jax.evaluation.evaluator import make_detect
+    from hpr_jax.inference.detect import make_detect
 
     graph, state = nnx.split(bench.detector)
     detect = make_detect(graph, bench.config.evaluate.detections)
@@ -135,9 +137,9 @@ def matching(bench: Bench) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
+    from hpr_jax.losses.build import make_criterion
     from hpr_jax.losses.matching import Request
     from hpr_jax.runtime.devices import data_mesh
-    from hpr_jax.training.build import make_criterion
     from hpr_jax.training.step import solve
 
     model, criterion = bench.config.model, make_criterion(bench.config)

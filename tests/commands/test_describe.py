@@ -24,10 +24,12 @@ from hpr_jax.analysis.flops import inner_jaxprs, product_flops
 from hpr_jax.config import load_config, to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
-from hpr_jax.evaluation.evaluator import make_detect
+from hpr_jax.inference.detect import make_detect
 from hpr_jax.models.backbones.resnet import ResNet
 from hpr_jax.models.backbones.swin import SwinTransformer
-from hpr_jax.weights.checkpoint import Checkpoints, Meta, abstract_detector
+from hpr_jax.models.build import abstract_detector
+from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.weights.checkpoint import Meta
 
 SHAPE = (tiny.SIDE, tiny.SIDE)
 

@@ -9,10 +9,12 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from hpr_jax.data.augmentation.copy_paste import choose_donated, masked_objects, paste
-from hpr_jax.data.augmentation.geometry import GREY, Geometry, ImageFile, apply_to_boxes, apply_to_image, draw_large_scale
+from hpr_jax.data.augmentation.geometry import GREY, Geometry, apply_to_boxes, apply_to_image, draw_large_scale
 from hpr_jax.data.augmentation.objects import Objects
+from hpr_jax.data.augmentation.regions import EMPTY, Region, box_region, draw_mask
 from hpr_jax.data.dataset import Record
-from hpr_jax.data.masks import EMPTY, MalformedMaskError, Region, box_region, draw_mask, parse_segmentation
+from hpr_jax.data.images import ImageFile
+from hpr_jax.data.masks import MalformedMaskError, parse_segmentation
 
 LSJ = {"flip": 0.5, "lsj": {"side": 64, "scale_range": (0.1, 2.0)}}
 AS_IT_IS = np.eye(2, 3)

@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 import tiny
 
-from hpr_jax.data.augmentation.geometry import (
-    Geometry,
-    ImageFile,
-    UnreadableImageError,
-    apply,
-    draw_weak,
-    fit,
-    read_annotated_image,
-    read_image,
-    whole,
-)
+from hpr_jax.data.augmentation.geometry import Geometry, apply, draw_weak, fit, whole
 from hpr_jax.data.augmentation.views import ViewMaker
+from hpr_jax.data.images import ImageFile, UnreadableImageError, read_annotated_image, read_image
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
-from hpr_jax.data.loading.plan import TrainPlan, choose_buckets, evaluation_plan, fits, smallest_bucket
+from hpr_jax.data.loading.buckets import choose_buckets, fits, smallest_bucket
+from hpr_jax.data.loading.plan import TrainPlan, evaluation_plan
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 

@@ -8,8 +8,8 @@ import pytest
 
 from hpr_jax.data.augmentation.colour import OPERATIONS
 from hpr_jax.data.augmentation.objects import Objects
+from hpr_jax.data.augmentation.regions import box_region
 from hpr_jax.data.augmentation.strong_view import FILL, GEOMETRIC, StrongView, draw_strong_view, strong_image, strong_objects
-from hpr_jax.data.masks import box_region
 
 PLAIN = StrongView((100, 100), "identity", 1.0, "translate_x", 0.0, True, ())
 

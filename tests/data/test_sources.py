@@ -11,14 +11,13 @@ import tiny
 from flax import nnx
 from folders import settings, write_folder
 
-from hpr_jax.data.augmentation.geometry import ImageFile, UnreadableImageError
-from hpr_jax.data.build import load_dataset
+from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes
 from hpr_jax.data.dataset import Record, Records
+from hpr_jax.data.images import ImageFile, UnreadableImageError
 from hpr_jax.data.loading.batches import TrainLoader
 from hpr_jax.data.sources.tfds_writer import make_tfds
 from hpr_jax.evaluation.average_precision import coco_average_precision
 from hpr_jax.evaluation.evaluator import Evaluator
-from hpr_jax.training.build import make_plan, make_views, room_for_boxes
 
 RNG = np.random.default_rng(0)
 

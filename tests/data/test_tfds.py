@@ -9,12 +9,11 @@ import pytest
 import tiny
 from folders import settings
 
-from hpr_jax.data.augmentation.geometry import UnreadableImageError, read_annotated_image
-from hpr_jax.data.build import load_dataset
+from hpr_jax.data.build import load_dataset, make_views
+from hpr_jax.data.images import UnreadableImageError, read_annotated_image
 from hpr_jax.data.sources.tfds_writer import make_tfds
 from hpr_jax.errors import UserError
 from hpr_jax.evaluation.average_precision import coco_average_precision
-from hpr_jax.training.build import make_views
 
 RNG = np.random.default_rng(0)
 
@@ -218,7 +217,7 @@ class TestMakeTfds:
         assert [record.image_id for record in load_dataset(settings(directory), "train").records] == expected
 
     def test_as_a_program(self, folder, tmp_path):
-        command = [sys.executable, "-m", "hpr_jax.data.sources.tfds_writer", "--config", f"{tiny.ROOT}/configs/ddq.py"]
+        command = [sys.executable, "-m", "hpr_jax.commands.make_tfds", "--config", f"{tiny.ROOT}/configs/ddq.py"]
         command += [f"--config.data.directory={folder}", tmp_path / "tfds"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -10,13 +10,12 @@ import pytest
 import tiny
 
 from hpr_jax.config import check
-from hpr_jax.data.augmentation.geometry import GREY, draw_large_scale
+from hpr_jax.data.augmentation.geometry import GREY, Slot, draw_large_scale
 from hpr_jax.data.augmentation.views import ViewMaker
+from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading.batches import TrainLoader, train_batches
-from hpr_jax.data.loading.plan import Slot
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
-from hpr_jax.training.build import make_plan, make_views, room_for_boxes, wants_masks
 
 KINDS = ("detr", "lsj")
 

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from hpr_jax.evaluation.average_precision import NAMES, MetricWriter, coco_average_precision
+from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
+from hpr_jax.training.metric_writer import MetricWriter
 
 RNG = np.random.default_rng(0)
 

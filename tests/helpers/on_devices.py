@@ -12,11 +12,14 @@ import numpy as np
 import tiny
 from flax import nnx
 
+from hpr_jax.data.build import load_training_data
 from hpr_jax.data.loading.batches import empty_batch
 from hpr_jax.evaluation.evaluator import Evaluator
+from hpr_jax.losses.build import make_criterion
 from hpr_jax.runtime.devices import data_mesh
-from hpr_jax.training.build import make_criterion, make_optimizer
-from hpr_jax.training.loop import initial_state, load_training_data, to_devices
+from hpr_jax.training.build import make_optimizer
+from hpr_jax.training.loop import to_devices
+from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import TrainStep
 
 IMAGES, VIEWS, STEPS = 16, 2, 2

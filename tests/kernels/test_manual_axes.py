@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from hpr_jax.models.layers import affine, normalized
 from hpr_jax.ops import attention as attention_module
 from hpr_jax.ops.attention import attention
 from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.deformable_sampling import deformable_sampling
+from hpr_jax.ops.layer_norm import normalized
+from hpr_jax.ops.linear import affine
 from hpr_jax.ops.roi_align import roi_align
 
 SHAPES = ((3, 3), (2, 2))

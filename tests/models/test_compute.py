@@ -14,11 +14,12 @@ from flax import nnx
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
-from hpr_jax.models.build import Compute
-from hpr_jax.models.layers import affine, normalized
+from hpr_jax.models.build import Compute, abstract_detector
+from hpr_jax.ops.layer_norm import normalized
+from hpr_jax.ops.linear import affine
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
 from hpr_jax.runtime.host_memory import return_freed_memory, return_memory_of_compiling
-from hpr_jax.weights.checkpoint import Meta, abstract_detector
+from hpr_jax.weights.checkpoint import Meta
 
 IMAGES = np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
 SIZES = jnp.array([[60, 50], [64, 64]])

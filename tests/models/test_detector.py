@@ -8,10 +8,10 @@ import tiny
 from flax import nnx
 
 from hpr_jax.errors import UserError
+from hpr_jax.inference.detect import detections
 from hpr_jax.models.build import build_detector
-from hpr_jax.models.detector import detections
 from hpr_jax.models.layers import layer
-from hpr_jax.models.refiner.hybrid import counted, distinct_attention, select_distinct
+from hpr_jax.models.refiner.selection import counted, distinct_attention, select_distinct
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.uniform(0, 255, (h, w, 3)).astype(np.float32) for h, w in ((40, 64), (61, 33), (64, 64), (48, 50))]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hpr_jax.models.encoder import Pyramid
+from hpr_jax.models.pyramid import Pyramid
 from hpr_jax.models.queries.proposals import ProposalGenerator, anchors_inside
 
 

@@ -13,13 +13,14 @@ from hpr_jax.config import load_config
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 from hpr_jax.evaluation.evaluator import Evaluator
-from hpr_jax.models.build import build_detector
-from hpr_jax.models.detector import detections
-from hpr_jax.models.refiner.hybrid import Merge
+from hpr_jax.inference.detect import detections
+from hpr_jax.losses.build import make_criterion
+from hpr_jax.models.build import abstract_detector, build_detector
+from hpr_jax.models.refiner.layer import Merge
 from hpr_jax.runtime.devices import replicate, spread
-from hpr_jax.training.build import make_criterion, make_optimizer
-from hpr_jax.training.step import DeviceBatch, TrainState, TrainStep
-from hpr_jax.weights.checkpoint import abstract_detector
+from hpr_jax.training.build import make_optimizer
+from hpr_jax.training.state import TrainState
+from hpr_jax.training.step import DeviceBatch, TrainStep
 
 ABLATIONS = tiny.ROOT / "configs" / "ablations.py"
 VARIANTS = re.findall(r'^    "(table\w+)":', ABLATIONS.read_text(), re.MULTILINE)

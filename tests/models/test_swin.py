@@ -12,7 +12,7 @@ from reference import arrays, assert_close
 
 from hpr_jax.errors import UserError
 from hpr_jax.models.backbones.swin import SwinTransformer, drop_path, relative_positions
-from hpr_jax.weights.checkpoint import abstract_detector
+from hpr_jax.models.build import abstract_detector
 from hpr_jax.weights.official import entries, load_official
 
 SMALL = {"embed_channels": 8, "depths": (2, 2, 4, 2), "heads": (1, 2, 4, 8), "window": 4}

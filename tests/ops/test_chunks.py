@@ -11,7 +11,8 @@ from flax import nnx
 from hpr_jax.models import layers
 from hpr_jax.models.layers import FeedForward, kept, rematerialized
 from hpr_jax.models.refiner import regional_attention as region
-from hpr_jax.models.refiner.regional_attention import DynamicConv, RegionalAttention
+from hpr_jax.models.refiner.dynamic_conv import DynamicConv
+from hpr_jax.models.refiner.regional_attention import RegionalAttention
 from hpr_jax.ops.chunks import by_chunks
 
 RNG = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from check_resume import differences, read_run
 from workdirs import lines, numbers, weights
 
 import hpr_jax.training.loop as training
+from hpr_jax.commands.train import train
 from hpr_jax.errors import RunError, StoppedError, UserError
-from hpr_jax.training.loop import train
 from hpr_jax.weights import checkpoint
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 

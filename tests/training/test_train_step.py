@@ -8,9 +8,11 @@ import numpy as np
 import tiny
 from flax import nnx
 
+from hpr_jax.losses.build import make_criterion
 from hpr_jax.runtime.devices import replicate, spread
-from hpr_jax.training.build import make_criterion
-from hpr_jax.training.step import DeviceBatch, Scalar, TrainState, TrainStep, Variable, _with, _without
+from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
+from hpr_jax.training.state import TrainState
+from hpr_jax.training.step import DeviceBatch, TrainStep
 
 SEED = 3
 CRITERION = make_criterion(tiny.config())
@@ -104,8 +106,8 @@ def test_numbers_between_the_programs():
     """What a device keeps has an axis, at which it is joined with what others keep; a number is given one."""
     weights = jnp.array([1.0, 2.0])
     _, pullback = jax.vjp(lambda weights: jnp.sum(jnp.sin(weights[0]) * weights), weights)
-    kept = _without(pullback, [weights])
+    kept = without_variables(pullback, [weights])
     assert all(leaf.ndim for leaf in jax.tree.leaves(kept))
     kinds = {type(leaf) for leaf in jax.tree.leaves(kept, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
     assert {Scalar, Variable} <= kinds
-    np.testing.assert_array_equal(_with(kept, [weights])(1.0)[0], pullback(1.0)[0])
+    np.testing.assert_array_equal(with_variables(kept, [weights])(1.0)[0], pullback(1.0)[0])

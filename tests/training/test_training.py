@@ -15,11 +15,12 @@ from workdirs import lines, weights
 
 import hpr_jax
 import hpr_jax.training.loop as training
+from hpr_jax.commands.evaluate import evaluate
 from hpr_jax.commands.predict import predict
+from hpr_jax.commands.train import train
+from hpr_jax.data.build import make_plan
 from hpr_jax.errors import RunError, UserError
-from hpr_jax.evaluation.evaluator import Evaluator, evaluate
-from hpr_jax.training.build import make_plan
-from hpr_jax.training.loop import train
+from hpr_jax.evaluation.evaluator import Evaluator
 from hpr_jax.training.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 

@@ -14,7 +14,8 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import COCO_CLASSES
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
-from hpr_jax.weights.checkpoint import Checkpoints, Meta, load_detector
+from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.weights.checkpoint import Meta, load_detector
 from hpr_jax.weights.initial import load_initial_weights
 from hpr_jax.weights.official import IGNORED, to_official
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint

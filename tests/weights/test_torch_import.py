@@ -13,9 +13,8 @@ from flax import nnx
 
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.weights.backbone_names import OUTPUT_NORMS, as_official_backbone
-from hpr_jax.weights.checkpoint import abstract_detector
 from hpr_jax.weights.official import IGNORED, entries, load_official, official_buffers, to_official
 
 

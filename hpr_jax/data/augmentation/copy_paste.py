@@ -10,8 +10,8 @@ import numpy as np
 
 from hpr_jax.data.augmentation.geometry import Geometry, apply_to_boxes, has_area
 from hpr_jax.data.augmentation.objects import Objects, join
+from hpr_jax.data.augmentation.regions import Region, box_region, draw_mask
 from hpr_jax.data.dataset import Record
-from hpr_jax.data.masks import Region, box_region, draw_mask
 
 # Fewer objects than this are pasted.
 MAX_PASTED = 100

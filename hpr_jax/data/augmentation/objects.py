@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from hpr_jax.data.masks import Region
+from hpr_jax.data.augmentation.regions import Region
 
 
 @dataclasses.dataclass(frozen=True)

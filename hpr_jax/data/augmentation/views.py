@@ -6,17 +6,11 @@ from collections.abc import Callable
 import numpy as np
 
 from hpr_jax.data.augmentation.copy_paste import choose_donated, masked_objects, paste
-from hpr_jax.data.augmentation.geometry import (
-    Geometry,
-    UnreadableImageError,
-    apply_to_boxes,
-    apply_to_image,
-    read_annotated_image,
-)
+from hpr_jax.data.augmentation.geometry import Geometry, Slot, apply_to_boxes, apply_to_image
 from hpr_jax.data.augmentation.objects import Objects
 from hpr_jax.data.augmentation.strong_view import draw_strong_view, strong_image, strong_objects
 from hpr_jax.data.dataset import Dataset
-from hpr_jax.data.loading.plan import Slot
+from hpr_jax.data.images import UnreadableImageError, read_annotated_image
 
 
 @dataclasses.dataclass(frozen=True)

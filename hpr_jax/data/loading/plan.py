@@ -11,28 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from hpr_jax.data.augmentation.geometry import Geometry
+from hpr_jax.data.augmentation.geometry import Geometry, Slot
+from hpr_jax.data.loading.buckets import Shape, fits, smallest_bucket
 
-# Padded sides are multiples of this; finer steps would save nothing at stride 64.
-GRID = 32
-
-Shape = tuple[int, int]
 DrawGeometry = Callable[[np.random.Generator], list[Geometry]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """One image of a batch.
-
-    Attributes:
-      index: in the data set.
-      geometry: of the weak view.
-      seed: of everything else that is drawn for the image.
-    """
-
-    index: int
-    geometry: Geometry
-    seed: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,51 +23,6 @@ class PlannedBatch:
 
     shape: Shape
     slots: tuple[Slot, ...]
-
-
-def choose_buckets(sizes: np.ndarray, count: int, cover: Sequence[Shape] = ()) -> list[Shape]:
-    """At most `count` padded shapes that hold images of `sizes` and of `cover` with little padding, smallest first.
-
-    Starts from every size that occurs, rounded up to the grid, and joins the two shapes whose common bound adds the least
-    padding, until few enough are left.
-
-    Args:
-      sizes: (height, width) `[M, 2]`.
-      cover: sizes that must fit, too, although none of `sizes` may need them.
-    """
-    sizes, cover = np.asarray(sizes, np.int64).reshape(-1, 2), np.asarray(cover, np.int64).reshape(-1, 2)
-    shapes, index = np.unique(-(-np.concatenate([sizes, cover]) // GRID) * GRID, axis=0, return_inverse=True)
-    # Covered sizes count as one image in a hundred: for nothing, they would be joined to a bucket larger than all images.
-    weights = np.ones(len(sizes) + len(cover), np.int64)
-    weights[len(sizes) :] = max(len(sizes) // 100, 1)
-    counts = np.bincount(index.ravel(), weights, minlength=len(shapes)).astype(np.int64)
-    while len(shapes) > count:
-        area = shapes.prod(axis=1)
-        joined = np.maximum(shapes[:, None], shapes[None, :])
-        cost = joined.prod(axis=-1) * (counts[:, None] + counts) - (area * counts)[:, None] - area * counts
-        np.fill_diagonal(cost, np.iinfo(cost.dtype).max)
-        a, b = np.unravel_index(np.argmin(cost), cost.shape)
-        shapes[a], counts[a] = joined[a, b], counts[a] + counts[b]
-        shapes, counts = np.delete(shapes, b, axis=0), np.delete(counts, b)
-    buckets = {(int(h), int(w)) for h, w in shapes}
-    return sorted(buckets, key=lambda shape: (shape[0] * shape[1], shape))
-
-
-def fits(size: Shape, bucket: Shape) -> bool:
-    """Whether an image of this size can be padded to the bucket."""
-    return size[0] <= bucket[0] and size[1] <= bucket[1]
-
-
-def smallest_bucket(buckets: Sequence[Shape], size: Shape) -> Shape:
-    """The first bucket that holds an image of this size.
-
-    Raises:
-      ValueError: none does.
-    """
-    for bucket in buckets:
-        if fits(size, bucket):
-            return bucket
-    raise ValueError(f"No bucket of {buckets} holds an image of {size}.")
 
 
 class TrainPlan:

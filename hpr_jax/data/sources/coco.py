@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpr_jax.data.augmentation.geometry import EncodedImage, ImageFile
 from hpr_jax.data.dataset import Classes, Dataset, Problem, Record, Records
+from hpr_jax.data.images import EncodedImage, ImageFile
 from hpr_jax.data.masks import MalformedMaskError, Mask, parse_segmentation
 from hpr_jax.errors import UserError
 

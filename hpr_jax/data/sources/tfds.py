@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from hpr_jax.data.augmentation.geometry import EncodedImage, UnreadableImageError
 from hpr_jax.data.dataset import Classes, Dataset
+from hpr_jax.data.images import EncodedImage, UnreadableImageError
 from hpr_jax.data.sources.coco import Entry, named_errors, no_collection, parse_entries
 from hpr_jax.errors import UserError
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import io
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
-from hpr_jax.config import load_config
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import Entry, ImageFolder, clip_box, group_annotations, load_coco, read_json
 from hpr_jax.data.sources.tfds import COCO
@@ -158,23 +155,3 @@ def _write(splits: Mapping[str, _Split], target: Path) -> None:
     # It speaks of downloads.
     with contextlib.redirect_stdout(io.StringIO()):
         Folder(data_dir=target, file_format="array_record").download_and_prepare()
-
-
-def run(command_line: list[str]) -> None:
-    """Does what the arguments say.
-
-    Raises:
-      UserError: with a sentence for the user.
-    """
-    parser = CommandParser(prog="make_tfds", description=__doc__)
-    parser.add_argument("--config", required=True, help="config file, with a variant behind a colon")
-    parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
-    command_line, overrides = split_overrides(command_line)
-    arguments = parser.parse_args(command_line)
-    config = load_config(arguments.config, overrides)
-    directory = make_tfds(config.data, arguments.target)
-    print(f"{directory}: --config.data.directory={directory} trains on it.")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: run(sys.argv[1:])))

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.layers import Frozen, GroupNorm, affine, freeze, kept, rematerialized
-from hpr_jax.ops.convolution import convolution
+from hpr_jax.models.layers import Conv, Frozen, GroupNorm, freeze, kept, rematerialized
 from hpr_jax.ops.padding import halve, zero_padding
 
 
@@ -25,27 +24,6 @@ class FrozenBatchNorm(nnx.Module):
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         scale = self.scale * jax.lax.rsqrt(self.variance + 1e-5)
         return (x * scale + (self.bias - self.mean * scale)).astype(x.dtype)
-
-
-class Conv(nnx.Module):
-    """Convolution without bias, zero-padded by k // 2; padding beyond the valid area never enters.
-
-    1x1 kernels are `[in, out]` and run as matrix products (on CPUs their gradients are six times faster so); others are
-    `[k, k, in, out]`.
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1, *, rngs: nnx.Rngs):
-        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-        shape = (inputs, outputs) if kernel_size == 1 else (kernel_size, kernel_size, inputs, outputs)
-        self.kernel = nnx.Param(init(rngs.params(), shape))
-        self.kernel_size, self.stride = kernel_size, stride
-
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`[B, h, w, in]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
-        kernel = self.kernel.get_value()
-        if self.kernel_size == 1:
-            return affine(x[:, :: self.stride, :: self.stride], kernel, None)
-        return convolution(zero_padding(x, sizes), kernel, self.stride)
 
 
 def make_norm(kind: Literal["frozen_batch", "group"], channels: int, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -5,11 +5,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hpr_jax.models.encoder import Pyramid, pixel_centers
 from hpr_jax.models.heads import PredictionHead
-from hpr_jax.models.layers import layer_norm, linear, xavier_linear
-from hpr_jax.ops.boxes import cxcywh_to_xyxy
-from hpr_jax.ops.nms import nms_first
+from hpr_jax.models.layers import layer_norm, xavier_linear
+from hpr_jax.models.pyramid import Pyramid, pixel_centers
 from hpr_jax.types import Predictions
 
 
@@ -86,79 +84,10 @@ class ProposalGenerator(nnx.Module):
 
     def chosen(self, tokens: Tokens, head: PredictionHead, index: jax.Array, found: jax.Array) -> Predictions:
         """Proposals of the tokens `index` `[B, Q]`; zero logits and the box (.5, .5, .5, .5) where none was `found`."""
-        logits, boxes = self(jax.tree.map(lambda x: _rows(x, index), tokens), head)
+        logits, boxes = self(jax.tree.map(lambda x: rows(x, index), tokens), head)
         return Predictions(
             logits=jnp.where(found[..., None], logits, 0.0), boxes=jnp.where(found[..., None], boxes, 0.5), valid=found
         )
-
-
-class TopQueries(nnx.Module):
-    """The best proposals by score with learned content, one vector a rank (two-stage Deformable DETR with the mixed query
-    selection of DINO, Zhang et al. 2023, section 3.4)."""
-
-    def __init__(self, head: PredictionHead, channels: int, *, queries: int, rngs: nnx.Rngs):
-        self.generator = ProposalGenerator(channels, rngs=rngs)
-        self.head = head
-        self.content = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (queries, channels)))
-
-    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, None]:
-        """-> matching queries; there are no dense ones."""
-        tokens = self.generator.tokens(memory)
-        logits, _ = self.generator.candidates(tokens, self.head)
-        queries, channels = self.content.shape
-        index, found = _best(logits, memory.valid, queries)
-        content = jnp.broadcast_to(self.content.get_value().astype(memory.tokens.dtype), (len(logits), queries, channels))
-        nowhere = jnp.zeros_like(found)
-        return InitialQueries(content, self.generator.chosen(tokens, self.head, index, found), nowhere), None
-
-
-class DistinctQueries(nnx.Module):
-    """DDQ's initial queries (Zhang et al. 2023, section 3): the best proposals that survive class-agnostic NMS, and in
-    training as many and a half more, ranked by score alone, on heads of their own. Content comes from the memory.
-
-    With fewer survivors than queries the rest is filled with zero content, zero logits and the box (.5, .5, .5, .5); these
-    twins take part in everything.
-    """
-
-    def __init__(
-        self,
-        head: PredictionHead,
-        dense_head: PredictionHead,
-        channels: int,
-        *,
-        queries: int,
-        dense_ratio: float,
-        nms_threshold: float,
-        rngs: nnx.Rngs,
-    ):
-        self.generator = ProposalGenerator(channels, rngs=rngs)
-        self.head = head
-        self.dense_head = dense_head
-        self.content = linear(channels, channels, rngs=rngs)
-        self.queries, self.dense_ratio, self.nms_threshold = queries, dense_ratio, nms_threshold
-
-    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]:
-        """-> matching queries, and dense ones if asked for."""
-        tokens = self.generator.tokens(memory)
-
-        def initial(head, index, found):
-            content = self.content(_rows(jax.lax.stop_gradient(memory.tokens), index))
-            content = jnp.where(found[..., None], content, 0.0)
-            return content, self.generator.chosen(tokens, head, index, found)
-
-        logits, boxes = self.generator.candidates(tokens, self.head)
-        index, found = jax.vmap(
-            lambda boxes, scores, valid: nms_first(boxes, scores, valid, self.queries, self.nms_threshold)
-        )(cxcywh_to_xyxy(boxes), _scores(logits), memory.valid)
-        content, proposals = initial(self.head, index, found)
-        matching = InitialQueries(content, proposals.replace(valid=jnp.ones_like(found)), ~found)
-        if not with_dense:
-            return matching, None
-
-        logits, _ = self.generator.candidates(tokens, self.dense_head)
-        count = min(int(self.queries * self.dense_ratio), logits.shape[1])
-        index, found = _best(logits, memory.valid, count)
-        return matching, InitialQueries(*initial(self.dense_head, index, found), jnp.zeros_like(found))
 
 
 def anchors_inside(memory: Pyramid) -> jax.Array:
@@ -188,12 +117,7 @@ def _anchor_side(level: int) -> float:
     return 0.05 * 2.0**level
 
 
-def _scores(logits: jax.Array) -> jax.Array:
-    """Probability of the best class: `[..., K]` -> `[...]`."""
-    return jax.nn.sigmoid(jnp.max(logits, axis=-1))
-
-
-def _best(logits: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def best_tokens(logits: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The `count` tokens of the best scores, ties to the lowest index: logits `[B, S, K]`, valid `[B, S]` -> indices
     `[B, count]`, and whether there is such a token, which fails when an image has fewer."""
     # By logits: different ones may have the same probability.
@@ -204,6 +128,6 @@ def _best(logits: jax.Array, valid: jax.Array, count: int) -> tuple[jax.Array, j
     return index, jnp.arange(count) < jnp.sum(valid, axis=1, keepdims=True)
 
 
-def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
+def rows(array: jax.Array, index: jax.Array) -> jax.Array:
     """`[B, T, ...]`, `[B, Q]` -> `[B, Q, ...]`."""
     return jnp.take_along_axis(array, index[..., None], axis=1)

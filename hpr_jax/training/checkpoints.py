@@ -1,0 +1,152 @@
+"""The checkpoints of a run: written, rotated, and put aside when damaged."""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from hpr_jax.errors import RunError, UserError
+from hpr_jax.runtime.devices import agree, gather, leads, wait_for_all
+from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, _reader, _steps, read_meta
+from hpr_jax.weights.manifest import find_damage, write_manifest
+
+log = logging.getLogger("hpr_jax")
+
+
+class Checkpoints:
+    """The checkpoints of one run, below its workdir. A checkpoint has its final name when it is complete, never before, and
+    a manifest by which damage is found. All processes call every method, and see the same files.
+
+    Args:
+      keep: so many latest ones.
+    """
+
+    def __init__(self, workdir: Path, keep: int):
+        self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
+        if leads():
+            _delete_partial(self._latest)
+            _delete_partial(self._best)
+            # Of two, the older was about to be deleted.
+            _delete_now(_steps(self._best)[:-1])
+
+    def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
+        """Saves a checkpoint to resume from, then deletes the oldest.
+
+        Raises:
+          RunError: it cannot be written; the others are as they were.
+        """
+        _write(self._latest / str(step), meta, model=nnx.to_pure_dict(model), training=training)
+        _delete(_steps(self._latest)[: -self._keep])
+
+    def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
+        """Saves the best model so far, in place of the one before; raises as `save` does."""
+        _write(self._best / str(step), meta, model=nnx.to_pure_dict(model))
+        _delete([path for path in _steps(self._best) if path.name != str(step)])
+
+    def latest_meta(self) -> Meta | None:
+        """What the newest undamaged checkpoint says of itself, or None before the first. Damaged ones are put aside.
+
+        Raises:
+          UserError: all are damaged.
+        """
+        newest, damaged = _newest_undamaged(self._latest)
+        if newest is None and damaged:
+            raise UserError(
+                f"All checkpoints in {self._latest} are damaged: {', '.join(damaged)}. To begin anew, choose another "
+                "workdir or delete them."
+            )
+        return newest and read_meta(newest, check=False)
+
+    def best_meta(self) -> Meta | None:
+        """What the best checkpoint says of itself, None if there is none that is undamaged."""
+        newest, _ = _newest_undamaged(self._best)
+        return newest and read_meta(newest, check=False)
+
+    def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
+        """The model and training state of a step, in the shapes and on the devices of the given ones."""
+        path = self._latest / str(step)
+        with _reader(path) as reader:
+            restored = reader.restore(
+                path,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(_placed(nnx.to_pure_dict(model))),
+                    training=ocp.args.StandardRestore(_placed(training)),
+                ),
+            )
+        nnx.replace_by_pure_dict(model, restored.model)
+        return model, restored.training
+
+
+def _write(path: Path, meta: Meta, **items: Any) -> None:
+    partial = path.with_suffix(PARTIAL)
+    arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    reason = None
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(partial, ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays), force=True)
+        if leads():
+            write_manifest(partial)
+            _delete_now([path] if path.exists() else [])
+            partial.rename(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = _reason(error)
+    # Also waits for all.
+    reasons = [one for one in gather(reason) if one]
+    if reasons:
+        _delete_partial(path.parent)
+        raise RunError(
+            f"The checkpoint {path} cannot be written: {reasons[0]}. Earlier checkpoints are as they were; the same command "
+            "goes on from the latest."
+        )
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    if leads():
+        _delete_now(paths)
+    wait_for_all("deleted")
+
+
+def _delete_now(paths: Iterable[Path]) -> None:
+    for path in paths:
+        # What is being deleted does not look like a checkpoint.
+        shutil.rmtree(path.rename(path.with_suffix(f"{PARTIAL}-old")))
+
+
+def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and the names of those that were put aside, now or before. One process looks,
+    for all: they may not see the same files yet."""
+
+    def look() -> tuple[str | None, list[str]]:
+        while steps := _steps(folder):
+            newest = steps[-1]
+            damage = find_damage(newest)
+            if not damage:
+                break
+            aside = newest.with_suffix(".damaged")
+            log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", newest, damage, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            newest.rename(aside)
+        return steps[-1].name if steps else None, sorted(path.name for path in folder.glob("*.damaged"))
+
+    name, damaged = agree(look)
+    return folder / name if name else None, damaged
+
+
+def _delete_partial(folder: Path) -> None:
+    for left in folder.glob(f"*{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """The end of a message that may quote others."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "no space is left on the device" if "No space left" in str(error) else text
+
+
+def _placed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

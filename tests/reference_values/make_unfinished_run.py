@@ -1,0 +1,69 @@
+"""Makes `unfinished_run/`: a tiny run that stopped halfway, and what becomes of it.
+
+    python tests/reference_values/make_unfinished_run.py
+
+It holds the drawn data set (`data/`), the workdir after half of the steps (`run/`), the detections of that checkpoint on
+the validation images, and the weights after all steps (`expected.npz`). The stored one was made by commit 2f77c2f. A later
+version that reads it, detects equally and ends with the same weights has kept the format of checkpoints, the names of
+settings and the order of the optimizer's leaves. Whoever changes training on purpose makes it anew, and says so.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "unfinished_run"
+HELPERS = FOLDER.parent.parent / "helpers"
+sys.path[:0] = [str(FOLDER.parent.parent), str(HELPERS), str(FOLDER.parent.parent.parent / "scripts")]
+
+import conftest  # noqa: F401  Tests compile in a way of their own, which decides the last bits.
+import workdirs
+import tiny
+
+import hpr_jax
+from hpr_jax.commands.train import train
+
+STEPS, STOPPED = 6, 3
+
+
+def config():
+    """The tests' tiny DDQ detector, whose compiled programs other tests share, with a moving average."""
+    # Relative, so that no place of one machine is stored.
+    c = tiny.config(Path("data"))
+    c.train.update(steps=STEPS, log_every=1, checkpoint_every=STOPPED, evaluate_every=STEPS, ema_decay=0.9)
+    c.optimizer.update(warmup_steps=2, milestones=(5,))
+    return c
+
+
+def detections(detector) -> dict[str, np.ndarray]:
+    """Of the validation images, in the order of their names."""
+    found = [detector(path, threshold=0.0) for path in sorted((FOLDER / "data/val2017").iterdir())]
+    return {field: np.stack([getattr(one, field) for one in found]) for field in ("boxes", "scores", "labels")}
+
+
+def main() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    tiny.write_coco(FOLDER / "data")
+    os.chdir(FOLDER)
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        train(config(), workdir)
+        last = workdirs.weights(workdir / f"checkpoints/{STEPS}")
+        stopped = FOLDER / f"run/checkpoints/{STOPPED}"
+        shutil.copytree(workdir / f"checkpoints/{STOPPED}", stopped)
+        metrics = [line for line in workdirs.lines(workdir) if line["step"] <= STOPPED]
+    (FOLDER / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    np.savez_compressed(
+        FOLDER / "expected.npz",
+        **{f"detections/{field}": array for field, array in detections(hpr_jax.load(stopped)).items()},
+        **{f"last/{name}": array for name, array in last.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()
