@@ -107,7 +107,7 @@ class TestBoxesOfStrongViews:
     def test_start_from_the_weak_ones(self, strong):
         """Cropped to 80 x 40, flipped and halved to 40 x 20: translations are a tenth of that."""
         geometry = Geometry((20, 10, 100, 50), (20, 40), flip=True)
-        pictures = dataset([plain(60, 120, RED)], [[[30, 20, 40, 40], [90, 0, 120, 60], [0, 0, 15, 60]]])
+        pictures = dataset([plain(60, 120, RED)], [[[0, 0, 15, 60], [30, 20, 40, 40], [90, 0, 120, 60]]])
         for geometric, magnitude, expected in (
             ("translate_x", 0.1, [[34, 5, 39, 15], [4, 0, 9, 20]]),
             ("translate_y", 0.1, [[30, 7, 35, 17], [0, 2, 5, 20]]),
@@ -116,7 +116,7 @@ class TestBoxesOfStrongViews:
             weak, moved = views_of(pictures, geometry)
             assert weak.objects.boxes.tolist() == [[30, 5, 35, 15], [0, 0, 5, 20]]
             assert moved.objects.boxes.tolist() == expected
-            assert weak.objects.labels.tolist() == moved.objects.labels.tolist() == [0, 1]
+            assert weak.objects.labels.tolist() == moved.objects.labels.tolist() == [1, 2]
             assert weak.image.shape == moved.image.shape == (20, 40, 3)
 
     def test_colours_of_strong_views_alone_change(self, strong):
