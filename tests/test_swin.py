@@ -142,7 +142,7 @@ def test_each_block_of_a_stage_drops_its_own():
 
 
 def recorded_drops(monkeypatch, count, **settings):
-    """Rate and keys of each call of `drop_path`, in order, for so many copies of an image; blocks compute next to nothing."""
+    """Rate and keys of each call of `drop_path`, in order, for so many copies of an image; blocks compute nothing."""
     calls = []
 
     def record(branch, rate, keys):
