@@ -1,12 +1,17 @@
 """Pictures show the colours that were given, and boxes where they are."""
 
+import sys
+import types
+
+import contact_sheet as script
 import cv2
 import numpy as np
 import pytest
 import supervision as sv
-from pictures import BLUE, GREEN, RED, plain
+from pictures import BLUE, GREEN, RED, dataset, plain
 
 from hpr_jax.data.transforms import read_image
+from hpr_jax.inference import Detections
 from hpr_jax.visualize import contact_sheet, draw, write_image
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
@@ -79,3 +84,36 @@ class TestContactSheets:
     def test_of_what_is_written(self, tmp_path):
         write_image(tmp_path / "sheet.png", np.ascontiguousarray(contact_sheet([[COLOURS]], height=24)))
         np.testing.assert_array_equal(read_image(tmp_path / "sheet.png")[4:28, 4:36], COLOURS)
+
+
+def test_predictions_stand_beside_the_truth(monkeypatch, tmp_path):
+    """Red images of 40 x 80 on a sheet that is 320 pixels high: everything is eight times as large, and in RGB."""
+    pictures = dataset([plain(40, 80, RED)] * 2, [[[10, 5, 20, 15]], [[0, 0, 40, 20]]], labels=[[1], [2]])
+    drawn = []
+
+    def find(image, threshold):
+        assert threshold == 0.25
+        return Detections(image, np.float32([[30, 10, 40, 30]]), np.float32([0.751]), np.array([0]), ["cup"], [2])
+
+    def draw(image, boxes, labels, captions):
+        drawn.append((np.asarray(boxes).tolist(), labels.tolist(), captions, image[0, 0].tolist()))
+        return image
+
+    find.config, find.classes = types.SimpleNamespace(data=None), pictures.classes
+    monkeypatch.setattr("hpr_jax.load", lambda workdir: find, raising=False)
+    monkeypatch.setattr(script, "load_dataset", lambda data, split, classes: pictures)
+    monkeypatch.setattr(script, "draw", draw)
+    output = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["contact_sheet", str(tmp_path), "--threshold", "0.25", "--output", str(output)])
+    script.main()
+    predicted = ([[240, 80, 320, 240]], [0], ["cup 0.75"], [255, 0, 0])
+    assert drawn == [
+        predicted,
+        ([[80, 40, 160, 120]], [1], ["pen"], [255, 0, 0]),
+        predicted,
+        ([[0, 0, 320, 160]], [2], ["hat"], [255, 0, 0]),
+    ]
+    sheet = read_image(output)
+    # Four pictures of 640 x 320 in one row.
+    assert sheet.shape == (328, 4 * 648, 3)
+    assert sheet[100, 1000].tolist() == [255, 0, 0]
