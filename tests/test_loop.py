@@ -5,6 +5,7 @@ There is no detector: a state is a single parameter, which counts the steps.
 
 import json
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from flax import nnx
 from runs import lines
 
 from hpr_jax.checkpoint import read_meta
-from hpr_jax.devices import replicate
+from hpr_jax.devices import data_mesh, replicate
 from hpr_jax.evaluate import EvaluationResult
-from hpr_jax.train import train
+from hpr_jax.train import initial_state, train
 from hpr_jax.train_step import TrainState
 
 SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 4, "warmup_factor": 0.5, "milestones": (3,), "gamma": 0.1}
@@ -237,3 +238,48 @@ class TestSettingsReachTheirParts:
         assert meta.run["progress"] == {"losses": [], "reports": 0}
         assert json.loads(json.dumps(meta.run)) == meta.run
         assert meta.run["data"].keys() == {"training split", "validation split"}
+
+
+class Module(nnx.Module):
+    """In place of a detector."""
+
+    def __init__(self):
+        self.trained, self.frozen = nnx.Param(jnp.arange(3.0)), nnx.Variable(jnp.ones(2))
+
+
+class TestInitialStates:
+    def made(self, monkeypatch, **settings):
+        """The state, and what the detector and its weights were made of."""
+        calls = []
+
+        def random_detector(model, num_classes, *, compute, seed):
+            calls.append((model.channels, num_classes, compute.dtype, seed))
+            return Module()
+
+        monkeypatch.setattr("hpr_jax.train.random_detector", random_detector)
+        monkeypatch.setattr("hpr_jax.train.load_initial_weights", lambda detector, path: calls.append(path))
+        config = tiny.config()
+        config.train.update(settings)
+        graph, state = initial_state(config, 7, data_mesh(jax.devices()[:1]))
+        return graph, state, calls
+
+    def test_the_average_begins_as_a_copy_of_the_parameters(self, monkeypatch):
+        _, state, _ = self.made(monkeypatch, ema_decay=0.9)
+        trained, average = state.params["trained"], state.average["trained"]
+        assert trained[...].tolist() == average[...].tolist() == [0, 1, 2]
+        # A step overwrites the parameters.
+        assert trained[...].unsafe_buffer_pointer() != average[...].unsafe_buffer_pointer()
+        assert nnx.to_pure_dict(state.frozen)["frozen"].tolist() == [1, 1]
+        assert int(state.step) == 0
+        assert self.made(monkeypatch)[1].average is None
+
+    def test_is_that_of_the_config(self, monkeypatch):
+        graph, state, calls = self.made(monkeypatch, seed=5)
+        assert calls == [(16, 7, "float32", 5)]
+        assert isinstance(nnx.merge(graph, state.params, state.frozen), Module)
+        moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.size == 3]
+        assert [moment.tolist() for moment in moments] == [[0, 0, 0]] * 2
+
+    def test_initial_weights_are_those_of_the_config(self, monkeypatch):
+        *_, calls = self.made(monkeypatch, initial_weights="weights.pth")
+        assert calls[1:] == [Path("weights.pth")]
