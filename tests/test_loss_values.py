@@ -339,12 +339,15 @@ class TestAlignedMatchedLoss:
         assert not np.any(of_boxes)
 
     def test_ranks_are_within_a_box_and_ties_go_to_the_lower_index(self):
-        """Queries 0, 2 and 3 stand for box 0, of which 0 and 3 are equally good; query 1 stands for box 1."""
-        found = predictions([[[HALF]] * 4], [[narrowed(0.5), BOX, BOX, narrowed(0.5)]])
+        """Queries 0, 2 and 3 stand for box 0, which 0 and 3 do not touch: both have the least blend. Query 1 stands for box
+        1."""
+        left, corner = (0.1, 0.5, 0.1, 0.4), (0.1, 0.1, 0.1, 0.1)
+        found = predictions([[[HALF]] * 4], [[left, BOX, BOX, corner]])
         goal = targets([[BOX, BOX]], [[0, 0]], [[True, True]])
         index = np.array([[0, 1, 0, 0]], np.int32)
         terms = matched(AlignedMatchedLoss(), found, np.ones((1, 4), bool), index, goal)
-        assert terms["l1"] == pytest.approx(5 * 0.2 * (np.exp(-1 / 1.5) + np.exp(-2 / 1.5)) / 2, rel=1e-4)
+        ranked = (0.4 + 0.3) * np.exp(-1 / 1.5) + 2 * (0.4 + 0.3) * np.exp(-2 / 1.5)
+        assert terms["l1"] == pytest.approx(5 * ranked / 2, rel=1e-4)
 
 
 dense_loss = jax.jit(DenseLoss())
