@@ -42,7 +42,8 @@ class CostWeights:
 def focal_cost(logits: jax.Array, labels: jax.Array, *, alpha: float = 0.25, gamma: float = 2.0) -> jax.Array:
     """Focal loss as the positive minus as the negative of each label: `[..., Q, K]`, `[..., N]` -> `[..., Q, N]`."""
     probability = jax.nn.sigmoid(logits)
-    negative = -jnp.log(1 - probability + 1e-12) * (1 - alpha) * probability**gamma
+    # The official code adds 1e-12 in the logarithms. XLA would fold that into the 1 of the first, where float32 loses it.
+    negative = -jnp.log(jnp.maximum(1 - probability, 1e-12)) * (1 - alpha) * probability**gamma
     positive = -jnp.log(probability + 1e-12) * alpha * (1 - probability) ** gamma
     labels = jnp.broadcast_to(labels[..., None, :], (*logits.shape[:-1], labels.shape[-1]))
     return jnp.take_along_axis(positive - negative, labels, axis=-1)

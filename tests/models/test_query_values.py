@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hpr_jax.models.denoising import group_layout
-from hpr_jax.models.detector import Detector, _by_kind, detections
-from hpr_jax.models.encoder import Encoder, EncoderLayer, Pyramid, flatten, pixel_centers
+from hpr_jax.inference.detect import detections
+from hpr_jax.models.detector import Detector, _by_kind
+from hpr_jax.models.encoder import Encoder, EncoderLayer
 from hpr_jax.models.position import box_encoding, map_encoding
-from hpr_jax.models.queries import DistinctQueries, InitialQueries, ProposalGenerator, TopQueries, _best
-from hpr_jax.models.refiner import DecoderOutput
+from hpr_jax.models.pyramid import Pyramid, flatten, pixel_centers
+from hpr_jax.models.queries.denoising import group_layout
+from hpr_jax.models.queries.distinct import DistinctQueries
+from hpr_jax.models.queries.proposals import InitialQueries, ProposalGenerator
+from hpr_jax.models.queries.proposals import best_tokens as _best
+from hpr_jax.models.queries.top import TopQueries
+from hpr_jax.models.refiner.hybrid import DecoderOutput
 from hpr_jax.types import DenoisingQueries, Predictions
 
 

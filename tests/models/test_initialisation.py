@@ -8,15 +8,20 @@ import pytest
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
-from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import PredictionHead
-from hpr_jax.models.interactions import PointRefiner
 from hpr_jax.models.layers import FeedForward
 from hpr_jax.models.neck import Projection
-from hpr_jax.models.queries import DistinctQueries, ProposalGenerator, TopQueries
-from hpr_jax.models.refiner import HybridRefiner, Merge, RegionSettings
-from hpr_jax.models.region import DynamicConv, RegionalAttention, RegionFC
+from hpr_jax.models.queries.denoising import Denoiser
+from hpr_jax.models.queries.distinct import DistinctQueries
+from hpr_jax.models.queries.proposals import ProposalGenerator
+from hpr_jax.models.queries.top import TopQueries
+from hpr_jax.models.refiner.dynamic_conv import DynamicConv
+from hpr_jax.models.refiner.hybrid import HybridRefiner, RegionSettings
+from hpr_jax.models.refiner.layer import Merge
+from hpr_jax.models.refiner.point import PointRefiner
+from hpr_jax.models.refiner.region_fc import RegionFC
+from hpr_jax.models.refiner.regional_attention import RegionalAttention
 
 # Parts are as wide as this wherever they can be: the fewer the shapes, the less there is to compile.
 WIDTH = 32
