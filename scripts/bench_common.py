@@ -30,7 +30,9 @@ class Timing:
         return cls(float(median), float(high - low) / 2, len(seconds))
 
 
-def time_calls(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int, *, most_seconds: float = float("inf")) -> Timing:
+def time_calls(
+    run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int, *, most_seconds: float = float("inf")
+) -> Timing:
     """Times a call, after two calls that are not counted.
 
     Short calls are queued, up to 20 of them in about 50 ms, so that launching them does not count on GPUs.

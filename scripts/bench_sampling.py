@@ -70,13 +70,13 @@ class Contestant:
 
     Attributes:
       library: of `WAITS`.
-      runs: what computes it, by direction.
+      make: puts its arrays on the device; returns what computes it, by direction.
       missing: why it cannot run here; then there is nothing to run.
     """
 
     name: str
     library: str = "jax"
-    runs: Runs = dataclasses.field(default_factory=dict)
+    make: Callable[[], Runs] = dict
     missing: str = ""
 
     def wait(self, result: Any) -> None:
@@ -180,30 +180,28 @@ def torch_wait(_: Any) -> None:
 WAITS: dict[str, Callable[[Any], Any]] = {"jax": jax.block_until_ready, "torch": torch_wait, "cupy": cuda_operator.wait}
 
 
-def contestants(
-    case: Case, arrays: dict[str, np.ndarray], dtype: str, *, interpret: bool = False
-) -> Iterator[Contestant]:
-    """All implementations of sampling, one after the other: what one has on the device is free when the next one comes.
+def contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str, *, interpret: bool = False) -> Iterator[Contestant]:
+    """All implementations of sampling, the kernel first.
 
     Args:
       interpret: without a GPU, the kernel interpreted, which says nothing about its speed.
     """
     if jax.default_backend() == "gpu":
-        yield Contestant("Pallas kernel", runs=jax_runs(case, arrays, dtype, "pallas"))
+        yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, "pallas"))
     elif interpret:
-        yield Contestant("Pallas kernel", runs=jax_runs(case, arrays, dtype, "pallas_interpret"))
+        yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, "pallas_interpret"))
     else:
         yield Contestant("Pallas kernel", missing="there is no NVIDIA GPU")
     yield cuda_contestant(case, arrays, dtype)
     yield from torch_contestants(case, arrays, dtype)
-    yield Contestant("XLA", runs=jax_runs(case, arrays, dtype, "xla"))
+    yield Contestant("XLA", make=functools.partial(jax_runs, case, arrays, dtype, "xla"))
 
 
 def cuda_contestant(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Contestant:
     name, obstacle = "CUDA operator of our own", cuda_operator.obstacle()
     if obstacle:
         return Contestant(name, "cupy", missing=obstacle)
-    return Contestant(name, "cupy", cuda_operator.runs(arrays, case.levels, dtype))
+    return Contestant(name, "cupy", functools.partial(cuda_operator.runs, arrays, case.levels, dtype))
 
 
 def torch_contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Iterator[Contestant]:
@@ -212,11 +210,12 @@ def torch_contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> 
         return
     import torch
 
-    yield Contestant("PyTorch grid_sample", "torch", torch_runs(case, arrays, dtype, original=False))
+    yield Contestant("PyTorch grid_sample", "torch", functools.partial(torch_runs, case, arrays, dtype, original=False))
     if torch.cuda.is_available() and importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext"):
         # It has no bfloat16.
         kind = "float16" if dtype == "bfloat16" else dtype
-        yield Contestant(f"mmcv's CUDA operator ({kind})", "torch", torch_runs(case, arrays, kind, original=True))
+        make = functools.partial(torch_runs, case, arrays, kind, original=True)
+        yield Contestant(f"mmcv's CUDA operator ({kind})", "torch", make)
 
 
 LAUNCHES = tuple(Launch(warps, elements) for warps, elements in itertools.product((1, 2, 4, 8), (2, 4, 8, 16)))
@@ -262,7 +261,7 @@ def print_case(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: i
             print(f"left out: {one.name}, for {one.missing}")
             continue
         rows[one.name] = {
-            direction: 1e3 * time_calls(run, one.wait, repeats).median for direction, run in one.runs.items()
+            direction: 1e3 * time_calls(run, one.wait, repeats).median for direction, run in one.make().items()
         }
     print(f"{'':28} {'forward ms':>11} {'GB/s':>7} {'x XLA':>6} {'backward ms':>12} {'GB/s':>7} {'x XLA':>6}")
     for name, times in rows.items():

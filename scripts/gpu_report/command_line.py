@@ -57,7 +57,9 @@ def environment(rehearse: bool, memory_share: float) -> dict[str, str]:
 def main(description: str) -> int:
     """Runs all parts, or is one of them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu_report"), help="folder for the report (default: gpu_report)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu_report"), help="folder for the report (default: gpu_report)"
+    )
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together (default: 480)")
     parser.add_argument("--only", help=f"some of the parts: {','.join(name for name, *_ in PARTS)}")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")

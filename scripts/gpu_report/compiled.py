@@ -73,5 +73,31 @@ def compile_all(functions: Mapping[Any, tuple[Any, tuple[Any, ...]]]) -> dict[An
         return {name: program.result() for name, program in started.items()}
 
 
+def compile_what_can_be(
+    functions: Mapping[Any, tuple[Any, tuple[Any, ...]]],
+) -> tuple[dict[Any, Program], dict[Any, str]]:
+    """The same, and the errors of those that cannot be compiled."""
+    programs: dict[Any, Program] = {}
+    failures: dict[Any, str] = {}
+    started: dict[Any, Future[Program]] = {}
+    with Compiler() as compiler:
+        for name, (function, inputs) in functions.items():
+            try:
+                started[name] = compiler.start(function, *inputs)[0]
+            except Exception as error:
+                failures[name] = in_a_line(error)
+        for name, program in started.items():
+            try:
+                programs[name] = program.result()
+            except Exception as error:
+                failures[name] = in_a_line(error)
+    return programs, failures
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error, and the beginning of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def on_gpu() -> bool:
     return jax.default_backend() == "gpu"

@@ -17,10 +17,12 @@ class Kernel:
 
     Attributes:
       operation: of the compiled program, where the trace tells; else the kernel's own name.
+      name: the kernel's own.
       seconds: of all runs together.
     """
 
     operation: str
+    name: str
     runs: int
     seconds: float
 
@@ -68,16 +70,16 @@ def profile(run: Callable[[], Any], calls: int) -> Profile:
     events = list(_device_events(jax.profiler.ProfileData.from_serialized_xspace(raw)))
     if not events:
         raise ValueError("the trace has nothing of a device in it")
-    runs: dict[str, list[float]] = collections.defaultdict(list)
-    for name, start, end in events:
-        runs[name].append(end - start)
-    kernels = [Kernel(name, len(times), sum(times)) for name, times in runs.items()]
+    runs: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for *names, start, end in events:
+        runs[names[0], names[1]].append(end - start)
+    kernels = [Kernel(*names, len(times), sum(times)) for names, times in runs.items()]
     kernels.sort(key=lambda kernel: -kernel.seconds)
-    return Profile(kernels, _covered((start, end) for _, start, end in events), calls, raw)
+    return Profile(kernels, _covered((start, end) for *_, start, end in events), calls, raw)
 
 
-def _device_events(data: Any) -> Iterator[tuple[str, float, float]]:
-    """Name, start and end in seconds of what ran on the GPU's streams; without a GPU, of what XLA's threads ran."""
+def _device_events(data: Any) -> Iterator[tuple[str, str, float, float]]:
+    """Operation, kernel, start and end in seconds of what ran on the GPU's streams; without a GPU, of what XLA's threads ran."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
     for plane in planes or data.planes:
         for line in plane.lines:
@@ -88,7 +90,9 @@ def _device_events(data: Any) -> Iterator[tuple[str, float, float]]:
                 operation = dict(event.stats).get("hlo_op")
                 if planes or operation:
                     start = event.start_ns / 1e9
-                    yield str(operation or event.name), start, start + event.duration_ns / 1e9
+                    # Of nested operations the innermost.
+                    inner = str(operation or event.name).rpartition("/")[2]
+                    yield inner, event.name, start, start + event.duration_ns / 1e9
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:

@@ -3,19 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpu_report.compiled import Program
+from gpu_report.compiled import Program, in_a_line
 from gpu_report.kernel_profile import Profile, profile, sources
-from gpu_report.recorder import Recorder, Table
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, Table
 
 CALLS = 3
-MOST_KERNELS = 25
+MOST_KERNELS = 20
 
 
 def summary_table(recorder: Recorder, title: str) -> Table:
     """For the rows of `summarize`."""
-    return recorder.table(
-        title, given=["program"], measured=["kernels and copies a call", "ms busy a call", "us each"], computed=["share of time busy"]
-    )
+    measured = ("kernels and copies a call", "ms busy a call", "us each")
+    return recorder.table(title, {"program": GIVEN, **dict.fromkeys(measured, MEASURED), "share of time busy": COMPUTED})
 
 
 def summarize(
@@ -25,7 +24,7 @@ def summarize(
     try:
         found = profile(run, calls)
     except Exception as error:
-        recorder.note(f"{name} has no profile: {type(error).__name__}: {error}".splitlines()[0])
+        recorder.note(f"{name} has no profile: {in_a_line(error)}")
         return None
     busy = found.busy / calls
     table.add(
@@ -42,13 +41,22 @@ def summarize(
 
 def list_kernels(recorder: Recorder, title: str, found: Profile, program: Program) -> None:
     """The kernels that took most of the time, and what of the model they compute."""
-    table = recorder.table(title, given=["kernel", "of"], measured=["runs a call", "ms a call"], computed=["share"])
+    table = recorder.table(
+        title,
+        {
+            **dict.fromkeys(("operation", "kernel", "of"), GIVEN),
+            "runs a call": MEASURED,
+            "ms a call": MEASURED,
+            "share": COMPUTED,
+        },
+    )
     origins = sources(program.call.as_text() or "")
     total = sum(kernel.seconds for kernel in found.kernels)
     for kernel in found.kernels[:MOST_KERNELS]:
         table.add(
             {
-                "kernel": kernel.operation[:60],
+                "operation": kernel.operation,
+                "kernel": "" if kernel.name == kernel.operation else kernel.name[:60],
                 "of": origins.get(kernel.operation, "")[-90:],
                 "runs a call": kernel.runs / found.calls,
                 "ms a call": 1e3 * kernel.seconds / found.calls,

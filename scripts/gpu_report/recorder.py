@@ -29,12 +29,10 @@ class Recorder:
     def __init__(self, path: Path, folder: Path):
         self._path, self._folder = path, folder
 
-    def table(self, title: str, *, given: Sequence[str], measured: Sequence[str], computed: Sequence[str] = ()) -> "Table":
-        """Begins a table."""
-        kinds = ((given, GIVEN), (measured, MEASURED), (computed, COMPUTED))
-        columns = [{"name": name, "kind": kind} for names, kind in kinds for name in names]
-        self._write({"table": title, "columns": columns})
-        return Table(self, title, [*given, *measured, *computed])
+    def table(self, title: str, columns: Mapping[str, str]) -> "Table":
+        """Begins a table; columns are names with their kinds."""
+        self._write({"table": title, "columns": [{"name": name, "kind": kind} for name, kind in columns.items()]})
+        return Table(self, title, list(columns))
 
     def row(self, title: str, cells: Mapping[str, Cell]) -> None:
         self._write({"row": title, "cells": dict(cells)})

@@ -1,6 +1,7 @@
 """RoIAlign at the sizes of a detector: arrays, and what computes it."""
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -112,11 +113,11 @@ def torch_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Runs:
 def contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str, *, interpret: bool) -> Iterator[Contestant]:
     """As of `bench_sampling`."""
     implementation = "pallas_interpret" if interpret else "pallas"
-    yield Contestant("Pallas kernel", runs=jax_runs(case, arrays, dtype, implementation))
+    yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, implementation))
     if importlib.util.find_spec("torch") and importlib.util.find_spec("torchvision"):
         # It has no bfloat16.
         kind = "float16" if dtype == "bfloat16" else dtype
-        yield Contestant(f"torchvision's operator ({kind})", "torch", torch_runs(case, arrays, kind))
+        yield Contestant(f"torchvision's operator ({kind})", "torch", functools.partial(torch_runs, case, arrays, kind))
     else:
         yield Contestant("torchvision's operator", "torch", missing="torchvision is not installed")
-    yield Contestant("XLA", runs=jax_runs(case, arrays, dtype, "xla"))
+    yield Contestant("XLA", make=functools.partial(jax_runs, case, arrays, dtype, "xla"))

@@ -14,6 +14,8 @@ def get_config() -> Any:
     model = config.model
     model.update(channels=16, heads=2, hidden=24, points=2)
     model.backbone.base_channels = 8
+    model.backbone.blocks = (1, 1, 1, 1)
+    model.encoder.layers = model.refiner.layers = 1
     model.neck.groups = 4
     model.queries.update(count=8, dense_ratio=1.5)
     model.denoising.queries = 4

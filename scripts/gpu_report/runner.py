@@ -34,7 +34,9 @@ class Part:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def run_parts(parts: Sequence[Part], output: Path, seconds: float, machine: Mapping[str, str], *, rehearsal: bool = False) -> dict:
+def run_parts(
+    parts: Sequence[Part], output: Path, seconds: float, machine: Mapping[str, str], *, rehearsal: bool = False
+) -> dict:
     """Runs the parts in order, and returns the report, which is also in `output`.
 
     A part that fails, crashes, or hangs until its limit is recorded as such, with the end of what it said. One whose limit is

@@ -6,7 +6,7 @@ import numpy as np
 from bench_common import Timing, time_calls
 
 from gpu_report.compiled import on_gpu
-from gpu_report.recorder import Recorder, milliseconds
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 
 REPEATS = 9
 
@@ -24,7 +24,7 @@ def run(recorder: Recorder, small: bool) -> None:
 
 
 def copies(recorder: Recorder, megabytes: tuple[int, ...]) -> None:
-    table = recorder.table("Copies", given=["array MB"], measured=["ms"], computed=["GB/s read and written"])
+    table = recorder.table("Copies", {"array MB": GIVEN, "ms": MEASURED, "GB/s read and written": COMPUTED})
     copy = jax.jit(lambda x: -x)
     for size in megabytes:
         x = jnp.ones((size, 250_000), jnp.float32)
@@ -35,7 +35,7 @@ def copies(recorder: Recorder, megabytes: tuple[int, ...]) -> None:
 
 def launches(recorder: Recorder, count: int) -> None:
     """What it costs to start a program, a kernel of a program, and to wait for a result."""
-    table = recorder.table("Launches", given=["what"], measured=["ms"], computed=["us each"])
+    table = recorder.table("Launches", {"what": GIVEN, "ms": MEASURED, "us each": COMPUTED})
 
     def steps(number):
         def chain(x):
@@ -48,8 +48,8 @@ def launches(recorder: Recorder, count: int) -> None:
 
     x = jnp.zeros(1024, jnp.float32)
 
-    def add(what: str, timing: Timing, each: float) -> None:
-        table.add({"what": what, "ms": milliseconds(timing), "us each": 1e6 * each})
+    def add(what: str, timing: Timing | None, each: float) -> None:
+        table.add({"what": what, "ms": timing and milliseconds(timing), "us each": 1e6 * each})
 
     one, few, many = (steps(number) for number in (1, count, 2 * count))
     queued = time_calls(lambda: one(x), jax.block_until_ready, REPEATS)
@@ -58,14 +58,13 @@ def launches(recorder: Recorder, count: int) -> None:
     add("program of one kernel, waited for", waited, waited.median)
     short, long = (time_calls(lambda run=run: run(x), jax.block_until_ready, REPEATS) for run in (few, many))
     add(f"program of {2 * count} kernels", long, long.median / (2 * count))
-    add("a kernel more in a program", long, (long.median - short.median) / count)
+    add("a kernel more in a program", None, (long.median - short.median) / count)
 
 
 def products(recorder: Recorder, size: int) -> None:
     """Matrix products of random numbers, and how exact they are."""
-    table = recorder.table(
-        "Matrix products", given=["size", "type", "precision"], measured=["ms", "relative error"], computed=["TFLOP/s"]
-    )
+    columns = {"size": GIVEN, "type": GIVEN, "precision": GIVEN, "ms": MEASURED, "TFLOP/s": COMPUTED}
+    table = recorder.table("Matrix products", {**columns, "relative error": MEASURED})
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((size, size), np.float32) for _ in range(2))
     expected = left[:16].astype(np.float64) @ right.astype(np.float64)
@@ -91,7 +90,7 @@ def transfers(recorder: Recorder, megabytes: int) -> None:
     if not on_gpu():
         recorder.note("Transfers are left out: without a GPU, there are none.")
         return
-    table = recorder.table("Transfers", given=["what"], measured=["ms"], computed=["GB/s"])
+    table = recorder.table("Transfers", {"what": GIVEN, "ms": MEASURED, "GB/s": COMPUTED})
     for what, size in (("4 kB", 1024), (f"{megabytes} MB", megabytes * 250_000)):
         host = np.ones(size, np.float32)
         add = jax.jit(lambda x: x + 1.0)
@@ -100,4 +99,6 @@ def transfers(recorder: Recorder, megabytes: int) -> None:
         table.add({"what": f"{what} to the device", "ms": milliseconds(there), "GB/s": host.nbytes / there.median / 1e9})
         # A device array keeps its first copy on the host; another array has to be fetched.
         back = time_calls(lambda x=x, add=add: jax.device_get(add(x)), lambda _: None, REPEATS)
-        table.add({"what": f"{what} computed and fetched", "ms": milliseconds(back), "GB/s": host.nbytes / back.median / 1e9})
+        table.add(
+            {"what": f"{what} computed and fetched", "ms": milliseconds(back), "GB/s": host.nbytes / back.median / 1e9}
+        )

@@ -15,7 +15,7 @@ from bench_sampling import CASES, WIDTH, Case, make_arrays
 
 from gpu_report import poison, reference, regions
 from gpu_report.compiled import compile_all, on_gpu
-from gpu_report.recorder import Recorder
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder
 from hpr_jax.ops.deform_attn import deformable_sampling
 from hpr_jax.ops.roi_align import roi_align
 
@@ -59,9 +59,11 @@ def run(recorder: Recorder, small: bool) -> None:
     programs = compile_all({check.name: (jax.jit(check.function), check.inputs) for check in checks})
     table = recorder.table(
         "Relative errors, ‖computed - exact‖ / ‖exact‖",
-        given=["check", "shape"],
-        measured=[*FIELDS, "moved", "not finite"],
-        computed=["verdict"],
+        {
+            **dict.fromkeys(("check", "shape"), GIVEN),
+            **dict.fromkeys((*FIELDS, "moved", "not finite"), MEASURED),
+            "verdict": COMPUTED,
+        },
     )
     wrong = [] if unwritten == poison.LEFT_OUT else ["poisoning"]
     for check in checks:
@@ -102,7 +104,11 @@ def implementation() -> str:
 
 def full_size(small: bool) -> Iterator[Check]:
     """Checks at the sizes of a detector."""
-    cases = {"rehearsal": Case(1, 9, ((4, 5), (2, 3)))} if small else {name: CASES[name] for name in ("decoder_900", "encoder_1")}
+    cases = (
+        {"rehearsal": Case(1, 9, ((4, 5), (2, 3)))}
+        if small
+        else {name: CASES[name] for name in ("decoder_900", "encoder_1")}
+    )
     for name, case in cases.items():
         for dtype in ("bfloat16", "float32"):
             yield sampling_check(name, dtype, case.levels, make_arrays(case))

@@ -10,31 +10,38 @@ from flax import nnx
 from gpu_report.compiled import Program, compile_all
 from gpu_report.kernel_table import list_kernels, summarize, summary_table
 from gpu_report.model import make_bench
-from gpu_report.recorder import Recorder, Table, milliseconds
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, Table, milliseconds
 from hpr_jax.evaluate import make_detect
 
 BATCHES = (1, 8)
+TYPES = ("bfloat16", "float32")
+# Columns of `costs`.
+COSTS = {"trace s": MEASURED, "compile s": MEASURED, "GB of arguments": COMPUTED, "GB of inner values": COMPUTED}
 REPEATS, MOST_SECONDS = 20, 3.0
 
 
 def run(recorder: Recorder, small: bool) -> None:
     table = recorder.table(
         "Inference",
-        given=["type", "images"],
-        measured=["ms", "trace s", "compile s", "peak GB so far"],
-        computed=["images/s", "GB of arguments", "GB of inner values"],
+        {
+            **dict.fromkeys(("type", "images"), GIVEN),
+            "ms": MEASURED,
+            "images/s": COMPUTED,
+            **COSTS,
+            "peak GB so far": MEASURED,
+        },
     )
     profiles = summary_table(recorder, "Kernels of inference")
-    for dtype in ("bfloat16", "float32"):
+    for dtype in TYPES[:1] if small else TYPES:
         measure(recorder, table, profiles, dtype, small)
 
 
 def measure(recorder: Recorder, table: Table, profiles: Table, dtype: str, small: bool) -> None:
     """All batch sizes of one type; their programs are compiled side by side."""
-    bench = make_bench(small, dtype=dtype, batch=2 if small else max(BATCHES))
+    batches = BATCHES[:1] if small else BATCHES
+    bench = make_bench(small, dtype=dtype, batch=max(batches))
     graph, state = nnx.split(bench.detector)
     detect = make_detect(graph, bench.config.evaluate.detections)
-    batches = (1, 2) if small else BATCHES
     inputs = {batch: (state, bench.images[:batch], bench.targets.sizes[:batch]) for batch in batches}
     programs = compile_all({batch: (detect, arrays) for batch, arrays in inputs.items()})
     calls: dict[int, Any] = {}
@@ -54,12 +61,12 @@ def measure(recorder: Recorder, table: Table, profiles: Table, dtype: str, small
             }
         )
     for batch, program in programs.items():
-        name = f"{dtype}, {batch} images"
+        name = f"{dtype}, {batch} image{'s' * (batch > 1)}"
         found = summarize(recorder, profiles, name, calls[batch], seconds[batch])
-        if found is None:
+        if found is None or dtype != TYPES[0]:
             continue
         list_kernels(recorder, f"Kernels by time: {name}", found, program)
-        if (dtype, batch) == ("bfloat16", 1):
+        if batch == BATCHES[0]:
             recorder.keep("inference.xplane.pb", found.raw)
             recorder.keep("inference.hlo.txt", (program.call.as_text() or "").encode())
 

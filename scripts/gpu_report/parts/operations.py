@@ -10,9 +10,9 @@ from bench_common import time_calls
 from bench_sampling import CASES, Case, Contestant, compulsory_bytes, contestants, make_arrays
 
 from gpu_report import regions
-from gpu_report.compiled import on_gpu
+from gpu_report.compiled import in_a_line, on_gpu
 from gpu_report.device_time import device_seconds
-from gpu_report.recorder import Recorder, milliseconds
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 
 DIRECTIONS = ("forward", "backward")
 REPEATS, MOST_SECONDS = 15, 1.0
@@ -58,51 +58,51 @@ def roi_align(recorder: Recorder, name: str, case: regions.Case, dtype: str) -> 
 
 def race(recorder: Recorder, title: str, entrants: Iterable[Contestant], floor: dict[str, int]) -> None:
     """A table with a row for each; ratios are to the first one, the kernel."""
-    columns = {"measured": ("ms", "ms on device"), "computed": ("GB/s", "/ kernel")}
-    table = recorder.table(
-        title,
-        given=["implementation"],
-        **{kind: [f"{way} {name}" for way in DIRECTIONS for name in names] for kind, names in columns.items()},
-    )
+    kinds = {"ms": MEASURED, "/ kernel": COMPUTED, "GB/s": COMPUTED, "ms on device": MEASURED}
+    columns = {f"{way} {name}": kind for way in DIRECTIONS for name, kind in kinds.items()}
+    table = recorder.table(title, {"implementation": GIVEN, **columns})
     recorder.note(
         f"{title}: compulsory traffic is {floor['forward'] / 1e6:.0f} MB forward and {floor['backward'] / 1e6:.0f} MB backward; "
         "GB/s is that over the time."
     )
     first: dict[str, float] = {}
     for entrant in entrants:
-        if entrant.missing:
-            recorder.note(f"{title}: {entrant.name} is left out, {entrant.missing}.")
-            continue
-        cells: dict[str, Any] = {"implementation": entrant.name}
-        warm_up(entrant)
-        for way, call in entrant.runs.items():
-            timing = time_calls(call, entrant.wait, REPEATS, most_seconds=MOST_SECONDS)
-            kernel = first.setdefault(way, timing.median)
-            cells |= {
-                f"{way} ms": milliseconds(timing),
-                f"{way} GB/s": floor[way] / timing.median / 1e9,
-                f"{way} / kernel": timing.median / kernel,
-            }
-            if entrant.name != "XLA":
-                # XLA's forms are loops of thousands of kernels, which would make long traces.
-                seconds = attempt(recorder, lambda entrant=entrant, call=call: device_seconds(entrant.library, call))
-                cells[f"{way} ms on device"] = None if seconds is None else 1e3 * seconds
-        table.add(cells)
+        missing = entrant.missing
+        if not missing:
+            try:
+                table.add({"implementation": entrant.name, **measure(recorder, entrant, floor, first)})
+            except Exception as error:
+                missing = f"it failed: {in_a_line(error)}"
+        if missing:
+            recorder.note(f"{title}: {entrant.name} is left out, {missing}.")
 
 
-def warm_up(entrant: Contestant) -> None:
-    """Compiles all directions side by side."""
+def measure(recorder: Recorder, entrant: Contestant, floor: dict[str, int], first: dict[str, float]) -> dict[str, Any]:
+    """Cells of one implementation; `first` has the times of the first one."""
+    runs = entrant.make()
     if entrant.library == "jax":
+        # Compiles both directions side by side.
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda call: jax.block_until_ready(call()), entrant.runs.values()))
+            list(pool.map(lambda call: jax.block_until_ready(call()), runs.values()))
+    cells: dict[str, Any] = {}
+    for way, call in runs.items():
+        timing = time_calls(call, entrant.wait, REPEATS, most_seconds=MOST_SECONDS)
+        cells |= {
+            f"{way} ms": milliseconds(timing),
+            f"{way} / kernel": timing.median / first.setdefault(way, timing.median),
+            f"{way} GB/s": floor[way] / timing.median / 1e9,
+        }
+        # XLA's forms are loops of thousands of kernels, which would make long traces.
+        if entrant.name != "XLA":
+            cells[f"{way} ms on device"] = milliseconds_on_device(recorder, entrant, call)
+    return cells
 
 
-def attempt(recorder: Recorder, measure: Callable[[], float | None]) -> float | None:
-    """A number that the report can do without."""
+def milliseconds_on_device(recorder: Recorder, entrant: Contestant, call: Callable[[], Any]) -> float | None:
+    """None, and a note, where it is not to be had."""
     try:
-        return measure()
+        seconds = device_seconds(entrant.library, call)
     except Exception as error:
-        recorder.note(f"Time on the device was not to be had: {type(error).__name__}: {error}".splitlines()[0])
+        recorder.note(f"{entrant.name}: time on the device was not to be had: {in_a_line(error)}")
         return None
-
-
+    return None if seconds is None else 1e3 * seconds

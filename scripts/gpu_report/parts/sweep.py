@@ -9,8 +9,8 @@ from bench_common import time_calls
 from bench_sampling import CASES, LAUNCHES, WIDTH, Case, kernel_calls, make_arrays
 
 from gpu_report import regions
-from gpu_report.compiled import compile_all, on_gpu
-from gpu_report.recorder import Recorder, milliseconds
+from gpu_report.compiled import compile_what_can_be, on_gpu
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 from hpr_jax.kernels import deformable_sampling, weighted_rows
 from hpr_jax.kernels.launch import Launch
 
@@ -30,20 +30,27 @@ def run(recorder: Recorder, small: bool) -> None:
     launches = REGION_LAUNCHES[:2] if small else REGION_LAUNCHES
     calls = region_calls(boxes)
     width = min(boxes.channels, weighted_rows.TILE)
-    compare(recorder, f"RoIAlign's sums, decoder_950, {DTYPE}", {launch: calls(launch) for launch in launches}, defaults, width)
+    compare(
+        recorder, f"RoIAlign's sums, decoder_950, {DTYPE}", {launch: calls(launch) for launch in launches}, defaults, width
+    )
 
 
 def compare(recorder: Recorder, title: str, calls: dict[Launch, Any], defaults: dict[str, Launch], width: int) -> None:
     """A table with a row for each launch setting and direction; ratios are to the default setting of the direction."""
     table = recorder.table(
         title,
-        given=["direction", "warps", "channels a thread", "rows a program", "default"],
-        measured=["ms"],
-        computed=["/ default"],
+        {
+            **dict.fromkeys(("direction", "warps", "channels a thread", "rows a program", "default"), GIVEN),
+            "ms": MEASURED,
+            "/ default": COMPUTED,
+        },
     )
     for direction, default in defaults.items():
         by_launch = {launch: directions[direction] for launch, directions in calls.items()}
-        programs = compile_all({launch: (jax.jit(function), inputs) for launch, (function, inputs) in by_launch.items()})
+        functions = {launch: (jax.jit(function), inputs) for launch, (function, inputs) in by_launch.items()}
+        programs, failures = compile_what_can_be(functions)
+        for launch, error in failures.items():
+            recorder.note(f"{title}, {direction}: {launch} does not compile: {error}")
         reference = None
         for launch in sorted(programs, key=lambda launch: launch != default):
             call = functools.partial(programs[launch].call, *by_launch[launch][1])
@@ -67,7 +74,9 @@ def region_calls(case: regions.Case) -> Any:
     RoIAlign's."""
     terms, rows, table = 4 * case.ratio**2, case.images * case.boxes * case.bins**2, case.images * case.tokens
     start = jax.random.randint(jax.random.key(0, impl="rbg"), (rows, 1), 0, max(table - 200, 1))
-    index = jnp.minimum(start + jnp.arange(terms) % 4 + jnp.arange(terms) // 4 * case.levels[0][1], table - 1).astype(jnp.int32)
+    index = jnp.minimum(start + jnp.arange(terms) % 4 + jnp.arange(terms) // 4 * case.levels[0][1], table - 1).astype(
+        jnp.int32
+    )
     weights = jnp.full((rows, terms), 1 / terms, jnp.float32)
     features, gradient = (
         jax.random.normal(jax.random.key(seed, impl="rbg"), (size, case.channels), DTYPE)
@@ -81,5 +90,3 @@ def region_calls(case: regions.Case) -> Any:
         return {"forward": (forward, (features, index, weights)), "backward": (backward, (index, weights, gradient))}
 
     return of
-
-

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from bench_common import Timing, peak_memory, time_calls
 from gpu_report.compiled import Compiler, Program
 from gpu_report.kernel_table import list_kernels, summarize, summary_table
 from gpu_report.model import make_bench
-from gpu_report.parts.inference import costs
-from gpu_report.recorder import Recorder, milliseconds
+from gpu_report.parts.inference import COSTS, costs
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 from hpr_jax.devices import replicate
 from hpr_jax.train_step import TrainState, solve
 
@@ -33,9 +34,12 @@ def run(recorder: Recorder, small: bool) -> None:
         setattr(step, name, program.call)
     times = recorder.table(
         "Training step: bfloat16, 2 images x 2 views",
-        given=["objects an image", "program"],
-        measured=["ms", "peak GB so far"],
-        computed=["share of step"],
+        {
+            **dict.fromkeys(("objects an image", "program"), GIVEN),
+            "ms": MEASURED,
+            "share of step": COMPUTED,
+            "peak GB so far": MEASURED,
+        },
     )
     run_of: dict[str, tuple[Callable[[], Any], Timing]] = {}
     for count in objects:
@@ -55,18 +59,14 @@ def compile_step(recorder: Recorder, step: Any, state: TrainState, batch: Any) -
     """The programs of a step, compiled side by side for what they get from one another."""
     table = recorder.table(
         "Programs of a training step",
-        given=["program"],
-        measured=["trace s", "compile s"],
-        computed=["GB of arguments", "GB of inner values", "GB of results"],
+        {"program": GIVEN, **COSTS, "GB of results": COMPUTED},
     )
     variables, part = state.replace(optimizer=None, average=None), replicate(step.mesh, np.int32(0))
     with Compiler() as compiler:
         started = {}
         started["forward"], forward = compiler.start(step.forward, variables, batch, part)
         assigned = [jax.ShapeDtypeStruct(request.query_valid.shape, jnp.int32) for request in forward.requests]
-        started["loss"], (_, cotangents) = compiler.start(
-            step.loss, batch, [forward.outputs], forward.denoising, [assigned]
-        )
+        started["loss"], (_, cotangents) = compiler.start(step.loss, batch, [forward.outputs], forward.denoising, [assigned])
         started["backward"], gradients = compiler.start(step.backward, variables, forward.pullback, cotangents[0])
         rate = replicate(step.mesh, np.float32(RATE))
         started["update"], _ = compiler.start(step.update, state, gradients, rate)
@@ -163,8 +163,6 @@ def timed_solve(apart: Apart, forward: Any, fresh: list[Any], runs: dict[str, An
 
 
 def time_one_by_one(call: Callable[[], Any], repeats: int) -> Timing:
-    import time
-
     call()
     seconds = []
     for _ in range(repeats):
