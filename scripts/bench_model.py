@@ -105,8 +105,10 @@ class Bench:
 
 
 def quick_detector(config: Any, num_classes: int, *, compute: Any) -> Any:
-    """A detector with weights that NumPy draws, of the size that keeps features in range: at full size, compiling the program
-    that draws initial weights takes minutes."""
+    """A detector with weights that NumPy draws, of the size that keeps features in range.
+
+    At full size, compiling the program that draws initial weights takes minutes.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx

@@ -13,6 +13,8 @@ from gpu_report import machine
 from gpu_report.recorder import Recorder
 from gpu_report.runner import Part, run_parts
 
+# For all parts together, and how much longer everything may take in a rehearsal: on a machine with few and busy cores.
+SECONDS, REHEARSAL = 480, 4
 FOLDER = Path(__file__).resolve().parent
 # Name of the module in parts/, title, limit in seconds, share of the card's memory for JAX. Most valuable first.
 PARTS = (
@@ -32,7 +34,7 @@ def make_parts(rehearse: bool, only: list[str] | None = None) -> list[Part]:
     """The parts as processes of this program."""
     base = [sys.executable, str(FOLDER), *(["--rehearse"] if rehearse else []), "--part"]
     return [
-        Part(name, title, seconds, (*base, name), environment(rehearse, share))
+        Part(name, title, seconds * (REHEARSAL if rehearse else 1), (*base, name), environment(rehearse, share))
         for name, title, seconds, share in PARTS
         if only is None or name in only
     ]
@@ -60,7 +62,7 @@ def main(description: str) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("gpu_report"), help="folder for the report (default: gpu_report)"
     )
-    parser.add_argument("--seconds", type=float, default=480, help="for all parts together (default: 480)")
+    parser.add_argument("--seconds", type=float, help=f"for all parts together (default: {SECONDS})")
     parser.add_argument("--only", help=f"some of the parts: {','.join(name for name, *_ in PARTS)}")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
@@ -73,8 +75,9 @@ def main(description: str) -> int:
         parser.error(f"there are no parts {', '.join(sorted(unknown))}")
     # So that the part in progress is ended, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    seconds = arguments.seconds or SECONDS * (REHEARSAL if arguments.rehearse else 1)
     parts, facts = make_parts(arguments.rehearse, only), machine.describe(FOLDER.parent.parent)
-    found = run_parts(parts, arguments.output, arguments.seconds, facts, rehearsal=arguments.rehearse)
+    found = run_parts(parts, arguments.output, seconds, facts, rehearsal=arguments.rehearse)
     print((arguments.output / "report.md").read_text())
     return 0 if all(part["status"] == "done" for part in found["parts"]) else 1
 

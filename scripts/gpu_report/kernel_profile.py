@@ -79,7 +79,7 @@ def profile(run: Callable[[], Any], calls: int) -> Profile:
 
 
 def _device_events(data: Any) -> Iterator[tuple[str, str, float, float]]:
-    """Operation, kernel, start and end in seconds of what ran on the GPU's streams; without a GPU, of what XLA's threads ran."""
+    """Operation, kernel, start and end in seconds of all that the GPU's streams ran, or without a GPU XLA's threads."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
     for plane in planes or data.planes:
         for line in plane.lines:

@@ -15,6 +15,8 @@ from bench_common import Timing
 GIVEN, MEASURED, COMPUTED = "given", "measured", "computed"
 # A folder with results may hold few and small files.
 MOST_BYTES = 16 * 2**20
+# Of the files beside a report.
+SUFFIX = ".report.gz"
 Cell = str | int | float | dict[str, float] | None
 
 
@@ -48,8 +50,8 @@ class Recorder:
         if len(packed) > MOST_BYTES:
             self.note(f"{name} is not kept: compressed it has {len(packed)} bytes.")
             return
-        (self._folder / f"{name}.gz").write_bytes(packed)
-        self.note(f"{name}.gz is beside this report.")
+        (self._folder / f"{name}{SUFFIX}").write_bytes(packed)
+        self.note(f"{name}{SUFFIX} is beside this report.")
 
     def _write(self, line: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:

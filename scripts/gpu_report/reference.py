@@ -1,5 +1,7 @@
-"""Deformable sampling and RoIAlign in float64 with NumPy and SciPy, fast enough for a detector's sizes: both are products with
-a sparse matrix, which has a row for each sum and a column for each token."""
+"""Deformable sampling and RoIAlign in float64 with NumPy and SciPy, fast enough for a detector's sizes.
+
+Both are products with a sparse matrix, which has a row for each sum and a column for each token.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,6 @@
 """The report: JSON for programs, Markdown for people."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 def _replace(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(content)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def markdown(report: dict[str, Any]) -> str:

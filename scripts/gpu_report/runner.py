@@ -39,12 +39,13 @@ def run_parts(
 ) -> dict:
     """Runs the parts in order, and returns the report, which is also in `output`.
 
-    A part that fails, crashes, or hangs until its limit is recorded as such, with the end of what it said. One whose limit is
-    longer than what is left of all the `seconds` is left out.
+    A part that fails, crashes, or hangs until its limit is recorded as such, with the end of what it said. A part
+    whose limit is longer than what is left of all the `seconds` is left out.
     """
     end = time.monotonic() + seconds
     output.mkdir(parents=True, exist_ok=True)
-    (output / "log.txt").unlink(missing_ok=True)
+    for old in ("log.txt", "report.json", "report.md", *(path.name for path in output.glob(f"*{recorder.SUFFIX}"))):
+        (output / old).unlink(missing_ok=True)
     entries = [_entry(part, "waiting") for part in parts]
     found: dict[str, Any] = {"rehearsal": rehearsal, "seconds": seconds, "machine": dict(machine), "parts": entries}
     for place, part in enumerate(parts):

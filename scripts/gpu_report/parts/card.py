@@ -1,5 +1,7 @@
 """Ceilings of the card: copies, products, launches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def copies(recorder: Recorder, megabytes: tuple[int, ...]) -> None:
     copy = jax.jit(lambda x: -x)
     for size in megabytes:
         x = jnp.ones((size, 250_000), jnp.float32)
-        timing = time_calls(lambda x=x: copy(x), jax.block_until_ready, REPEATS)
+        timing = time_calls(functools.partial(copy, x), jax.block_until_ready, REPEATS)
         rate = 2 * x.nbytes / timing.median / 1e9
         table.add({"array MB": size, "ms": milliseconds(timing), "GB/s read and written": rate})
 
@@ -49,14 +51,14 @@ def launches(recorder: Recorder, count: int) -> None:
     x = jnp.zeros(1024, jnp.float32)
 
     def add(what: str, timing: Timing | None, each: float) -> None:
-        table.add({"what": what, "ms": timing and milliseconds(timing), "us each": 1e6 * each})
+        table.add({"what": what, "ms": None if timing is None else milliseconds(timing), "us each": 1e6 * each})
 
     one, few, many = (steps(number) for number in (1, count, 2 * count))
     queued = time_calls(lambda: one(x), jax.block_until_ready, REPEATS)
     add("program of one kernel, queued", queued, queued.median)
     waited = time_calls(lambda: jax.block_until_ready(one(x)), jax.block_until_ready, REPEATS)
     add("program of one kernel, waited for", waited, waited.median)
-    short, long = (time_calls(lambda run=run: run(x), jax.block_until_ready, REPEATS) for run in (few, many))
+    short, long = (time_calls(functools.partial(run, x), jax.block_until_ready, REPEATS) for run in (few, many))
     add(f"program of {2 * count} kernels", long, long.median / (2 * count))
     add("a kernel more in a program", None, (long.median - short.median) / count)
 
@@ -70,8 +72,8 @@ def products(recorder: Recorder, size: int) -> None:
     expected = left[:16].astype(np.float64) @ right.astype(np.float64)
     for dtype, precision in (("bfloat16", "default"), ("float32", "default"), ("float32", "highest")):
         arrays = jnp.asarray(left, dtype), jnp.asarray(right, dtype)
-        multiply = jax.jit(lambda x, y, precision=precision: jnp.matmul(x, y, precision=precision))
-        timing = time_calls(lambda f=multiply, a=arrays: f(*a), jax.block_until_ready, 5)
+        multiply = jax.jit(functools.partial(jnp.matmul, precision=precision))
+        timing = time_calls(functools.partial(multiply, *arrays), jax.block_until_ready, 5)
         error = np.linalg.norm(np.asarray(multiply(*arrays)[:16], np.float64) - expected) / np.linalg.norm(expected)
         table.add(
             {
@@ -91,14 +93,18 @@ def transfers(recorder: Recorder, megabytes: int) -> None:
         recorder.note("Transfers are left out: without a GPU, there are none.")
         return
     table = recorder.table("Transfers", {"what": GIVEN, "ms": MEASURED, "GB/s": COMPUTED})
+    add = jax.jit(lambda x: x + 1.0)
+
+    def fetched(x: jax.Array) -> np.ndarray:
+        # A device array keeps its first copy on the host; another array has to be fetched.
+        return jax.device_get(add(x))
+
     for what, size in (("4 kB", 1024), (f"{megabytes} MB", megabytes * 250_000)):
         host = np.ones(size, np.float32)
-        add = jax.jit(lambda x: x + 1.0)
         x = jnp.asarray(host)
-        there = time_calls(lambda host=host: jax.device_put(host), jax.block_until_ready, REPEATS)
+        there = time_calls(functools.partial(jax.device_put, host), jax.block_until_ready, REPEATS)
         table.add({"what": f"{what} to the device", "ms": milliseconds(there), "GB/s": host.nbytes / there.median / 1e9})
-        # A device array keeps its first copy on the host; another array has to be fetched.
-        back = time_calls(lambda x=x, add=add: jax.device_get(add(x)), lambda _: None, REPEATS)
+        back = time_calls(functools.partial(fetched, x), lambda _: None, REPEATS)
         table.add(
             {"what": f"{what} computed and fetched", "ms": milliseconds(back), "GB/s": host.nbytes / back.median / 1e9}
         )

@@ -1,5 +1,6 @@
-"""The kernels against float64, on random inputs of 12 seeds and at the sizes of a detector. Memory is poisoned before each run,
-and every kernel runs twice: results that move between runs are those of a race.
+"""The kernels against float64, on random inputs of 12 seeds and at the sizes of a detector.
+
+Memory is poisoned before each run, and every kernel runs twice: results that move between runs are those of a race.
 """
 
 import dataclasses
@@ -68,7 +69,9 @@ def run(recorder: Recorder, small: bool) -> None:
     wrong = [] if unwritten == poison.LEFT_OUT else ["poisoning"]
     for check in checks:
         exact = check.exact()
-        runs = {check.name: functools.partial(programs[check.name].call, *check.inputs)}
+        runs: dict[str, Callable[[], Sequence[Any]]] = {
+            check.name: functools.partial(programs[check.name].call, *check.inputs)
+        }
         if check.peer is not None:
             runs[f"CUDA operator, {check.name}"] = check.peer
         for name, compute in runs.items():

@@ -62,8 +62,8 @@ def race(recorder: Recorder, title: str, entrants: Iterable[Contestant], floor: 
     columns = {f"{way} {name}": kind for way in DIRECTIONS for name, kind in kinds.items()}
     table = recorder.table(title, {"implementation": GIVEN, **columns})
     recorder.note(
-        f"{title}: compulsory traffic is {floor['forward'] / 1e6:.0f} MB forward and {floor['backward'] / 1e6:.0f} MB backward; "
-        "GB/s is that over the time."
+        f"{title}: compulsory traffic is {floor['forward'] / 1e6:.0f} MB forward and {floor['backward'] / 1e6:.0f} MB "
+        "backward; GB/s is that over the time."
     )
     first: dict[str, float] = {}
     for entrant in entrants:

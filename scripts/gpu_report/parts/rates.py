@@ -1,10 +1,11 @@
 """How fast rows are gathered from a table, and added to one: what bounds sampling and RoIAlign.
 
-A kernel program adds weighted rows to, or sums them from, random rows of a table: small tables are in the L2 cache, and rows of
-very small ones are wanted by many at once.
+The kernels add weighted rows to random rows of a table, or sum random rows of one. Small tables fit the L2 cache, and
+in very small ones many additions go to the same row.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -47,8 +48,10 @@ def run(recorder: Recorder, small: bool) -> None:
 
 
 def measure(recorder: Recorder, tables: Any, rows: int) -> None:
-    """Additions and gathers of `rows * TERMS` rows of 32 channels, or as many bytes in wider ones. Additions begin with clearing
-    the table, which is in their time, but not in their rate."""
+    """Additions and gathers of `rows * TERMS` rows of 32 channels, or as many bytes in wider ones.
+
+    Additions begin with clearing the table, which is in their time, but not in their rate.
+    """
     given = ("operation", "table", "MB", "type", "MB moved", "MB cleared")
     columns = {"kernel ms": MEASURED, "kernel GB/s": COMPUTED, "XLA ms": MEASURED, "XLA GB/s": COMPUTED}
     found = recorder.table("Kernel against XLA", {**dict.fromkeys(given, GIVEN), **columns, "kernel / XLA": COMPUTED})
@@ -57,7 +60,7 @@ def measure(recorder: Recorder, tables: Any, rows: int) -> None:
             programs = compile_all({name: (jax.jit(function), inputs) for name, function in functions.items()})
             timings = {
                 name: time_calls(
-                    lambda program=program, inputs=inputs: program.call(*inputs),
+                    functools.partial(program.call, *inputs),
                     jax.block_until_ready,
                     REPEATS,
                     most_seconds=0.5,

@@ -1,4 +1,4 @@
-"""The kernels under other launch settings: warps of a program, and channels of a thread, which make the rows of a program."""
+"""The kernels under other launch settings: warps of a program and channels of a thread, which make the rows of a program."""
 
 import functools
 from typing import Any

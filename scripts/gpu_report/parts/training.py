@@ -17,7 +17,7 @@ from gpu_report.model import make_bench
 from gpu_report.parts.inference import COSTS, costs
 from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 from hpr_jax.devices import replicate
-from hpr_jax.train_step import TrainState, solve
+from hpr_jax.train_step import solve
 
 # Both numbers of objects share a program: batches have room for as many as any image of a data set.
 OBJECTS, ROOM = (7, 100), 100
@@ -55,7 +55,7 @@ def run(recorder: Recorder, small: bool) -> None:
             list_kernels(recorder, f"Kernels by time: {name}", found, programs[name])
 
 
-def compile_step(recorder: Recorder, step: Any, state: TrainState, batch: Any) -> dict[str, Program]:
+def compile_step(recorder: Recorder, step: Any, state: Any, batch: Any) -> dict[str, Program]:
     """The programs of a step, compiled side by side for what they get from one another."""
     table = recorder.table(
         "Programs of a training step",
@@ -86,7 +86,7 @@ class Apart:
     """A training step whose programs are called one by one."""
 
     step: Any
-    state: TrainState
+    state: Any
     batch: Any
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class Apart:
         self.rate = replicate(self.step.mesh, np.float32(RATE))
 
     @property
-    def variables(self) -> TrainState:
+    def variables(self) -> Any:
         return self.state.replace(optimizer=None, average=None)
 
     def forward(self) -> Any:
@@ -118,7 +118,7 @@ class Apart:
         return numbers
 
 
-def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Callable[[], Any], Timing]], TrainState]:
+def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Callable[[], Any], Timing]], Any]:
     """Adds rows of a step and its programs; returns what can be run again, with its time, and the last state."""
     runs: dict[str, tuple[Callable[[], Any], Timing]] = {}
 
