@@ -258,7 +258,7 @@ def print_case(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: i
     rows: dict[str, dict[str, float]] = {}
     for one in contestants(case, arrays, dtype):
         if one.missing:
-            print(f"left out: {one.name}, for {one.missing}")
+            print(f"left out: {one.name}: {one.missing}")
             continue
         rows[one.name] = {
             direction: 1e3 * time_calls(run, one.wait, repeats).median for direction, run in one.make().items()

@@ -40,11 +40,15 @@ def make_parts(rehearse: bool, only: list[str] | None = None) -> list[Part]:
     ]
 
 
+def programs_folder() -> Path:
+    """Where compiled programs are kept."""
+    return Path(tempfile.gettempdir(), f"gpu_report_programs_{os.getuid()}")
+
+
 def environment(rehearse: bool, memory_share: float) -> dict[str, str]:
     """Of a part's process. Compiled programs are kept, so that parts, and another call, share them."""
-    cache = Path(tempfile.gettempdir(), f"gpu_report_programs_{os.getuid()}")
     settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(programs_folder()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": str(memory_share),
         # Without a GPU, a part fails at once.
@@ -77,6 +81,9 @@ def main(description: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds = arguments.seconds or SECONDS * (REHEARSAL if arguments.rehearse else 1)
     parts, facts = make_parts(arguments.rehearse, only), machine.describe(FOLDER.parent.parent)
+    kept = len(list(programs_folder().glob("*-cache")))
+    if kept:
+        facts["programs compiled before"] = f"{kept}, whose compile times are those of reading them"
     found = run_parts(parts, arguments.output, seconds, facts, rehearsal=arguments.rehearse)
     print((arguments.output / "report.md").read_text())
     return 0 if all(part["status"] == "done" for part in found["parts"]) else 1

@@ -89,10 +89,12 @@ def text(cell: Cell) -> str:
 
 
 def number(x: float) -> str:
-    """With four digits."""
+    """With three or four digits."""
+    if x == 0:
+        return "0"
     if x != x or x in (float("inf"), float("-inf")):
         return str(x)
-    if x and not 1e-3 <= abs(x) < 1e6:
+    if not 1e-3 <= abs(x) < 1e6:
         return f"{x:.2e}"
     digits = max(0, 3 - len(str(int(abs(x)))) + (abs(x) < 1))
     return f"{x:.{digits}f}"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from bench_common import Timing, time_calls
 
-from gpu_report.compiled import on_gpu
+from gpu_report.compiled import in_a_line, on_gpu
+from gpu_report.kernel_profile import profile
 from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 
 REPEATS = 9
@@ -61,6 +62,11 @@ def launches(recorder: Recorder, count: int) -> None:
     short, long = (time_calls(functools.partial(run, x), jax.block_until_ready, REPEATS) for run in (few, many))
     add(f"program of {2 * count} kernels", long, long.median / (2 * count))
     add("a kernel more in a program", None, (long.median - short.median) / count)
+    try:
+        traced = profile(functools.partial(many, x), calls=1).launches
+        recorder.note(f"A trace shows {traced:.0f} kernels in the program of {2 * count}.")
+    except Exception as error:
+        recorder.note(f"There is no trace of the kernels of a program: {in_a_line(error)}")
 
 
 def products(recorder: Recorder, size: int) -> None:

@@ -51,10 +51,14 @@ class Check:
 def run(recorder: Recorder, small: bool) -> None:
     unwritten = poison.unwritten_numbers()
     recorder.note(f"Of {poison.LEFT_OUT} numbers that a kernel left out on purpose, {unwritten} were NaN; all have to be.")
+    recorder.note(
+        f"Right is: the relative error is at most {TOLERANCES}, all is finite, and between two runs of the same nothing "
+        f"moved by more than {MOVED}, relatively."
+    )
     obstacle = cuda_operator.obstacle()
     if obstacle:
         recorder.note(f"The CUDA operator is not checked: {obstacle}.")
-    seeds = 2 if small else SEEDS
+    seeds = 1 if small else SEEDS
     checks = [check for seed in range(seeds) for check in (sampling_of_seed(seed), regions_of_seed(seed))]
     checks += full_size(small)
     programs = compile_all({check.name: (jax.jit(check.function), check.inputs) for check in checks})

@@ -12,7 +12,7 @@ from bench_sampling import CASES, Case, Contestant, compulsory_bytes, contestant
 from gpu_report import regions
 from gpu_report.compiled import in_a_line, on_gpu
 from gpu_report.device_time import device_seconds
-from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
+from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds, number
 
 DIRECTIONS = ("forward", "backward")
 REPEATS, MOST_SECONDS = 15, 1.0
@@ -62,8 +62,8 @@ def race(recorder: Recorder, title: str, entrants: Iterable[Contestant], floor: 
     columns = {f"{way} {name}": kind for way in DIRECTIONS for name, kind in kinds.items()}
     table = recorder.table(title, {"implementation": GIVEN, **columns})
     recorder.note(
-        f"{title}: compulsory traffic is {floor['forward'] / 1e6:.0f} MB forward and {floor['backward'] / 1e6:.0f} MB "
-        "backward; GB/s is that over the time."
+        f"{title}: GB/s is compulsory traffic over the time, {number(floor['forward'] / 1e6)} MB forward and "
+        f"{number(floor['backward'] / 1e6)} MB backward."
     )
     first: dict[str, float] = {}
     for entrant in entrants:
