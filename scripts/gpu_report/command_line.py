@@ -54,9 +54,13 @@ def environment(rehearse: bool, memory_share: float) -> dict[str, str]:
         # Without a GPU, a part fails at once.
         "JAX_PLATFORMS": "cpu" if rehearse else "cuda,cpu",
     }
-    if rehearse and version("jax").startswith("0.10."):
-        # Compiling takes longer than running; newer versions end at a flag that they do not know.
-        settings["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    if rehearse:
+        # Compiling takes longer than running.
+        flags = ["--xla_backend_optimization_level=0"]
+        if version("jax").startswith("0.10."):
+            # Newer versions end at a flag that they do not know.
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+        settings["XLA_FLAGS"] = " ".join(flags)
     return settings
 
 
