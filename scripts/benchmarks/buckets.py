@@ -4,7 +4,8 @@
 
 For each number of buckets: the pixels that padding adds to an epoch of training images, and the hours of a whole run, which
 are steps that grow with the padded pixels and one compilation a bucket. --compile is the time to compile one bucket and
---step that of a step without padding, both from bench_model.py on the machine in question. Images are photographs of common
+--step that of a step without padding, both measured by model.py on the machine in
+question. Images are photographs of common
 sizes in about COCO's proportions, or those of the config's data with --data.
 """
 
