@@ -160,8 +160,8 @@ def _show_boxes(dataset: Dataset, truth: Mapping[str, Any], what: str, verdict: 
     beyond = _beyond(dataset, truth)
     text = f"{len(beyond):,} boxes reach beyond their image"
     _line("clipped", f"{text}, by {_spread(beyond)} pixels (least / median / most)" if len(beyond) else text)
-    _show_problems("dropped", "boxes", dataset.dropped)
-    verdict.doubt(f"impossible {what} boxes, which are dropped", len(dataset.dropped))
+    _show_problems("dropped", "boxes", dataset.dropped_boxes)
+    verdict.doubt(f"impossible {what} boxes, which are dropped", len(dataset.dropped_boxes))
 
 
 def _beyond(dataset: Dataset, truth: Mapping[str, Any]) -> np.ndarray:
@@ -190,10 +190,10 @@ def _show_problems(label: str, what: str, problems: Sequence[Problem]) -> None:
 def _show_masks(config: ConfigDict, dataset: Dataset, verdict: Verdict) -> None:
     masked, objects = dataset.count_masks()
     _line("masks", f"{masked:,} of {objects:,} objects have one")
-    _show_problems("malformed", "masks", dataset.unmasked)
+    _show_problems("malformed", "masks", dataset.dropped_masks)
     if not wants_masks(config):
         return
-    verdict.doubt("malformed masks, which are dropped", len(dataset.unmasked))
+    verdict.doubt("malformed masks, which are dropped", len(dataset.dropped_masks))
     if objects and not masked:
         verdict.doubts.append("without masks nothing is copied and pasted")
     elif masked < objects:

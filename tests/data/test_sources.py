@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from flax import nnx
 from folders import settings, write_folder
 
 from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes
-from hpr_jax.data.dataset import Record, Records
+from hpr_jax.data.dataset import ImageAnnotations, Records
 from hpr_jax.data.images import ImageFile, UnreadableImageError
 from hpr_jax.data.loading.batches import TrainLoader
 from hpr_jax.data.sources.tfds_writer import make_tfds
@@ -43,7 +44,7 @@ class TestBothSources:
     def test_records(self, both):
         one, two = both
         assert one.classes == two.classes
-        assert [str(problem) for problem in one.dropped] == [str(problem) for problem in two.dropped] != []
+        assert list(map(str, one.dropped_boxes)) == list(map(str, two.dropped_boxes)) != []
         assert len(one) == len(two)
         for a, b in zip(one.records, two.records):
             assert (a.image_id, a.height, a.width) == (b.image_id, b.height, b.width)
@@ -152,26 +153,24 @@ def test_packed_records_are_those_that_were_packed():
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
     boxes = np.arange(12, dtype=np.float32).reshape(3, 4)
     given = [
-        Record(5, None, 9, 8, *none, (), (masks[2],)),
-        Record(3, None, 7, 6, boxes, np.arange(3, dtype=np.int32), masks),
-        Record(4, None, 7, 5, boxes[:1], np.ones(1, np.int32), (masks[0],), (masks[0], masks[2])),
+        ImageAnnotations(5, 9, 8, *none, (), (masks[2],)),
+        ImageAnnotations(3, 7, 6, boxes, np.arange(3, dtype=np.int32), masks),
+        ImageAnnotations(4, 7, 5, boxes[:1], np.ones(1, np.int32), (masks[0],), (masks[0], masks[2])),
     ]
-    records = Records.pack(given, images=("a", "b", "c"), with_masks=True)
+    images = [ImageFile(Path(name)) for name in "abc"]
+    records = Records.pack(given, images, with_masks=True)
     for which in ([0, 1, 2], [2, 0], [1]):
         taken = pickle.loads(pickle.dumps(records.take(np.array(which))))
         assert taken.counts.tolist() == [len(given[index].boxes) for index in which]
         assert taken.count_masks() == sum(mask is not None for index in which for mask in given[index].masks)
         for record, index in zip(taken, which, strict=True):
-            assert (record.image_id, record.height, record.width) == (
-                given[index].image_id,
-                given[index].height,
-                given[index].width,
-            )
-            assert record.image == "abc"[index]
-            np.testing.assert_array_equal(record.boxes, given[index].boxes)
-            np.testing.assert_array_equal(record.labels, given[index].labels)
-            same_masks(record.masks, given[index].masks)
-            same_masks(record.crowds, given[index].crowds)
+            expected = given[index]
+            assert (record.image_id, record.height, record.width) == (expected.image_id, expected.height, expected.width)
+            assert record.image == images[index]
+            np.testing.assert_array_equal(record.boxes, expected.boxes)
+            np.testing.assert_array_equal(record.labels, expected.labels)
+            same_masks(record.masks, expected.masks)
+            same_masks(record.crowds, expected.crowds)
 
 
 def test_files_of_a_folder_say_what_is_wrong(tmp_path):

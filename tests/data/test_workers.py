@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from hpr_jax.config import check
-from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.augmentation.geometry import evaluation_geometries
 from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
 from hpr_jax.data.loading.buckets import choose_buckets
@@ -267,7 +267,7 @@ class TestShares:
     @pytest.mark.parametrize("count", [2, 3, 7])
     def test_of_evaluation_have_every_image_once(self, coco, count):
         dataset = load_coco(coco, "train2017", "annotations/instances_train2017.json")
-        geometries = whole(dataset.sizes, 64, 96)
+        geometries = evaluation_geometries(dataset.sizes, 64, 96)
         plan = evaluation_plan(geometries, batch_size=3, buckets=choose_buckets(np.array([g.size for g in geometries]), 1))
         full = EvaluationLoader(dataset, plan, 3)
         shares = [EvaluationLoader(dataset, plan, 3, share=(index, count)) for index in range(count)]
