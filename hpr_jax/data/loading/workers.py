@@ -1,8 +1,8 @@
 """Worker processes that load batches.
 
 Of N workers, each loads every N-th step, so that batches come in order whatever N is. A worker is a new interpreter that
-runs this file. (A fork would be unsafe beside JAX's threads, and a process of `multiprocessing` would run the caller's script
-again.) It imports no JAX. Batches are handed over in shared memory: files without names, which the system removes when the
+runs this file. (A fork would be unsafe beside JAX's threads, and a process of `multiprocessing` would run the script of the
+caller again.) It imports no JAX. Batches are handed over in shared memory: files without names, which the system removes when the
 last process that has them open ends, in whatever way.
 """
 
@@ -40,8 +40,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JAX_PLATFOR
 def keep_freed_memory() -> None:
     """Makes this process keep the memory of freed images for the next ones.
 
-    Getting it from the system anew, page by page, takes a quarter of the loading time. Only the GNU C library can be told so;
-    with others nothing happens.
+    Getting it from the system anew, page by page, takes a quarter of the loading time. Only the GNU C library has an option
+    for this; with others nothing happens.
     """
     # Names of options, as in the C library's malloc.h.
     trim_threshold, mmap_threshold = -1, -3
@@ -141,7 +141,7 @@ class _Worker:
         return pickle.loads(head, buffers=arrays)
 
     def _how_it_ended(self) -> str:
-        """How the process, which has closed its end of the connection, has ended: completes a sentence that begins with it."""
+        """How the process, which has closed its end of the connection, ended: the end of a sentence that begins with it."""
         code = self.process.wait()
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 

@@ -32,8 +32,8 @@ COCO = "coco"
 
 # The features of a record, by their names.
 Features = Mapping[str, Any]
-# Reads a record: its features, its index, and the id of its first annotation, if it has none of its own -> its COCO entry, and
-# bytes that identify it for the fingerprint.
+# Reads a record: its features, its index, and an id for its first annotation, should it have none of its own -> its COCO
+# entry, and bytes that identify it for the fingerprint.
 ReadEntry = Callable[[Features, int, int], tuple[Entry, bytes]]
 
 
