@@ -58,7 +58,7 @@ class ViewMaker:
         """The views of an image, and sentences for the log.
 
         Raises:
-          UnreadableImageError: the image cannot be read. If a donor cannot be read, a sentence says so and nothing is pasted.
+          UnreadableImageError: the image cannot be read. If a donor cannot, a sentence says so and nothing is pasted.
         """
         rng = np.random.default_rng(slot.seed)
         record = self.dataset.records[slot.index]

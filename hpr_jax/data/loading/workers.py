@@ -2,8 +2,8 @@
 
 Of N workers, each loads every N-th step, so that batches come in order whatever N is. A worker is a new interpreter that
 runs this file. (A fork would be unsafe beside JAX's threads, and a process of `multiprocessing` would run the script of the
-caller again.) It imports no JAX. Batches are handed over in shared memory: files without names, which the system removes when the
-last process that has them open ends, in whatever way.
+caller again.) It imports no JAX. Batches are handed over in shared memory: files without names, which the system removes
+when the last process that has them open ends, in whatever way.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ class _Worker:
         copy = np.frombuffer(self.memory, np.uint8, total).copy()
         self._send("memory is free")
         head, *arrays = (copy[start : start + size] for start, size in zip(starts, message))
-        return pickle.loads(head, buffers=arrays)
+        return pickle.loads(head.data, buffers=arrays)
 
     def _how_it_ended(self) -> str:
         """How the process, which has closed its end of the connection, ended: the end of a sentence that begins with it."""
