@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import write_image
+from hpr_jax.inference.find_images import find_images
 from hpr_jax.inference.image_detector import Detections, load
 
 log = logging.getLogger("hpr_jax")
@@ -18,7 +19,7 @@ log = logging.getLogger("hpr_jax")
 
 def predict(
     checkpoint: Path,
-    files: Sequence[Path],
+    inputs: Sequence[Path],
     output: Path,
     threshold: float,
     overrides: Sequence[tuple[str, str]] = (),
@@ -29,8 +30,9 @@ def predict(
     Images that cannot be read are reported and skipped.
 
     Raises:
-      UserError: no checkpoint, or not one readable image.
+      UserError: no checkpoint, no images, or not one readable image.
     """
+    files = find_images(inputs)
     detector = load(checkpoint, overrides=dict(overrides), config=config)
     entries, skipped = [], []
     taken = {file.resolve() for file in files}
