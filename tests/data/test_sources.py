@@ -1,4 +1,4 @@
-"""COCO folders and TFDS directories: the same data, the same batches, the same numbers."""
+"""COCO folders and TFDS directories give the same data, batches and numbers; a further format takes one line."""
 
 import hashlib
 import pickle
@@ -12,8 +12,9 @@ import tiny
 from flax import nnx
 from folders import settings, write_folder
 
-from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes
-from hpr_jax.data.dataset import ImageAnnotations, Records
+from hpr_jax.data import build
+from hpr_jax.data.build import Format, load_dataset, make_plan, make_views, room_for_boxes
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.images import ImageFile, UnreadableImageError
 from hpr_jax.data.loading.batches import TrainLoader
 from hpr_jax.data.sources.tfds_writer import make_tfds
@@ -171,6 +172,26 @@ def test_packed_records_are_those_that_were_packed():
             np.testing.assert_array_equal(record.labels, expected.labels)
             same_masks(record.masks, expected.masks)
             same_masks(record.crowds, expected.crowds)
+
+
+def test_a_format_is_added_by_one_line(coco, tmp_path, monkeypatch):
+    def is_list(directory, images):
+        return (directory / images / "list.txt").is_file()
+
+    def load_list(directory, images, classes=None, *, masks=False):
+        files = (directory / images / "list.txt").read_text().split()
+        one = ImageAnnotations(1, 8, 9, np.ones((1, 4), np.float32), np.zeros(1, np.int32))
+        records = Records.pack([one] * len(files), [ImageFile(directory / name) for name in files])
+        return Dataset(images, "", dict, classes or Classes(("cup",), (1,)), records)
+
+    monkeypatch.setattr(build, "FORMATS", (*build.FORMATS, Format(is_list, load_list, ("images",))))
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017/list.txt").write_text("a.jpg b.jpg")
+    dataset = load_dataset(settings(tmp_path), "val", Classes(("pen",), (5,)))
+    assert (dataset.name, dataset.classes.names) == ("val2017", ("pen",))
+    assert [record.image.name for record in dataset.records] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+    # A directory of another format is read as before.
+    assert len(load_dataset(settings(coco), "train")) == 6
 
 
 def test_files_of_a_folder_say_what_is_wrong(tmp_path):

@@ -1,4 +1,4 @@
-"""Views of planned images and their place in a batch; what is drawn follows from the slot."""
+"""Views of planned images and their places in a batch. What is drawn for them follows from the slot alone."""
 
 import functools
 import json
@@ -167,12 +167,12 @@ class TestDataWithoutMasks:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"kind": "ljs"}, "kind is 'ljs'; did you mean 'lsj'"),
+        ({"kind": "ljs"}, "kind names 'ljs'; did you mean 'lsj'"),
         ({"lsj": {"side": 0}}, "lsj.side is 0"),
         ({"lsj": {"scale_range": (2.0, 0.1)}}, r"scale_range is \(2.0, 0.1\)"),
         ({"lsj": {"scale_range": (0.0, 1.0)}}, "above 0"),
-        ({"lsj": {"scale_range": (1.0,)}}, "smallest and the largest"),
-        ({"flip": 1.5}, "flip is 1.5; it must be a probability"),
+        ({"lsj": {"scale_range": (1.0,)}}, r"scale_range is \(1.0,\); it must list 2 values"),
+        ({"flip": 1.5}, "flip is 1.5; it must be at least 0 and at most 1"),
     ],
 )
 def test_impossible_settings(settings, sentence):

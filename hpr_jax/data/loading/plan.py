@@ -61,8 +61,8 @@ class TrainPlan:
         return self._epoch(epoch)[place]
 
     def successors(self, step: int, limit: int = 1000) -> Iterator[Slot]:
-        """Slots that can take the place of unreadable images in the batch of `step`. Of the next `limit` steps these are first
-        all slots of batches with the same shape, then all whose images fit into it."""
+        """Slots that can take the place of unreadable images in the batch of `step`: of the steps behind it, fewer than
+        `limit`, first all slots of batches with the same shape, then all whose images fit into it."""
         shape, later = self[step].shape, range(step + 1, step + limit)
         for other in later:
             if self[other].shape == shape:
