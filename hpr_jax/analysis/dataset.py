@@ -8,14 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from hpr_jax.data.dataset import Dataset, Problem, Record
 from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
 from hpr_jax.data.loading.buckets import Shape
 from hpr_jax.data.loading.plan import TrainPlan
 from hpr_jax.data.sources.coco import clip_box
-from hpr_jax.training.build import in_steps
 
 # COCO's small boxes have areas below SMALL, its medium ones below MEDIUM, in square pixels.
 SMALL, MEDIUM = 32**2, 96**2
@@ -130,13 +128,13 @@ class PlanFacts:
     """An epoch of training.
 
     Attributes:
-      steps_per_epoch: steps of an epoch.
-      steps: steps of the whole run.
-      batches: number of batches of an epoch in each padded shape, smallest shape first.
+      images_per_step: number of images in a batch.
+      steps: number of steps.
+      batches: number of batches in each padded shape, smallest shape first.
       padding: pixels that padding adds, as a fraction of those of the images.
     """
 
-    steps_per_epoch: int
+    images_per_step: int
     steps: int
     batches: Mapping[Shape, int]
     padding: float
@@ -267,15 +265,15 @@ def training_obstacle(images: Sequence[OpenedImage], usable: Dataset) -> str:
     return ""
 
 
-def plan_facts(config: ConfigDict, plan: TrainPlan) -> PlanFacts:
-    """Plans the first epoch of a run."""
+def plan_facts(plan: TrainPlan) -> PlanFacts:
+    """What the first epoch of a plan is like."""
     batches = [plan[step] for step in range(plan.steps_per_epoch)]
     shapes = collections.Counter(batch.shape for batch in batches)
     padded = sum(len(batch.slots) * batch.shape[0] * batch.shape[1] for batch in batches)
     filled = sum(slot.geometry.size[0] * slot.geometry.size[1] for batch in batches for slot in batch.slots)
     return PlanFacts(
-        steps_per_epoch=plan.steps_per_epoch,
-        steps=in_steps(config, plan.steps_per_epoch).train.steps,
+        images_per_step=plan.batch_size,
+        steps=plan.steps_per_epoch,
         batches={shape: shapes[shape] for shape in plan.buckets},
         padding=padded / filled - 1,
     )

@@ -1,9 +1,10 @@
 """Counts, checks and shows the data that a config would train on, and says whether it is fit for that.
 
-scripts/check_data --config FILE.py[:VARIANT] [--config.section.key=value ...] [--output DIR] [--samples N]
-
 All annotations are read and all images are opened; bars say how long that takes. Pictures of augmented images, as training
-sees them, go to DIR. The last line is the verdict; the exit code is 0 if the data is fit to train on, else 2.
+sees them, go to a folder. The last line is the verdict; the exit code is 0 if the data is fit to train on, else 2.
+
+example:
+  python -m hpr_jax.main check-data --config configs/ddq.py --config.data.directory=DIR --output runs/check_data
 """
 
 import itertools
@@ -45,7 +46,6 @@ from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 from hpr_jax.runtime.logs import log_to_console
 from hpr_jax.settings import check
-from hpr_jax.training.build import warn_of_recipe
 
 # The longest bar of the histogram of classes has so many characters.
 BAR = 40
@@ -62,6 +62,9 @@ def check_data(config: ConfigDict, output: Path, samples: int) -> Verdict:
       UserError: the settings are such that no run could use them.
     """
     check(config)
+    # Imported here, since it imports JAX, and mistakes in settings are answered before that.
+    from hpr_jax.training.build import warn_of_recipe
+
     warn_of_recipe(config)
     verdict = Verdict()
     datasets = _load(config, verdict)
@@ -214,21 +217,21 @@ def _try_training(
         return None
     views = make_views(config, usable)
     room, most = room_for_boxes(config, usable, views), int(usable.records.counts.max())
-    _print_plan(plan_facts(config, plan), len(usable), plan.batch_size)
+    _print_plan(config, plan_facts(plan), len(usable))
     _print_line("boxes a view", f"room for {room:,}; the fullest image has {most:,}")
     verdict.judge_room(room, most)
     return TrainLoader(plan, views, room)
 
 
-def _print_plan(facts: PlanFacts, images: int, batch_size: int) -> None:
-    epochs = facts.steps / facts.steps_per_epoch
+def _print_plan(config: ConfigDict, epoch: PlanFacts, images: int) -> None:
+    from hpr_jax.training.build import in_steps
+
+    steps = in_steps(config, epoch.steps).train.steps
     _print_line("images", f"{images:,}")
-    _print_line(
-        "an epoch has",
-        f"{facts.steps_per_epoch:,} steps of {batch_size} images; a run has {facts.steps:,} steps, {epochs:.1f} epochs",
-    )
-    rows = [f"{height}x{width:<5} {count:7,} batches" for (height, width), count in facts.batches.items()]
-    _print_line("shapes", f"{len(facts.batches)}, whose padding adds {facts.padding:.0%} of the pixels:", rows)
+    run_length = f"{steps:,} steps, {steps / epoch.steps:.1f} epochs"
+    _print_line("an epoch has", f"{epoch.steps:,} steps of {epoch.images_per_step} images; a run has {run_length}")
+    rows = [f"{height}x{width:<5} {count:7,} batches" for (height, width), count in epoch.batches.items()]
+    _print_line("shapes", f"{len(epoch.batches)}, whose padding adds {epoch.padding:.0%} of the pixels:", rows)
 
 
 def _write_pictures(loader: TrainLoader, output: Path, samples: int) -> None:
