@@ -1,4 +1,4 @@
-"""Masks, large-scale jitter, copy-paste."""
+"""Annotated and drawn masks, large-scale jitter, and copy-paste."""
 
 import dataclasses
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Annotations, geometry, plan and loading."""
+"""Annotations in COCO form, geometry, decoding, the plan of batches, and loading."""
 
 import json
 
@@ -180,7 +180,7 @@ class TestGeometry:
 
 class TestImages:
     def exif(self, tmp_path, orientation):
-        """A JPEG whose left half is bright as stored, with an EXIF orientation."""
+        """A JPEG with an EXIF orientation; the left half of the stored pixels is bright."""
         path = tmp_path / f"exif{orientation}.jpg"
         pixels = np.zeros((20, 40, 3), np.uint8)
         pixels[:, :20] = 255
@@ -232,7 +232,7 @@ class TestPlan:
             smallest_bucket([(64, 64)], (65, 10))
 
     def test_leftovers_stay_within_the_buckets(self):
-        """Portrait and landscape leftovers have no bucket in common."""
+        """No bucket holds both the portrait and the landscape images that are left over."""
         sizes = np.array([[60, 90]] * 9 + [[90, 60]] * 10)
         for seed in range(5):
             plan = TrainPlan(
@@ -352,7 +352,7 @@ class TestLoading:
 
 
 def test_images_on_a_canvas():
-    """The whole image at the top left of a grey square, boxes with it."""
+    """An image lies at the top left of a grey square, and its boxes with it."""
     image = np.full((40, 80, 3), 250, np.uint8)
     (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), 64, 64, canvas=64)
     out = apply_to_image(image, geometry)

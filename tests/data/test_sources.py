@@ -26,7 +26,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(params=["train", "val"])
 def both(request, folder, tfds_directory):
-    """A split from either source."""
+    """A split as the COCO folder and as the TFDS directory have it."""
     return [load_dataset(settings(directory), request.param, masks=True) for directory in (folder, tfds_directory)]
 
 
@@ -114,14 +114,14 @@ class TestBothSources:
 
     def test_subset(self, both):
         for dataset in both:
-            kept = dataset.subset(keep_empty=False, min_side=1)
-            assert len(kept) == len(dataset) - 1
-            assert [record.image_id for record in kept.records] == [r.image_id for r in dataset.records if len(r.boxes)]
-            assert kept.count_masks() == dataset.count_masks()
+            subset = dataset.subset(keep_empty=False, min_side=1)
+            assert len(subset) == len(dataset) - 1
+            assert [record.image_id for record in subset.records] == [r.image_id for r in dataset.records if len(r.boxes)]
+            assert subset.count_masks() == dataset.count_masks()
 
 
 def test_another_process_reads_records_without_tensorflow(tfds_directory, tmp_path):
-    """Nor JAX: workers that load images have no use for it."""
+    """It does not import JAX either: worker processes do without both."""
     records = load_dataset(settings(tfds_directory), "train", masks=True).records
     records[0].image.read()
     assert len(pickle.dumps(records[0].image)) < 500

@@ -1,4 +1,4 @@
-"""TFDS directories: those that users made, those that are wrong, and those that `make_tfds` makes."""
+"""TFDS directories: directories that users made, wrong ones, and those that `make_tfds` writes."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def build(directory, features, examples, splits=("train", "validation")):
-    """A TFDS directory of a user's own, made in TFDS's own way."""
+    """Makes a TFDS directory as users do."""
     import tensorflow_datasets as tfds
 
     # TFDS comes without types, so mypy takes the base class for `object`, which knows no `skip_registration`.
@@ -48,7 +48,7 @@ def plain_features(tfds, **more):
 class TestOwnDirectories:
     @pytest.fixture
     def picture(self, tmp_path):
-        """48 pixels wide and 40 high as stored, with a wrong word about its orientation."""
+        """An image that is stored 48 pixels wide and 40 high, with an EXIF orientation that is wrong."""
         path = tmp_path / "x.jpg"
         tiny.write_turned(path, RNG.integers(0, 255, (40, 48, 3)).astype(np.uint8), 3)
         return path

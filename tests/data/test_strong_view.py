@@ -1,4 +1,4 @@
-"""Strong views: each operation by value, boxes, erased patches, what is drawn."""
+"""Strong views: values of each operation, boxes, erased patches, and the distribution of what is drawn."""
 
 import dataclasses
 from collections import Counter
@@ -188,7 +188,7 @@ class TestOrderAndErasing:
             ([(0, 0, 100, 17)], True),
             ([(0, 0, 100, 18)], False),
             ([(10, 0, 29, 20)], False),
-            # Counted twice, two patches over the same half cover everything.
+            # Two patches over the same half cover everything, since what both cover counts twice.
             ([(10, 0, 20, 20)], True),
             ([(10, 0, 20, 20), (10, 0, 20, 20)], False),
         ],
