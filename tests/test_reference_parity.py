@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from loss_terms import loss_terms
 from reference import arrays, assert_close, sizes
 
 from hpr_jax.inference.detect import detections
@@ -223,7 +224,7 @@ def training(model):
     def step(params, rest, images, image_sizes, denoising, targets):
         def loss(params):
             outputs = nnx.merge(graph, params, rest)(images, image_sizes, denoising=denoising, train=True)
-            terms = criterion(outputs, targets, denoising)
+            terms = loss_terms(criterion, outputs, targets, denoising)
             return sum(jnp.sum(term) for term in terms.values()), (outputs, terms)
 
         return jax.value_and_grad(loss, has_aux=True)(params)

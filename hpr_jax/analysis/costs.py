@@ -15,9 +15,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from hpr_jax.analysis.flops import product_flops
-from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.augmentation.geometry import evaluation_geometries
 from hpr_jax.data.build import make_plan
-from hpr_jax.data.dataset import Classes, Dataset, Record, Records
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.loading.buckets import Shape, choose_buckets, smallest_bucket
 from hpr_jax.inference.detect import make_detect
 from hpr_jax.losses.build import make_criterion
@@ -202,14 +202,14 @@ def photographs(at_least: int = 1) -> Dataset:
     sizes = [size for size, count in PHOTOGRAPHS.items() for _ in range(count)]
     sizes *= -(-at_least // len(sizes))
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-    records = (Record(index, None, height, width, *nothing) for index, (height, width) in enumerate(sizes))
+    records = (ImageAnnotations(index, height, width, *nothing) for index, (height, width) in enumerate(sizes))
     return Dataset("photographs", "", dict, Classes((), ()), Records.pack(records, images=()))
 
 
 def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:
     """Buckets of evaluation, smallest first, and the share of photographs in each."""
     settings = config.evaluate
-    sizes = [g.size for g in whole(photographs().sizes, settings.side, settings.max_side, settings.canvas)]
+    sizes = [g.size for g in evaluation_geometries(photographs().sizes, settings.side, settings.max_side, settings.canvas)]
     return _shares(choose_buckets(np.array(sizes), settings.buckets), sizes)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.augmentation.geometry import evaluation_geometries
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.loading.batches import EvaluationLoader, evaluation_batches
 from hpr_jax.data.loading.buckets import choose_buckets
@@ -38,7 +38,7 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, dataset: Dataset, graph: nnx.GraphDef):
         settings = config.evaluate
-        geometries = whole(dataset.sizes, settings.side, settings.max_side, settings.canvas)
+        geometries = evaluation_geometries(dataset.sizes, settings.side, settings.max_side, settings.canvas)
         buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
         self.mesh = data_mesh(jax.local_devices())
         batch_size = settings.batch_size * self.mesh.size

@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.config import load_config
-from hpr_jax.data.augmentation.geometry import Geometry, apply, whole
+from hpr_jax.data.augmentation.geometry import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
@@ -128,8 +128,8 @@ class ImageDetector:
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
         settings = self.config.evaluate
-        (geometry,) = whole(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
-        resized, _, _ = apply(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), geometry)
+        (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        resized = apply_to_image(image, geometry)
         height, width = (-(-side // GRID) * GRID for side in geometry.size)
         padded = np.zeros((1, height, width, 3), np.uint8)
         padded[0, : geometry.size[0], : geometry.size[1]] = resized

@@ -1,6 +1,7 @@
 """Ceilings of the card: copies, products, launches."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,34 +38,35 @@ def copies(recorder: Recorder, megabytes: tuple[int, ...]) -> None:
 
 
 def launches(recorder: Recorder, count: int) -> None:
-    """What it costs to start a program, a kernel of a program, and to wait for a result."""
+    """What it costs to start a program, a small kernel in a program, and to wait for a result."""
     table = recorder.table("Launches", {"what": GIVEN, "ms": MEASURED, "us each": COMPUTED})
 
-    def steps(number):
-        def chain(x):
+    def steps(number: int) -> Callable[[jax.Array], jax.Array]:
+        def chain(x: jax.Array) -> jax.Array:
+            # Small products, of which the compiler joins no two in one kernel.
             for _ in range(number):
-                # Keeps the compiler from joining the additions in one kernel.
-                x = jax.lax.optimization_barrier(x + 1.0)
+                x = jnp.matmul(x, matrix)
             return x
 
         return jax.jit(chain)
 
-    x = jnp.zeros(1024, jnp.float32)
+    matrix = jax.random.normal(jax.random.key(0, impl="rbg"), (128, 128)) / 12
+    x = jnp.ones((128, 128), jnp.float32)
 
     def add(what: str, timing: Timing | None, each: float) -> None:
         table.add({"what": what, "ms": None if timing is None else milliseconds(timing), "us each": 1e6 * each})
 
     one, few, many = (steps(number) for number in (1, count, 2 * count))
     queued = time_calls(lambda: one(x), jax.block_until_ready, REPEATS)
-    add("program of one kernel, queued", queued, queued.median)
+    add("program of one small product, queued", queued, queued.median)
     waited = time_calls(lambda: jax.block_until_ready(one(x)), jax.block_until_ready, REPEATS)
-    add("program of one kernel, waited for", waited, waited.median)
+    add("program of one small product, waited for", waited, waited.median)
     short, long = (time_calls(functools.partial(run, x), jax.block_until_ready, REPEATS) for run in (few, many))
-    add(f"program of {2 * count} kernels", long, long.median / (2 * count))
-    add("a kernel more in a program", None, (long.median - short.median) / count)
+    add(f"program of {2 * count} small products", long, long.median / (2 * count))
+    add("a small product more in a program", None, (long.median - short.median) / count)
     try:
         traced = profile(functools.partial(many, x), calls=1).launches
-        recorder.note(f"A trace shows {traced:.0f} kernels in the program of {2 * count}.")
+        recorder.note(f"A trace shows {traced:.0f} kernels in the program of {2 * count} small products.")
     except Exception as error:
         recorder.note(f"There is no trace of the kernels of a program: {in_a_line(error)}")
 
