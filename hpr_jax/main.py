@@ -101,10 +101,10 @@ def run(command_line: list[str]) -> None:
     enable_compilation_cache()
     return_memory_of_compiling()
     if arguments.distributed:
-        from hpr_jax.runtime.devices import join_processes, leads
+        from hpr_jax.runtime.devices import is_main_process, join_processes
 
         join_processes()
-        if not leads():
+        if not is_main_process():
             # One says how it goes; warnings are each one's own.
             log_to_console(logging.WARNING)
     if arguments.mode == "train":

@@ -18,7 +18,7 @@ from hpr_jax.data.loading.buckets import choose_buckets
 from hpr_jax.data.loading.plan import evaluation_plan
 from hpr_jax.evaluation.average_precision import coco_average_precision, find_evaluator
 from hpr_jax.inference.detect import make_detect
-from hpr_jax.runtime.devices import agree, data_mesh, gather, leads, on_devices_of, spread
+from hpr_jax.runtime.devices import agree, data_mesh, gather, is_main_process, on_devices_of, shard
 
 log = logging.getLogger("hpr_jax")
 
@@ -59,11 +59,12 @@ class Evaluator:
         state = on_devices_of(self.mesh, state)
         found: list[dict[str, Any]] = []
         batches = evaluation_batches(self.loader, self.threads)
-        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False, disable=not leads())
+        hidden = not is_main_process()
+        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False, disable=hidden)
         for batch, planned in zip(bar, self.loader.plan):
             for report in batch.reports:
                 log.warning("%s", report)
-            images, sizes = spread(self.mesh, (batch.images, batch.sizes))
+            images, sizes = shard(self.mesh, (batch.images, batch.sizes))
             arrays = jax.device_get(self.detect(state, images, sizes))
             for place, record in enumerate(batch.records):
                 if record is not None:

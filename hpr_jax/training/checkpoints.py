@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from hpr_jax.errors import RunError, UserError
-from hpr_jax.runtime.devices import agree, gather, leads, wait_for_all
+from hpr_jax.runtime.devices import agree, gather, is_main_process, wait_for_all
 from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, checkpoints_in, open_reader, read_meta
 from hpr_jax.weights.manifest import find_damage, write_manifest
 
@@ -28,7 +28,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
-        if leads():
+        if is_main_process():
             _delete_partial(self._latest)
             _delete_partial(self._best)
             # Of two, the older was about to be deleted.
@@ -89,7 +89,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(partial, ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays), force=True)
-        if leads():
+        if is_main_process():
             write_manifest(partial)
             _delete_now([path] if path.exists() else [])
             partial.rename(path)
@@ -106,7 +106,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
 
 
 def _delete(paths: Iterable[Path]) -> None:
-    if leads():
+    if is_main_process():
         _delete_now(paths)
     wait_for_all("deleted")
 

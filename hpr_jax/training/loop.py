@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import RunError
 from hpr_jax.evaluation.evaluator import log_table
-from hpr_jax.runtime.devices import leads, spread
+from hpr_jax.runtime.devices import is_main_process, shard
 from hpr_jax.training.optimizer import learning_rate
 from hpr_jax.training.state import TrainState, evaluated, training_arrays
 from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainStep
@@ -37,7 +37,7 @@ def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBat
     arrays = jax.tree.map(lambda x: x.reshape(batch.views, -1, *x.shape[1:]), (batch.images, targets))
     devices = len(mesh.local_devices)
     rows = {name: np.array([count] + [0] * (devices - 1), np.int32) for name, count in counts.items()}
-    return DeviceBatch(*spread(mesh, arrays, axis=1), spread(mesh, rows))
+    return DeviceBatch(*shard(mesh, arrays, axis=1), shard(mesh, rows))
 
 
 class _Run:
@@ -46,7 +46,7 @@ class _Run:
     def __init__(self, config, mesh, checkpoints, evaluator, meta, writer, requests, progress):
         self.config, self.mesh, self.checkpoints, self.evaluator = config, mesh, checkpoints, evaluator
         self.meta, self.writer, self.requests, self.progress = meta, writer, requests, progress
-        self.bar = tqdm(total=config.train.steps, unit="step", dynamic_ncols=True, disable=not leads())
+        self.bar = tqdm(total=config.train.steps, unit="step", dynamic_ncols=True, disable=not is_main_process())
         best = checkpoints.best_meta()
         self.best = best.metrics.get("AP", -1.0) if best else -1.0
         # Shapes of batches that the step has been compiled for, and how many programs that took.

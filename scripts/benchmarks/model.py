@@ -76,7 +76,7 @@ class Bench:
         from flax import nnx
 
         from hpr_jax.losses.build import make_criterion
-        from hpr_jax.runtime.devices import replicate, spread
+        from hpr_jax.runtime.devices import replicate, shard
         from hpr_jax.training.build import make_optimizer
         from hpr_jax.training.state import TrainState
         from hpr_jax.training.step import DeviceBatch, TrainStep
@@ -87,7 +87,7 @@ class Bench:
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
         batch = jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
-        return step, replicate(step.mesh, state), spread(step.mesh, batch, axis=1)
+        return step, replicate(step.mesh, state), shard(step.mesh, batch, axis=1)
 
 
 def peak_memory() -> float:

@@ -22,8 +22,8 @@ HELPERS = FOLDER.parent.parent / "helpers"
 sys.path[:0] = [str(FOLDER.parent.parent), str(HELPERS), str(FOLDER.parent.parent.parent / "scripts")]
 
 import conftest  # noqa: F401  Tests compile in a way of their own, which decides the last bits.
-import workdirs
 import tiny
+import workdirs
 
 import hpr_jax
 from hpr_jax.commands.train import train
