@@ -51,7 +51,7 @@ def trained(coco, tmp_path_factory):
     """A finished run of four steps, to be read only, and its metrics."""
     import tiny
 
-    from hpr_jax.commands.train import train
+    from hpr_jax.training.run import train
 
     workdir = tmp_path_factory.mktemp("trained")
     metrics = train(tiny.config(coco), workdir)

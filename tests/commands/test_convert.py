@@ -7,10 +7,11 @@ import pytest
 import reference
 import tiny
 
-from hpr_jax.commands import convert
+from hpr_jax import main as command_line
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import COCO_CLASSES
 from hpr_jax.errors import UserError
+from hpr_jax.training.convert import guess_classes
 from hpr_jax.weights.checkpoint import load_detector
 from hpr_jax.weights.official import IGNORED
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
@@ -37,11 +38,11 @@ def test_there_and_back_is_bit_exact(tmp_path, config_file):
     names = tuple(f"thing {i}" for i in range(reference.sizes()["num_classes"]))
     source = tmp_path / "official.pth"
     write_checkpoint(source, official_tensors(), {"iter": 12, "dataset_meta": {"classes": list(names)}})
-    convert.run(["--config", str(config_file), str(source), str(tmp_path / "run")])
+    command_line.run(["convert", "--config", str(config_file), str(source), str(tmp_path / "run")])
     _, meta = load_detector(tmp_path / "run")
     assert meta.classes == Classes(names, tuple(range(1, len(names) + 1)))
     assert meta.step == 12
-    convert.run(["--to-torch", str(tmp_path / "run"), str(tmp_path / "back.pth")])
+    command_line.run(["convert", "--to-torch", str(tmp_path / "run"), str(tmp_path / "back.pth")])
     back = find_tensors(read_checkpoint(tmp_path / "back.pth"))
     wanted = {name: t for name, t in official_tensors().items() if not IGNORED.search(name)}
     assert set(back) == set(wanted)
@@ -56,19 +57,19 @@ def test_classes_of_an_annotation_file(tmp_path, config_file):
     categories = [{"id": 3 * i, "name": f"c{i}"} for i in reversed(range(count))]
     (tmp_path / "a.json").write_text(json.dumps({"categories": categories}))
     command = ["--config", str(config_file), "--annotations", str(tmp_path / "a.json")]
-    convert.run([*command, str(tmp_path / "w.pth"), str(tmp_path / "run")])
+    command_line.run(["convert", *command, str(tmp_path / "w.pth"), str(tmp_path / "run")])
     _, meta = load_detector(tmp_path / "run")
     # In the order of the file, as the official code numbers them.
     order = list(reversed(range(count)))
     assert meta.classes == Classes(tuple(f"c{i}" for i in order), tuple(3 * i for i in order))
     (tmp_path / "a.json").write_text(json.dumps({"categories": categories[1:]}))
     with pytest.raises(UserError, match=f"knows {count} classes"):
-        convert.run([*command, str(tmp_path / "w.pth"), str(tmp_path / "other")])
+        command_line.run(["convert", *command, str(tmp_path / "w.pth"), str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
 
 
 def test_coco_is_the_default_of_eighty_classes():
-    assert convert.guess_classes({}, 80) == COCO_CLASSES
+    assert guess_classes({}, 80) == COCO_CLASSES
     assert COCO_CLASSES.category_ids[-1] == 90
     assert len(set(COCO_CLASSES.names)) == len(set(COCO_CLASSES.category_ids)) == 80
     assert dict(zip(COCO_CLASSES.names, COCO_CLASSES.category_ids))["stop sign"] == 13
@@ -79,7 +80,7 @@ def test_wrong_models_leave_nothing_behind(tmp_path, config_file):
     wrong["query_map.extra"] = wrong.pop("query_map.weight")
     write_checkpoint(tmp_path / "w.pth", wrong, {})
     with pytest.raises(UserError, match=r"missing: query_map.weight; not used: query_map.extra"):
-        convert.run(["--config", str(config_file), str(tmp_path / "w.pth"), str(tmp_path / "run")])
+        command_line.run(["convert", "--config", str(config_file), str(tmp_path / "w.pth"), str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
@@ -88,7 +89,7 @@ def test_folders_in_use_are_left_alone(tmp_path, config_file):
     (tmp_path / "run" / "something").touch()
     write_checkpoint(tmp_path / "w.pth", official_tensors(), {})
     with pytest.raises(UserError, match="not an empty folder"):
-        convert.run(["--config", str(config_file), str(tmp_path / "w.pth"), str(tmp_path / "run")])
+        command_line.run(["convert", "--config", str(config_file), str(tmp_path / "w.pth"), str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize(
@@ -102,4 +103,4 @@ def test_folders_in_use_are_left_alone(tmp_path, config_file):
 )
 def test_bad_commands_get_a_sentence(command, sentence):
     with pytest.raises(UserError, match=sentence):
-        convert.run(command)
+        command_line.run(["convert", *command])
