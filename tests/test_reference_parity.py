@@ -15,7 +15,7 @@ import reference
 from flax import nnx
 from reference import arrays, assert_close, sizes
 
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
@@ -129,7 +129,7 @@ class TestEvaluation:
         expected = arrays(f"{model}_eval")
         _, image_sizes = reference.images()
         last = jax.tree.map(lambda x: x[-1], evaluation(model).primary.matching)
-        found = detections(last, image_sizes, sizes()["max_per_image"])
+        found = top_detections(last, image_sizes, sizes()["max_per_image"])
         for image in range(len(image_sizes)):
             compare_detections([array[image] for array in found], expected, f"pred.{image}")
 
@@ -322,7 +322,7 @@ class TestPadding:
         memory, shapes = np.asarray(outputs.intermediates.memory), outputs.intermediates.spatial_shapes
         level_sizes = np.asarray(outputs.intermediates.level_sizes)
         last = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
-        found = detections(last, image_sizes, sizes()["max_per_image"])
+        found = top_detections(last, image_sizes, sizes()["max_per_image"])
         for image in range(len(images)):
             cropped, start = [], 0
             for (height, width), (h, w) in zip(shapes, level_sizes[image]):

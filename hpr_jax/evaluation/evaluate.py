@@ -1,4 +1,4 @@
-"""The command `evaluate`."""
+"""Evaluates a checkpoint on the validation split of its config."""
 
 import json
 import logging
@@ -24,9 +24,12 @@ def evaluate(
 
     Args:
       checkpoint: a checkpoint's directory or a run's workdir.
-      output: folder for the files.
+      output: folder for the two files, which the main process alone writes.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
+
+    Raises:
+      UserError: there is no checkpoint or no data, or a setting is wrong.
     """
     meta = read_meta(checkpoint)
     config = checkpoint_config(meta, overrides, config)

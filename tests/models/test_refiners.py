@@ -13,7 +13,7 @@ from hpr_jax.config import load_config
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 from hpr_jax.evaluation.evaluator import Evaluator
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.models.refiner.layer import Merge
@@ -54,7 +54,7 @@ def random_weights(c):
 @jax.jit
 def detect(detector, images, sizes):
     outputs = detector(detector.normalize(images, sizes), sizes)
-    return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
+    return top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
 
 def assert_trains_and_evaluates(c, dataset):

@@ -1,29 +1,27 @@
-"""Average precision: the fast evaluator against the reference, and edge cases."""
+"""Average precision: both evaluators give the same numbers, also for unusual annotations and detections."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 
 from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
-from hpr_jax.training.metric_writer import MetricWriter
-
-RNG = np.random.default_rng(0)
 
 
 @pytest.fixture
 def annotations():
+    """Annotations of eight images in COCO's format, and their objects."""
+    rng = np.random.default_rng(0)
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in range(8)]
-    objects = []
+    objects: list[dict] = []
     for image in images:
         for _ in range(5):
-            x, y, w, h = RNG.uniform(5, 150, 4).tolist()
+            x, y, w, h = rng.uniform(5, 150, 4).tolist()
             objects.append(
                 {
                     "id": len(objects) + 1,
                     "image_id": image["id"],
-                    "category_id": int(RNG.choice([3, 8])),
+                    "category_id": int(rng.choice([3, 8])),
                     "bbox": [x, y, w, h],
                     "area": w * h,
                     "iscrowd": int(len(objects) % 9 == 0),
@@ -34,12 +32,14 @@ def annotations():
 
 
 def noisy(objects):
+    """Three detections for each object, with other boxes and random scores."""
+    rng = np.random.default_rng(1)
     return [
         {
             "image_id": o["image_id"],
             "category_id": o["category_id"],
-            "bbox": (np.array(o["bbox"]) * RNG.uniform(0.8, 1.2, 4)).tolist(),
-            "score": float(RNG.random()),
+            "bbox": (np.array(o["bbox"]) * rng.uniform(0.8, 1.2, 4)).tolist(),
+            "score": float(rng.random()),
         }
         for o in objects * 3
     ]
@@ -71,7 +71,7 @@ def test_perfect_detections(annotations):
 def test_no_detections(annotations):
     truth, _ = annotations
     metrics, per_class = coco_average_precision(truth, [])
-    # What no object defines is -1.
+    # Numbers of areas without objects are not defined.
     areas = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
     real = [o["area"] for o in annotations[1] if not o["iscrowd"]]
     for name, (low, high) in areas.items():
@@ -100,7 +100,7 @@ def test_files_that_lack_what_evaluators_want(annotations, evaluator):
 @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
 @pytest.mark.parametrize("number", [lambda place: place, lambda place: 1])
 def test_ids_of_objects_do_not_count(annotations, evaluator, number):
-    """Neither an id of 0 nor ids that occur twice."""
+    """An id of 0 and ids that occur twice change nothing."""
     truth, objects = annotations
     found = noisy(objects)
     expected, _ = coco_average_precision(truth, found, evaluator)
@@ -108,21 +108,3 @@ def test_ids_of_objects_do_not_count(annotations, evaluator, number):
     for place, annotation in enumerate(content["annotations"]):
         annotation["id"] = number(place)
     assert coco_average_precision(content, found, evaluator)[0] == expected
-
-
-def test_metric_files(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        writer.write(3, {"loss": 1.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
-    assert list(tmp_path.glob("events.*"))
-
-
-def test_metrics_of_a_run_that_goes_on(tmp_path):
-    """What was written behind the checkpoint comes again; a kill may have left half a line."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "loss": 3.0}\n{"step": 8, "lo')
-    with MetricWriter(tmp_path, start=4) as writer:
-        writer.write(6, {"loss": 4.0})
-    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
-    with MetricWriter(None) as writer:
-        writer.write(6, {"loss": 4.0})
