@@ -26,8 +26,8 @@ from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
 from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
-# Room for ground-truth boxes that is assumed where config.data.max_boxes leaves it to the data (the fullest image of COCO has
-# 93), and twice that with copy-paste.
+# Room for ground-truth boxes, assumed where config.data.max_boxes leaves it to the data: the fullest image of COCO has 93.
+# Copy-paste needs twice as much.
 MAX_BOXES = 100
 
 # What the table of parameters and FLOPs counts, by the image's size.
@@ -50,7 +50,7 @@ def describe(
     """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
 
     Args:
-      config: of the detector; with a checkpoint it is taken in place of the checkpoint's own, and its model must be the same.
+      config: of the detector; with a checkpoint it stands in for the checkpoint's own, and its model must be the same.
       num_classes: of a detector without a checkpoint.
       checkpoint: a checkpoint's directory or a run's workdir, or None.
       overrides: settings (dotted key, text) in place of a checkpoint's.

@@ -36,10 +36,10 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
         raise UserError(f"The threshold is a score between 0 and 1, not {arguments.threshold}.")
     check_folder(arguments.workdir, "workdir")
     check_folder(arguments.output, "output folder")
-    files = find_images(arguments.inputs)
+    find_images(arguments.inputs)
     config = load_config(arguments.config, overrides) if arguments.config else None
     start()
     from hpr_jax.inference.predict import predict
 
     output = arguments.output or arguments.workdir / "predictions"
-    predict(arguments.checkpoint or arguments.workdir, files, output, arguments.threshold, overrides, config)
+    predict(arguments.checkpoint or arguments.workdir, arguments.inputs, output, arguments.threshold, overrides, config)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import write_image
+from hpr_jax.inference.find_images import find_images
 from hpr_jax.inference.image_detector import Detections, load
 
 log = logging.getLogger("hpr_jax")
@@ -19,7 +20,7 @@ log = logging.getLogger("hpr_jax")
 
 def predict(
     checkpoint: Path,
-    files: Sequence[Path],
+    inputs: Sequence[Path],
     output: Path,
     threshold: float,
     overrides: Sequence[tuple[str, str]] = (),
@@ -31,15 +32,16 @@ def predict(
 
     Args:
       checkpoint: a checkpoint's directory or a run's workdir.
-      files: image files.
+      inputs: image files, and folders of images.
       output: folder for the pictures and the JSON file.
       threshold: lowest score of the detections.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
 
     Raises:
-      UserError: there is no checkpoint, or no image can be read.
+      UserError: there is no checkpoint or no image, or no image can be read.
     """
+    files = find_images(inputs)
     detector = load(checkpoint, overrides=dict(overrides), config=config)
     entries, skipped = [], []
     taken = {file.resolve() for file in files}

@@ -192,11 +192,11 @@ def _rows(regions, bins, ratio):
 
 def _samples(regions, bins, ratio):
     """Rows of an image's features and weights of every bin of `[R]` regions: `[R, bins ** 2, 4 * ratio ** 2]` each."""
-    steps = (jnp.arange(bins * ratio) + 0.5) / (bins * ratio)
+    steps = jnp.arange(bins * ratio) + 0.5
 
     def axis(low, extent, size):
         # -> neighbours and their weights [R, bins, ratio * 2]
-        position = low[:, None] + steps * extent[:, None]
+        position = low[:, None] + steps * (extent / (bins * ratio))[:, None]
         size = size[:, None].astype(jnp.float32)
         inside = (position >= -1.0) & (position <= size)
         position = jnp.clip(position, 0.0, size - 1.0)
