@@ -1,16 +1,17 @@
-"""Times a full-size detector: inference, forward and backward, whole training steps, the matching, and the stages of each.
+"""Times a full-size detector: inference, forward and backward, training steps, matching, and the stages of the network.
 
     python scripts/benchmarks/model.py [--config configs/ddq.py:r50_1x] [--batch 1] [--height 800] [--width 1333]
-        [--objects 7]
-        [--dtype float32|bfloat16] [--accumulation-steps 1] [--repeats 3] [--phase PHASE] [--cache DIR]
+        [--objects 7] [--dtype float32|bfloat16] [--accumulation-steps 1] [--repeats 3] [--phase PHASE] [--cache DIR]
+        [--official INFERENCE_S,INFERENCE_GB,TRAINING_S,TRAINING_GB]
 
-Every phase runs in a process of its own, so that its peak memory is its own: the GPU's if there is one, else the process's.
-"compile" is what the first call takes longer than the others; with --cache, programs are kept in DIR, and a second run shows
-what that saves. Medians. The last columns are ratios to the official PyTorch implementation, given its figures by
---official INFERENCE_S,INFERENCE_GB,TRAINING_S,TRAINING_GB, which must be measured on the same machine in the same hour.
+Each phase runs in a process of its own, so that its peak memory is its own: that of the GPU if there is one, else of the
+process. Times are medians. "compile" is how much longer the first call takes than the others; with --cache, compiled
+programs are kept in DIR, and a second run shows how much that saves. The last columns are ratios to the official PyTorch
+implementation, whose numbers --official gives. They must be measured on the same machine in the same hour.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import resource
@@ -53,7 +54,7 @@ class Bench:
         )
 
     def timed(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Median time of a call, what the first took longer, images a second, and peak memory in GB."""
+        """Seconds of a call (median), how much longer the first took, images a second, and peak memory in GB."""
         import jax
 
         seconds = []
@@ -70,7 +71,7 @@ class Bench:
         }
 
     def step(self) -> tuple[Any, Any, Any]:
-        """The training step, its first state and batch; the bench's own copy of the weights is gone."""
+        """The training step, its first state and its batch. The bench gives its detector away, to hold the weights once."""
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -82,7 +83,9 @@ class Bench:
         from hpr_jax.training.step import DeviceBatch, TrainStep
 
         optimizer = make_optimizer(self.config)
-        graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
+        graph, variables = nnx.split(self.detector)
+        params, frozen = nnx.split_state(variables, nnx.Param, ...)
+        del variables
         del self.detector
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
@@ -91,7 +94,7 @@ class Bench:
 
 
 def peak_memory() -> float:
-    """Of the GPU, or of this process, in GB."""
+    """Peak memory of the GPU if there is one, else of this process, in GB."""
     import jax
 
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -99,7 +102,7 @@ def peak_memory() -> float:
         return statistics["peak_bytes_in_use"] / 1e9
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss, which a process has from its parent.
+        # Not ru_maxrss, which begins with the parent's memory.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -117,7 +120,7 @@ def inference(bench: Bench) -> dict[str, float]:
 
 def forward_and_backward(bench: Bench) -> dict[str, float]:
     step, state, batch = bench.step()
-    state = state.replace(optimizer=None)
+    state = dataclasses.replace(state, optimizer=None)
     return bench.timed(lambda: step.gradients(state, batch))
 
 
@@ -133,7 +136,7 @@ def training_step(bench: Bench) -> dict[str, float]:
 
 
 def matching(bench: Bench) -> dict[str, float]:
-    """Transfer of the costs and solving, of all layers, branches and dense queries of one step."""
+    """Transfer to the host and solution of the matching problems of a step: all layers, branches and kinds of queries."""
     import jax
     import jax.numpy as jnp
 
@@ -156,20 +159,25 @@ def matching(bench: Bench) -> dict[str, float]:
         requests.append(Request(cost, jnp.ones(cost.shape[:3], bool), repeats))
 
     def run():
-        # A device array keeps its first copy on the host; another array has to be fetched.
-        return solve(mesh, [request.replace(cost=request.cost + 0.0) for request in requests], bench.targets.valid)
+        # New arrays, since an array whose values were fetched once keeps them on the host.
+        fresh = [dataclasses.replace(request, cost=request.cost + 0.0) for request in requests]
+        return solve(mesh, fresh, bench.targets.valid)
 
     return bench.timed(run) | {"problems": sum(len(repeats) for _, repeats in shapes) * batch}
 
 
 def stages(bench: Bench) -> dict[str, dict[str, float]]:
-    """Time of each stage, as the difference between the network up to it and the network up to the one before: forward as in
-    inference, and forward and backward without losses, denoising and dense queries."""
+    """Seconds of each stage: the time of the network up to this stage less the time up to the stage before.
+
+    Forward is as in inference; forward and backward has no losses, no denoising and no dense queries.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    graph, params, rest = nnx.split(bench.detector, nnx.Param, ...)
+    graph, variables = nnx.split(bench.detector)
+    params, rest = nnx.split_state(variables, nnx.Param, ...)
+    del variables
     del bench.detector
     sizes = bench.targets.sizes
 
@@ -190,7 +198,8 @@ def stages(bench: Bench) -> dict[str, dict[str, float]]:
     def loss(stage, params, images):
         return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(up_to(stage, params, images)))
 
-    found, before = {}, {"forward": 0.0, "forward and backward": 0.0}
+    found: dict[str, dict[str, float]] = {}
+    before = {"forward": 0.0, "forward and backward": 0.0}
     for stage in ("backbone", "neck and encoder", "initial queries", "refiner", "heads"):
         forward, backward = jax.jit(up_to, static_argnums=0), jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
         now = {

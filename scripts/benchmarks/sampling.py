@@ -3,9 +3,10 @@
     python scripts/benchmarks/sampling.py [--dtype bfloat16|float32] [--cases encoder_2,decoder_300,...] [--repeats 20]
         [--sweep]
 
-Rows: XLA's form; the Pallas kernel (with a GPU); PyTorch's grid_sample form, and the original CUDA operator of mmcv, where
-these packages are installed. Medians, ratios to XLA in the same run, and the bandwidth at which compulsory traffic moves:
-values, locations, weights and outputs read or written once. --sweep times the kernel under other launch settings.
+Rows are implementations: XLA's; the Pallas kernel, on a GPU; PyTorch's grid_sample and the original CUDA operator of mmcv,
+where these packages are installed. Times are medians; ratios are to XLA in the same run. The bandwidth counts compulsory
+traffic alone: values, locations, weights and outputs, each read or written once. --sweep times the kernel under other
+launch settings.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from hpr_jax.ops.deformable_sampling import deformable_sampling
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
 TOKENS = sum(height * width for height, width in LEVELS)
 HEADS, WIDTH, POINTS = 8, 32, 4
-# (images, queries)
+# Numbers of images and of queries.
 CASES = {
     "encoder_1": (1, TOKENS),
     "encoder_2": (2, TOKENS),
@@ -38,7 +39,7 @@ CASES = {
 
 
 def make_arrays(batch: int, queries: int) -> dict[str, np.ndarray]:
-    """Random values, and locations around each query's own place, as a detector has them."""
+    """Random values and weights, and locations around each query's own place, as a detector has them."""
     rng = np.random.default_rng(0)
     places = (batch, queries, HEADS, len(LEVELS), POINTS)
     centers = rng.uniform(size=(batch, queries, 1, 1, 1, 2))
@@ -55,18 +56,20 @@ def make_arrays(batch: int, queries: int) -> dict[str, np.ndarray]:
 
 
 def compulsory_bytes(batch: int, queries: int, size: int) -> dict[str, int]:
-    """What must be read and written, with values of `size` bytes: forward, and backward with float32 sums."""
+    """Bytes that must be read or written, with values of `size` bytes: forward, and backward with sums in float32."""
     value, output = batch * TOKENS * HEADS * WIDTH, batch * queries * HEADS * WIDTH
     samples = batch * queries * HEADS * len(LEVELS) * POINTS
     return {
         "forward": (value + output) * size + samples * 12,
-        # Values, gradients and samples are read, gradients of samples and values written; the latter are cleared before.
+        # Values, output gradients and samples are read; gradients of samples and of values are written, the latter twice, as
+        # they are set to zero first.
         "backward": (2 * value + output) * size + samples * 24 + 2 * value * 4,
     }
 
 
 def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
-    """Median of several timings; calls are queued so that launching them does not count on GPUs."""
+    """Milliseconds of a call: the median of several timings, in each of which several calls are queued, so that the time to
+    launch them does not count on GPUs."""
     wait(run())
     start = time.perf_counter()
     wait(run())
@@ -82,6 +85,7 @@ def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) 
 
 
 def jax_runs(arrays: dict[str, np.ndarray], dtype: str, implementation: str) -> dict[str, Callable[[], Any]]:
+    """Runs by direction, of an implementation of this project."""
     value, gradient = (jnp.asarray(arrays[name], dtype) for name in ("value", "gradient"))
     locations, weights = (jnp.asarray(arrays[name], jnp.float32) for name in ("locations", "weights"))
 
@@ -97,7 +101,7 @@ def jax_runs(arrays: dict[str, np.ndarray], dtype: str, implementation: str) -> 
 
 
 def torch_runs(arrays: dict[str, np.ndarray], dtype: str, original: bool) -> dict[str, Callable[[], Any]]:
-    """PyTorch's grid_sample on each level, or the original operator."""
+    """Runs by direction, of PyTorch's grid_sample on each level, or of the original operator."""
     import torch
     from torch.nn.functional import grid_sample
 
@@ -110,7 +114,8 @@ def torch_runs(arrays: dict[str, np.ndarray], dtype: str, original: bool) -> dic
 
     def by_grid_sample(value, locations, weights):
         batch, queries, heads, _, points, _ = locations.shape
-        start, total = 0, 0.0
+        start = 0
+        total: Any = 0.0
         for level, (height, width) in enumerate(LEVELS):
             table = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(batch * heads, WIDTH, height, width)
             grid = 2 * locations[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2) - 1
@@ -146,8 +151,8 @@ def torch_wait(_: Any) -> None:
         torch.cuda.synchronize()
 
 
-def contestants(arrays: dict[str, np.ndarray], dtype: str) -> Iterator[tuple[str, dict, Callable]]:
-    """Name, runs by direction, and how to wait for a result."""
+def implementations(arrays: dict[str, np.ndarray], dtype: str) -> Iterator[tuple[str, dict, Callable]]:
+    """The name of each implementation on this machine, its runs by direction, and how to wait for a result."""
     yield "XLA", jax_runs(arrays, dtype, "xla"), jax.block_until_ready
     if jax.default_backend() == "gpu":
         yield "Pallas kernel", jax_runs(arrays, dtype, "pallas"), jax.block_until_ready
@@ -156,12 +161,13 @@ def contestants(arrays: dict[str, np.ndarray], dtype: str) -> Iterator[tuple[str
 
         yield "PyTorch grid_sample", torch_runs(arrays, dtype, original=False), torch_wait
         if torch.cuda.is_available() and importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext"):
-            # It has no bfloat16.
+            # The operator has no bfloat16.
             kind = "float16" if dtype == "bfloat16" else dtype
             yield f"CUDA operator ({kind})", torch_runs(arrays, kind, original=True), torch_wait
 
 
 def sweep(arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
+    """Prints times of the kernel by number of warps and channels a thread."""
     value = jnp.asarray(arrays["value"], dtype)
     locations, weights = (jnp.asarray(arrays[name], jnp.float32) for name in ("locations", "weights"))
     gradient = jnp.asarray(arrays["gradient"], dtype).reshape(*locations.shape[:3], WIDTH)
@@ -171,8 +177,8 @@ def sweep(arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
         forward = jax.jit(functools.partial(kernel.forward, spatial_shapes=LEVELS, launch=launch))
         backward = jax.jit(functools.partial(kernel.backward, spatial_shapes=LEVELS, launch=launch))
         times = [
-            median_ms(lambda f=forward: f(value, locations, weights), jax.block_until_ready, repeats),
-            median_ms(lambda f=backward: f(value, locations, weights, gradient), jax.block_until_ready, repeats),
+            median_ms(functools.partial(forward, value, locations, weights), jax.block_until_ready, repeats),
+            median_ms(functools.partial(backward, value, locations, weights, gradient), jax.block_until_ready, repeats),
         ]
         print(f"{warps:6} {elements:18} {launch.block(WIDTH):5} {times[0]:11.3f} {times[1]:12.3f}", flush=True)
 
@@ -195,7 +201,7 @@ def main() -> None:
         print(f"{floor['forward'] / 1e6:.0f} MB, backward {floor['backward'] / 1e6:.0f} MB")
         print(f"{'':28} {'forward ms':>11} {'GB/s':>7} {'x XLA':>6} {'backward ms':>12} {'GB/s':>7} {'x XLA':>6}")
         first = None
-        for name, runs, wait in contestants(arrays, arguments.dtype):
+        for name, runs, wait in implementations(arrays, arguments.dtype):
             times = {direction: median_ms(run, wait, arguments.repeats) for direction, run in runs.items()}
             first = first or times
             cells = []
