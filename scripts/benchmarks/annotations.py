@@ -42,9 +42,10 @@ def write_annotations(path: Path, images: int, objects: int, corners: int, rng: 
                 "id": number + 1,
                 "image_id": int(owners[number]),
                 "category_id": number % CLASSES + 1,
+                "bbox": [*low.tolist(), *(high - low).round(2).tolist()],
+                "iscrowd": int(crowd),
+                "segmentation": runs if crowd else [outline.ravel().tolist()],
             }
-            annotation |= {"bbox": [*low.tolist(), *(high - low).round(2).tolist()], "iscrowd": int(crowd)}
-            annotation |= {"segmentation": runs if crowd else [outline.ravel().tolist()]}
             file.write((", " if number else "") + json.dumps(annotation))
         file.write("]}")
 
