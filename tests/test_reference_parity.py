@@ -16,7 +16,7 @@ from flax import nnx
 from loss_terms import loss_terms
 from reference import arrays, assert_close, sizes
 
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
@@ -138,7 +138,7 @@ class TestEvaluation:
 def best(outputs, image_sizes):
     """The last layer's detections."""
     last = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
-    return detections(last, image_sizes, sizes()["max_per_image"])
+    return top_detections(last, image_sizes, sizes()["max_per_image"])
 
 
 def compare_detections(found, expected, prefix):

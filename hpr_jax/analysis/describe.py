@@ -1,4 +1,4 @@
-"""The mode that prints what a detector costs, before there is data or a device to run it."""
+"""Prints what a detector costs, before there is data or a device to run it on."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -8,11 +8,11 @@ import jax
 from ml_collections import ConfigDict
 
 from hpr_jax.analysis.costs import (
-    Part,
+    ModuleCost,
     StaticShapes,
     evaluation_buckets,
     inference_memory,
-    parts_of,
+    module_costs,
     static_shapes,
     total,
     training_buckets,
@@ -20,19 +20,22 @@ from hpr_jax.analysis.costs import (
 )
 from hpr_jax.data.build import wants_masks
 from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.errors import UserError
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
 from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
-# Room for ground-truth boxes where config.data.max_boxes leaves it to the data (the fullest image of COCO has 93), and again
-# for as many pasted ones.
+# Room for ground-truth boxes, assumed where config.data.max_boxes leaves it to the data: the fullest image of COCO has 93.
+# Copy-paste needs twice as much.
 MAX_BOXES = 100
 
+# What the table of parameters and FLOPs counts, by the image's size.
 COUNTED = """\
 GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
 weighted sums over sampled features among them; gathers, norms, activations and the selection of queries do not count. Box
 offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
+# What the tables of shapes assume, by the room for boxes and where it comes from.
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
 Queries: matching + denoising + dense ones; {0} boxes a view at most ({1})."""
@@ -47,24 +50,26 @@ def describe(
     """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
 
     Args:
-      config: None for a checkpoint's own; else in its place, and its model must be the same.
-      num_classes: of a detector from a config alone.
+      config: of the detector; with a checkpoint it stands in for the checkpoint's own, and its model must be the same.
+      num_classes: of a detector without a checkpoint.
       checkpoint: a checkpoint's directory or a run's workdir, or None.
       overrides: settings (dotted key, text) in place of a checkpoint's.
 
     Raises:
-      UserError: nothing to describe, or settings that no detector or run can have.
+      UserError: there is neither config nor checkpoint, or no detector or run can have these settings.
     """
     if checkpoint is not None:
         meta = read_meta(checkpoint)
         config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
+    if config is None:
+        raise UserError("There is nothing to describe; give a config or a checkpoint.")
     check(config)
     make_criterion(config)
     detector = abstract_detector(config.model, num_classes, config.compute)
     evaluation = evaluation_buckets(config)
     training = training_buckets(config)
     largest = list(evaluation)[-1]
-    _print_parts(parts_of(detector, largest, config.model.refiner.primary), largest)
+    _print_costs(module_costs(detector, largest, config.model.refiner.primary), largest)
 
     max_boxes = config.data.max_boxes or MAX_BOXES * (1 + wants_masks(config))
     _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
@@ -83,18 +88,18 @@ def describe(
 
 
 def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    """The first column is flush left, the others right."""
+    """Prints rows as a table, whose first column is aligned left, the others right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:
         print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:])), sep="  ")
 
 
-def _print_parts(parts: Sequence[Part], image: Shape) -> None:
-    rows = [("module", "parameters", "trained", "frozen", "GFLOPs")]
-    for part in [*parts, total(parts)]:
-        counts = (f"{count:,}" for count in (part.trained + part.frozen, part.trained, part.frozen))
-        rows.append((f"  {part.name}" if part.within else part.name, *counts, f"{part.flops / 1e9:,.3f}"))
+def _print_costs(costs: Sequence[ModuleCost], image: Shape) -> None:
+    rows: list[tuple[str, ...]] = [("module", "parameters", "trained", "frozen", "GFLOPs")]
+    for cost in [*costs, total(costs)]:
+        counts = (f"{count:,}" for count in (cost.trained + cost.frozen, cost.trained, cost.frozen))
+        rows.append((f"  {cost.name}" if cost.within else cost.name, *counts, f"{cost.flops / 1e9:,.3f}"))
     _print_table(rows)
     print(COUNTED.format(*image))
 

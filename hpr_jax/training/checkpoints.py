@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from hpr_jax.errors import RunError, UserError
-from hpr_jax.runtime.devices import agree, gather, leads, wait_for_all
-from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, _reader, _steps, read_meta
+from hpr_jax.runtime.devices import agree, gather, is_main_process, wait_for_all
+from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, checkpoints_in, open_reader, read_meta
 from hpr_jax.weights.manifest import find_damage, write_manifest
 
 log = logging.getLogger("hpr_jax")
@@ -28,11 +28,11 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
-        if leads():
+        if is_main_process():
             _delete_partial(self._latest)
             _delete_partial(self._best)
             # Of two, the older was about to be deleted.
-            _delete_now(_steps(self._best)[:-1])
+            _delete_now(checkpoints_in(self._best)[:-1])
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
         """Saves a checkpoint to resume from, then deletes the oldest.
@@ -41,12 +41,12 @@ class Checkpoints:
           RunError: it cannot be written; the others are as they were.
         """
         _write(self._latest / str(step), meta, model=nnx.to_pure_dict(model), training=training)
-        _delete(_steps(self._latest)[: -self._keep])
+        _delete(checkpoints_in(self._latest)[: -self._keep])
 
     def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
         """Saves the best model so far, in place of the one before; raises as `save` does."""
         _write(self._best / str(step), meta, model=nnx.to_pure_dict(model))
-        _delete([path for path in _steps(self._best) if path.name != str(step)])
+        _delete([path for path in checkpoints_in(self._best) if path.name != str(step)])
 
     def latest_meta(self) -> Meta | None:
         """What the newest undamaged checkpoint says of itself, or None before the first. Damaged ones are put aside.
@@ -60,17 +60,17 @@ class Checkpoints:
                 f"All checkpoints in {self._latest} are damaged: {', '.join(damaged)}. To begin anew, choose another "
                 "workdir or delete them."
             )
-        return newest and read_meta(newest, check=False)
+        return newest and read_meta(newest, verify=False)
 
     def best_meta(self) -> Meta | None:
         """What the best checkpoint says of itself, None if there is none that is undamaged."""
         newest, _ = _newest_undamaged(self._best)
-        return newest and read_meta(newest, check=False)
+        return newest and read_meta(newest, verify=False)
 
     def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
         """The model and training state of a step, in the shapes and on the devices of the given ones."""
         path = self._latest / str(step)
-        with _reader(path) as reader:
+        with open_reader(path) as reader:
             restored = reader.restore(
                 path,
                 args=ocp.args.Composite(
@@ -89,7 +89,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(partial, ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays), force=True)
-        if leads():
+        if is_main_process():
             write_manifest(partial)
             _delete_now([path] if path.exists() else [])
             partial.rename(path)
@@ -106,7 +106,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
 
 
 def _delete(paths: Iterable[Path]) -> None:
-    if leads():
+    if is_main_process():
         _delete_now(paths)
     wait_for_all("deleted")
 
@@ -122,7 +122,7 @@ def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     for all: they may not see the same files yet."""
 
     def look() -> tuple[str | None, list[str]]:
-        while steps := _steps(folder):
+        while steps := checkpoints_in(folder):
             newest = steps[-1]
             damage = find_damage(newest)
             if not damage:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
-from hpr_jax.runtime.devices import leads, spread
+from hpr_jax.runtime.devices import is_main_process, shard
 from hpr_jax.training.checkpoints import Checkpoints
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
@@ -43,7 +43,7 @@ def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBat
     arrays = jax.tree.map(lambda x: x.reshape(batch.views, -1, *x.shape[1:]), (batch.images, targets))
     devices = len(mesh.local_devices)
     rows = {name: np.array([count] + [0] * (devices - 1), np.int32) for name, count in counts.items()}
-    return DeviceBatch(*spread(mesh, arrays, axis=1), spread(mesh, rows))
+    return DeviceBatch(*shard(mesh, arrays, axis=1), shard(mesh, rows))
 
 
 @dataclasses.dataclass
@@ -67,7 +67,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         # Where standard error is no terminal, the log has lines of progress instead of a bar.
-        shown = None if leads() else True
+        shown = None if is_main_process() else True
         self.bar = tqdm(total=self.config.train.steps, unit="step", dynamic_ncols=True, disable=shown)
         best = self.checkpoints.best_meta()
         self.best_ap = best.metrics.get("AP", -1.0) if best else -1.0

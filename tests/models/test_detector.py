@@ -8,7 +8,7 @@ import tiny
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.models.build import build_detector
 from hpr_jax.models.layers import layer
 from hpr_jax.models.refiner.selection import counted, distinct_attention, select_distinct
@@ -20,7 +20,7 @@ IMAGES = [RNG.uniform(0, 255, (h, w, 3)).astype(np.float32) for h, w in ((40, 64
 @jax.jit
 def detect(detector, images, sizes):
     outputs = detector(detector.normalize(images, sizes), sizes)
-    return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
+    return top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
 
 def padded(images, shape, fill=0.0):
@@ -121,7 +121,7 @@ def test_more_queries_than_tokens():
     assert tokens < 100
     valid = np.asarray(outputs.primary.matching.valid)
     assert valid[:, 0].sum(axis=-1).tolist() == [tokens, tokens]
-    *_, found = detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 300)
+    *_, found = top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 300)
     assert np.asarray(found).sum() == tokens * tiny.CLASSES
 
 

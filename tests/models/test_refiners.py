@@ -13,11 +13,11 @@ from hpr_jax.config import load_config
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 from hpr_jax.evaluation.evaluator import Evaluator
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.models.refiner.layer import Merge
-from hpr_jax.runtime.devices import replicate, spread
+from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.build import make_optimizer
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
@@ -54,7 +54,7 @@ def random_weights(c):
 @jax.jit
 def detect(detector, images, sizes):
     outputs = detector(detector.normalize(images, sizes), sizes)
-    return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
+    return top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
 
 def assert_trains_and_evaluates(c, dataset):
@@ -65,7 +65,7 @@ def assert_trains_and_evaluates(c, dataset):
     step, losses = TrainStep(graph, make_criterion(c), optimizer, 0), []
     state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
     batch = DeviceBatch(jnp.asarray(IMAGES), tiny.targets([2, 1], 4, [[64, 64], [48, 40]]))
-    state, batch = replicate(step.mesh, state), spread(step.mesh, jax.tree.map(lambda x: x[None], batch), axis=1)
+    state, batch = replicate(step.mesh, state), shard(step.mesh, jax.tree.map(lambda x: x[None], batch), axis=1)
     for _ in range(4):
         state, numbers = step(state, batch, 3e-3)
         losses.append(float(numbers["loss"]))
