@@ -124,15 +124,15 @@ def parts_of(detector: Detector, shape: Shape, primary: str = "primary") -> list
     def initial(query_init, memory):
         matching, _ = query_init(memory, with_dense=False)
         # The logits of the chosen are the losses'.
-        return matching.content, matching.proposals.boxes, matching.twins
+        return matching.content, matching.proposals.boxes, matching.duplicates
 
-    query_init, (content, boxes, twins) = _trace(initial, detector.query_init, memory)
+    query_init, (content, boxes, duplicates) = _trace(initial, detector.query_init, memory)
     count = content.shape[1]
     queries = DecoderInput(
         content=content,
         reference_boxes=boxes,
         mask=_array(1, count, count, dtype=bool),
-        twins=twins,
+        duplicates=duplicates,
         num_denoising=0,
         num_matching=count,
         num_dense=0,
