@@ -40,11 +40,12 @@ def evaluation(model):
     return run(reference.detector(model), *reference.images())
 
 
-def twin_order(stages, expected, start=0):
-    """Which of our queries stands at each place of the reference: `[B, Q]`.
+def duplicate_order(stages, expected, start=0):
+    """Which of our queries corresponds to each query of the reference: `[B, Q]`.
 
-    Padded queries are identical, so which of them NMS keeps is arbitrary: here the first, in the reference whichever its
-    unstable sort put first. They are paired by what became of them; all others stay where they are.
+    Duplicate queries are identical, so which of them NMS selects is arbitrary: here the first one, in the reference the one
+    that its unstable sort put first. They are paired by the layers in which they are selected; all other queries correspond to
+    those at the same place.
     """
     content = np.asarray(stages.initial_content)
     count = stages.attention_mask.shape[-1]
@@ -55,9 +56,9 @@ def twin_order(stages, expected, start=0):
     theirs = np.stack([np.diagonal(expected[name], axis1=1, axis2=2) for name in diagonals], axis=-1)
     ours = np.diagonal(np.asarray(stages.attention_mask)[1:], axis1=2, axis2=3).transpose(1, 2, 0)
     for image in range(len(content)):
-        twins = np.flatnonzero(np.all(content[image, start : start + count] == 0, axis=-1))
-        fates = [sorted(twins, key=lambda query: tuple(kept[image, query])) for kept in (ours, theirs)]
-        order[image, start + np.array(fates[1], int)] = start + np.array(fates[0], int)
+        duplicates = np.flatnonzero(np.all(content[image, start : start + count] == 0, axis=-1))
+        paired = [sorted(duplicates, key=lambda query: tuple(selected[image, query])) for selected in (ours, theirs)]
+        order[image, start + np.array(paired[1], int)] = start + np.array(paired[0], int)
     return order
 
 
@@ -96,7 +97,7 @@ class TestEvaluation:
         @jax.jit
         def regions(detector):
             maps, map_sizes = detector.neck(*detector.backbone(images, image_sizes))
-            memory = flatten(maps, map_sizes, image_sizes).replace(tokens=stages.memory)
+            memory = dataclasses.replace(flatten(maps, map_sizes, image_sizes), tokens=stages.memory)
             return detector.refiner.regions(memory, stages.reference_boxes[0])
 
         size = sizes()["roi_output_size"]
@@ -106,7 +107,7 @@ class TestEvaluation:
 
     def test_decoder_layers(self, model):
         expected, stages = arrays(f"{model}_eval"), evaluation(model).intermediates
-        order = twin_order(stages, expected)
+        order = duplicate_order(stages, expected)
         for layer in range(sizes()["decoder_num_layers"]):
             hidden = reorder(stages.hidden[layer], order, axis=1)
             assert_close(hidden, expected[f"decoder_layer.{layer}.0"], OUTPUT)
@@ -117,7 +118,7 @@ class TestEvaluation:
 
     def test_selection_masks(self, model):
         expected, stages = arrays(f"{model}_eval"), evaluation(model).intermediates
-        order = twin_order(stages, expected)
+        order = duplicate_order(stages, expected)
         if model not in DISTINCT:
             assert np.asarray(stages.attention_mask).all()
             return
@@ -249,7 +250,7 @@ class TestTraining:
         expected, (_, outputs, _, _) = arrays(f"{model}_train"), training(model)
         stages = outputs.intermediates
         start = denoising_count(model)
-        order = twin_order(stages, expected, start)
+        order = duplicate_order(stages, expected, start)
         assert_close(stages.initial_content, expected["pre_decoder.decoder.query"], OUTPUT)
         assert_close(reorder(stages.normed, order, axis=2), expected["decoder.0"], OUTPUT)
         assert_close(reorder(stages.reference_boxes, order, axis=2), expected["decoder.1"], OUTPUT)

@@ -1,6 +1,7 @@
 """Deformable sampling and RoIAlign: every implementation that runs on this machine, against loops in float64.
 
-On CPUs that is XLA and the interpreted kernels; with a GPU (`JAX_PLATFORMS=cuda`) also the compiled kernels, in more shapes.
+On CPUs these are XLA and the interpreted kernels; with a GPU (`JAX_PLATFORMS=cuda`) also the compiled kernels, in more
+shapes.
 """
 
 import functools
@@ -22,7 +23,7 @@ SHAPES = ((5, 7), (3, 4), (1, 2))
 
 
 def sample_in_float64(value, shapes, locations, weights, gradient):
-    """Output and the gradients of value, locations and weights, one corner of one sampling point after the other."""
+    """Output, and the gradients of value, locations and weights, computed one corner of a sampling point at a time."""
     value, locations, weights, gradient = (np.asarray(x, np.float64) for x in (value, locations, weights, gradient))
     batch, queries, heads, levels, points, _ = locations.shape
     out = np.zeros((batch, queries, heads, value.shape[-1]))
@@ -51,7 +52,7 @@ def sample_in_float64(value, shapes, locations, weights, gradient):
 def inputs(rng, *, shapes=SHAPES, batch=2, queries=5, heads=2, width=8, points=2, dtype=jnp.float32):
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
     value = jnp.asarray(rng.normal(size=(batch, tokens, heads, width)), dtype)
-    # Many of them at the borders and outside.
+    # Many locations are at the borders and outside.
     locations = jnp.asarray(rng.uniform(-0.4, 1.4, (batch, queries, heads, levels, points, 2)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(batch, queries, heads, levels, points)), jnp.float32)
     gradient = jnp.asarray(rng.normal(size=(batch, queries, heads, width)), dtype)
@@ -69,7 +70,7 @@ def output_and_gradients(implementation, shapes, value, locations, weights, grad
 
 
 def assert_agrees(implementation, shapes, *arrays):
-    # Inside, all is float32; results are rounded to the 8 bits of bfloat16 once.
+    # Everything is computed in float32; only the results are rounded to the 8 bits of bfloat16.
     tolerance = 4e-3 if arrays[0].dtype == jnp.bfloat16 else 1e-5
     computed = output_and_gradients(implementation, shapes, *arrays)
     for name, ours, theirs in zip(
@@ -98,7 +99,7 @@ def test_values_and_gradients(implementation, case):
 
 @implementations
 def test_borders_and_far_outside(implementation):
-    """Corners and edges of the maps, pixel centres (both are kinks), and places where pixel numbers overflow."""
+    """Places at pixel centres and at the edges of the map (both are kinks), and far out, where pixel numbers overflow."""
     value, locations, weights, gradient = inputs(np.random.default_rng(1), shapes=((4, 4),), queries=8, points=1)
     places = jnp.array([0.125, 0.375, -0.125, 1.125, 0.0, 1.0, 1e9, -1e30])
     locations = jnp.broadcast_to(places[None, :, None, None, None, None], locations.shape)
@@ -183,7 +184,7 @@ def _second_value_of_two(function, value, *others):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    """Of XLA's form: 5 queries, or regions, at once, and two by two."""
+    """The XLA implementations compute the same of 5 queries, or regions, at once and two at a time."""
     rng = np.random.default_rng(4)
     arrays = inputs(rng)[:3]
     features, sizes = jnp.asarray(rng.normal(size=(2, 150, 12)), jnp.float32), jnp.array([[[12, 10], [6, 5]]] * 2)
@@ -200,10 +201,10 @@ def test_chunks_change_nothing(monkeypatch):
             jax.value_and_grad(of_regions)(features),
         )
 
-    whole = run()
-    for module in ("deform_attn", "roi_align"):
+    at_once = run()
+    for module in ("deformable_sampling", "roi_align"):
         monkeypatch.setattr(f"hpr_jax.ops.{module}.CHUNK", 2)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run())):
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(run())):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -217,11 +218,11 @@ def test_refusals():
         deformable_sampling(value[:1], SHAPES, locations, weights)
     with pytest.raises(ValueError, match=r"weights \[B, Q, H, L, P\]"):
         deformable_sampling(value, SHAPES, locations, weights[..., 0])
-    # Left to itself, it finds another way.
+    # If no implementation is named, XLA is taken.
     assert deformable_sampling(value, SHAPES, locations, weights).shape == (2, 5, 2 * 130)
 
 
-@pytest.mark.skipif(ON_GPU, reason="of machines without a GPU: with one, kernels run, and nothing is refused")
+@pytest.mark.skipif(ON_GPU, reason="kernels are refused on machines without a GPU alone")
 def test_a_kernel_asked_for_without_a_gpu_raises():
     value, locations, weights, _ = inputs(np.random.default_rng(0))
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, and the default platform is cpu"):
@@ -231,7 +232,7 @@ def test_a_kernel_asked_for_without_a_gpu_raises():
 @implementations
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_roi_align(implementation, dtype):
-    """Regions of all levels, empty, outside, and beyond the valid area, against the definition in float64."""
+    """Regions of all levels, empty ones, and ones outside of the valid area, against the definition in float64."""
     rng = np.random.default_rng(0)
     shapes, strides, bins, ratio = ((12, 10), (6, 5)), (8, 16), 3, 2
     features = jnp.asarray(rng.normal(size=(2, 150, 12)), dtype)
@@ -270,7 +271,7 @@ def test_roi_align(implementation, dtype):
     np.testing.assert_allclose(
         np.asarray(pullback(gradient)[0], np.float64), of_features, atol=tolerance * np.abs(of_features).max()
     )
-    # Regions carry no gradient, and none may be there.
+    # There may be no regions.
     assert roi_align(features, shapes, sizes, jnp.zeros((2, 0, 4)), implementation=implementation, **settings).shape == (
         2,
         0,
@@ -281,7 +282,7 @@ def test_roi_align(implementation, dtype):
 
 @pytest.mark.parametrize("channels", [3, 300])
 def test_weighted_rows_of_odd_widths(channels):
-    """Narrower and wider than the channels of one program, and rows that several sums share."""
+    """Tables narrower and wider than the tile of a program, with rows that several sums share."""
     rng = np.random.default_rng(0)
     table, gradient = rng.normal(size=(7, channels)).astype(np.float32), rng.normal(size=(9, channels)).astype(np.float32)
     index, weights = rng.integers(0, 7, (9, 4)).astype(np.int32), rng.normal(size=(9, 4)).astype(np.float32)
