@@ -7,13 +7,15 @@ augmentation. Published AP on COCO val2017 behind each. The same settings, `conf
 detector; in DDQ set merge_xavier=False with those of table 7.
 """
 
+from typing import Any
+
 import deformable_detr
 from ml_collections import ConfigDict
 
 HPR = ("regional_attention", "dynamic_conv")
 
 # One refiner alone.
-TABLE_5 = {
+TABLE_5: dict[str, dict[str, Any]] = {
     "table5_global_attention": {"primary": "global_attention"},  # 42.3
     "table5_region_fc": {"primary": "region_fc", "layers": 1},  # 32.2
     "table5_deformable": {"primary": "deformable"},  # 47.8
@@ -22,7 +24,7 @@ TABLE_5 = {
     "table5_point": {"primary": "point", "layers": 1},  # 41.2
 }
 # Behind which parts of the paths features are merged; 49.3 is HPR.
-TABLE_6 = {
+TABLE_6: dict[str, dict[str, Any]] = {
     "table6_attention": {"merge_points": ("attention",)},  # 48.0
     "table6_interaction": {"merge_points": ("interaction",)},  # 46.5
     "table6_ffn": {"merge_points": ("ffn",)},  # 49.2
@@ -32,7 +34,7 @@ TABLE_6 = {
     "table6_all": {"merge_points": ("attention", "interaction", "ffn")},  # 49.1
 }
 # How they are weighted; primary, regional attention, dynamic convolution.
-TABLE_7 = {
+TABLE_7: dict[str, dict[str, Any]] = {
     "table7_fixed_1_1_1": {"merge": "fixed", "merge_initial": (1.0, 1.0, 1.0)},  # 48.9
     "table7_fixed_2_1_1": {"merge": "fixed", "merge_initial": (2.0, 1.0, 1.0)},  # 49.1
     "table7_scalar_1_1_1": {"merge": "learned_scalar", "merge_initial": (1.0, 1.0, 1.0)},  # 48.9
@@ -40,8 +42,8 @@ TABLE_7 = {
     "table7_vector_1_1_1": {"merge": "learned_vector", "merge_initial": (1.0, 1.0, 1.0)},  # 49.3
     "table7_vector_2_1_1": {"merge": "learned_vector", "merge_initial": (2.0, 1.0, 1.0)},  # 49.0
 }
-SETTINGS = {name: {"auxiliaries": (), **settings} for name, settings in TABLE_5.items()}
-SETTINGS |= {name: {"auxiliaries": HPR, **settings} for name, settings in (TABLE_6 | TABLE_7).items()}
+SETTINGS: dict[str, dict[str, Any]] = {name: {"auxiliaries": (), **settings} for name, settings in TABLE_5.items()}
+SETTINGS |= {name: {"auxiliaries": HPR, **settings} for name, settings in {**TABLE_6, **TABLE_7}.items()}
 VARIANTS = tuple(SETTINGS)
 
 

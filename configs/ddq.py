@@ -9,8 +9,9 @@ Recipes `{r50|swin_l}_{1x|2x|3x}[_lsj]`; published AP on COCO val2017: r50 1x/2x
 import common
 from ml_collections import ConfigDict
 
-RECIPES = ("r50_1x", "r50_2x", "swin_l_1x", "swin_l_2x", "swin_l_3x")
-RECIPES += ("r50_1x_lsj", "r50_2x_lsj", "r50_3x_lsj", "swin_l_1x_lsj", "swin_l_2x_lsj", "swin_l_3x_lsj")
+PLAIN = ("r50_1x", "r50_2x", "swin_l_1x", "swin_l_2x", "swin_l_3x")
+LSJ = ("r50_1x_lsj", "r50_2x_lsj", "r50_3x_lsj", "swin_l_1x_lsj", "swin_l_2x_lsj", "swin_l_3x_lsj")
+RECIPES = (*PLAIN, *LSJ)
 VARIANTS = (*RECIPES, *common.FROM_SCRATCH)
 
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,62 +12,86 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hpr_jax.errors import UserError
+from hpr_jax.settings import leaves, suggestion
 
-EVALUATORS = ("auto", "hotcoco", "pycocotools")
-AUGMENTATIONS = ("detr", "lsj")
+# The config files that come with the package; a checkout has a link to its configs/.
+PACKAGED = Path(__file__).parent / "configs"
 # Lists of names, which can be told from lists of numbers even when they are empty.
 NAMES = ("model.refiner.auxiliaries", "model.refiner.merge_points", "compute.remat")
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`did you mean X?`, or the known words if none is near."""
-    known = [str(k) for k in known]
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
-
-
 def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-    """Loads `path.py` or `path.py:variant`: calls the file's `get_config(variant)`.
+    """Loads a config: calls `get_config(variant)` of the file that `spec` names.
 
     Args:
+      spec: `path.py` or `path.py:variant`. Where there is no such file, `configs/ddq.py`, `ddq.py` and `ddq` name the
+        config file of the package.
       overrides: (dotted key, text) as `override` takes them.
 
     Raises:
       UserError: no such file, no such variant, or a file without `get_config`; what `override` raises.
     """
-    config = _load(spec)
+    path, variant = _find(spec)
+    module = _load(path)
+    variants = getattr(module, "VARIANTS", None)
+    if variant and variants is not None and variant not in variants:
+        raise UserError(f"{path} has no variant {variant!r}; {suggestion(variant, variants)}")
+    config = module.get_config(variant) if variant else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {path} returns a {type(config).__name__}, not an ml_collections.ConfigDict.")
     for key, text in overrides:
         override(config, key, text)
     return config
 
 
-def _load(spec: str) -> ConfigDict:
+def config_name(spec: str) -> str:
+    """A name for runs of a config: that of its file and its variant, like `ddq_r50_1x`; raises as `load_config` does."""
+    path, variant = _find(spec)
+    if not variant:
+        parameter = inspect.signature(_load(path).get_config).parameters.get("variant")
+        default = parameter.default if parameter else None
+        variant = default if isinstance(default, str) else ""
+    return f"{path.stem}_{variant}" if variant else path.stem
+
+
+def _find(spec: str) -> tuple[Path, str]:
+    """The file and the variant, '' for none, that `spec` names."""
     name, _, variant = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        known = [str(file) for pattern in ("*.py", "*/*.py") for file in path.parent.glob(pattern)] or Path().glob("*/*.py")
-        raise UserError(f"There is no config file {name}; {suggestion(name, known)}")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path, variant
+    packaged = PACKAGED / path.with_suffix(".py").name
+    if str(path.parent) in (".", "configs") and path.suffix in ("", ".py") and packaged.is_file():
+        return packaged, variant
+    here = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
+    known = here or [f"configs/{file.name}" for file in sorted(PACKAGED.glob("*.py")) if file.stem != "common"]
+    raise UserError(f"There is no config file {name}; {suggestion(name, known)}")
+
+
+def _load(path: Path) -> Any:
+    """The module of a config file, which has a function `get_config`."""
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"The config file {path} is no Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(module_spec)
     # Config files import their neighbours.
-    sys.path.insert(0, str(path.parent.resolve()))
+    folder = path.parent.resolve()
+    sys.path.insert(0, str(folder))
     modules = set(sys.modules)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"The config file {name} cannot be loaded: {type(error).__name__}: {error}.") from error
+        raise UserError(f"The config file {path} cannot be loaded: {type(error).__name__}: {error}.") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(folder))
         # Another folder may have neighbours of the same names.
         for neighbour in [key for key in set(sys.modules) - modules if "." not in key]:
-            if Path(getattr(sys.modules[neighbour], "__file__", None) or "").parent == path.parent.resolve():
+            file = getattr(sys.modules[neighbour], "__file__", None)
+            if file and Path(file).resolve().parent == folder:
                 del sys.modules[neighbour]
-    if not hasattr(module, "get_config"):
-        raise UserError(f"The config file {name} defines no function get_config.")
-    variants = getattr(module, "VARIANTS", None)
-    if variant and variants is not None and variant not in variants:
-        raise UserError(f"{name} has no variant {variant!r}; {suggestion(variant, variants)}")
-    return module.get_config(variant) if variant else module.get_config()
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"The config file {path} defines no function get_config.")
+    return module
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -79,20 +104,12 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     node = config
     for part in [*sections, last]:
         if not isinstance(node, ConfigDict) or part not in node:
-            dotted = list(_leaves(config))
+            dotted = [key for key, _ in leaves(config)]
             raise UserError(f"There is no setting config.{key}; {_key_suggestion(key, dotted)}")
         parent, node = node, node[part]
     if isinstance(node, ConfigDict):
         raise UserError(f"config.{key} is a section; set one of {', '.join(f'config.{key}.{k}' for k in node)}.")
     parent[last] = _parse(key, text, node)
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def _key_suggestion(key: str, known: list[str]) -> str:
@@ -128,62 +145,6 @@ def _parse(key: str, text: str, old: Any) -> Any:
     kind = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(old)]
     kind = "a list of names" if key in NAMES else kind
     raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
-
-
-def check(config: ConfigDict) -> None:
-    """Looks for values that no run can go on with.
-
-    Raises:
-      UserError: names the setting and what it must be.
-    """
-    at_least_one = ("train.batch_size", "train.log_every", "train.checkpoint_every", "train.evaluate_every")
-    at_least_one += (
-        "train.accumulation_steps",
-        "train.keep_checkpoints",
-        "data.buckets",
-        "data.threads",
-        "evaluate.batch_size",
-        "evaluate.side",
-    )
-    at_least_one += ("evaluate.max_side", "evaluate.detections", "evaluate.buckets", "augmentation.max_side")
-    for key in at_least_one:
-        section, name = key.split(".")
-        if config[section][name] < 1:
-            raise UserError(f"config.{key} is {config[section][name]}; it must be at least 1.")
-    if config.data.workers < 0:
-        raise UserError(f"config.data.workers is {config.data.workers}; it must be at least 0.")
-    if min(config.train.steps, config.train.epochs) < 0 or bool(config.train.steps) == bool(config.train.epochs):
-        raise UserError(
-            f"config.train.steps is {config.train.steps} and config.train.epochs is {config.train.epochs}; one of them "
-            "must be at least 1, and the other 0."
-        )
-    for key in ("sides", "crop_sides", "crop_range"):
-        if not config.augmentation[key] or min(config.augmentation[key]) < 1:
-            raise UserError(f"config.augmentation.{key} is {config.augmentation[key]}; it must list lengths in pixels.")
-    _check_augmentation(config.augmentation)
-    if not 0 <= config.train.ema_decay < 1:
-        raise UserError(f"config.train.ema_decay is {config.train.ema_decay}; it must be at least 0 and below 1.")
-    canvas = config.evaluate.canvas
-    if canvas and canvas < config.evaluate.max_side:
-        raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least config.evaluate.max_side.")
-    evaluator = config.evaluate.evaluator
-    if evaluator not in EVALUATORS:
-        raise UserError(f"config.evaluate.evaluator is {evaluator!r}; {suggestion(evaluator, EVALUATORS)}")
-
-
-def _check_augmentation(settings: ConfigDict) -> None:
-    if settings.kind not in AUGMENTATIONS:
-        raise UserError(f"config.augmentation.kind is {settings.kind!r}; {suggestion(settings.kind, AUGMENTATIONS)}")
-    for key in ("flip", "crop"):
-        if not 0 <= settings[key] <= 1:
-            raise UserError(f"config.augmentation.{key} is {settings[key]}; it must be a probability, from 0 to 1.")
-    side, scales = settings.lsj.side, settings.lsj.scale_range
-    if side < 1:
-        raise UserError(f"config.augmentation.lsj.side is {side}; it must be at least 1.")
-    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
-        raise UserError(
-            f"config.augmentation.lsj.scale_range is {scales}; it must be the smallest and the largest scale, above 0."
-        )
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:

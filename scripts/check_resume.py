@@ -140,7 +140,7 @@ def main() -> None:
     if config is None:
         config, data = f"{ROOT}/configs/ddq.py:demo", arguments.workdir / "data"
         if not (data / "annotations/instances_val2017.json").exists():
-            subprocess.run([sys.executable, "-m", "hpr_jax.commands.make_shapes", str(data)], check=True)
+            subprocess.run([sys.executable, "-m", "hpr_jax.main", "make-shapes", str(data)], check=True)
         overrides = [f"--config.{setting}" for setting in (*SHORT, f"data.directory={data}")] + overrides
     command = [sys.executable, "-m", "hpr_jax.main", "--config", config, *overrides]
 

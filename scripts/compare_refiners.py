@@ -82,7 +82,7 @@ def main() -> None:
     if arguments.data is None:
         arguments.data = arguments.workdir / "data"
         if not (arguments.data / "annotations" / "instances_val2017.json").exists():
-            subprocess.run([sys.executable, "-m", "hpr_jax.commands.make_shapes", str(arguments.data)], check=True)
+            subprocess.run([sys.executable, "-m", "hpr_jax.main", "make-shapes", str(arguments.data)], check=True)
     for seed in range(arguments.seeds):
         for model in arguments.models:
             for kind in KINDS:

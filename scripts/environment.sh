@@ -17,9 +17,9 @@ find_python() {
   return 1
 }
 
-# ensure_environment EXTRAS
+# ensure_environment [EXTRAS]
 ensure_environment() {
-  local extras=$1 stamp python
+  local extras=${1:-} stamp python
   if [ ! -x .venv/bin/python ]; then
     python=$(find_python) || fail "needs Python 3.11 or newer; set PYTHON=/path/to/python3."
     "$python" -m venv .venv || {
@@ -30,7 +30,7 @@ ensure_environment() {
   stamp=$(cat pyproject.toml <(echo "$extras") | cksum | tr ' ' -)
   if [ ! -e ".venv/installed-$stamp" ]; then
     echo "Installing into .venv ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]" 2>.venv/pip.log ||
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}" 2>.venv/pip.log ||
       fail "could not install the packages of pyproject.toml (no network?): $(grep -m1 ERROR .venv/pip.log)"
     touch ".venv/installed-$stamp"
   fi

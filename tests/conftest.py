@@ -1,8 +1,8 @@
 """Settings for all tests: CPU, quick compilation, compiled programs kept between runs."""
 
 import os
-import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Test programs are small, and compiling them takes longer than running them. Newer versions end at a flag they do not know.
@@ -14,7 +14,8 @@ import pytest
 
 from hpr_jax.models import build
 
-jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/hpr_jax_test_cache")
+# Beside pytest's own cache: compiled programs outlive a test run, and nothing else does.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 make_builder, builders = build.builder, {}
@@ -51,7 +52,7 @@ def trained(coco, tmp_path_factory):
     """A finished run of four steps, to be read only, and its metrics."""
     import tiny
 
-    from hpr_jax.commands.train import train
+    from hpr_jax.training.run import train
 
     workdir = tmp_path_factory.mktemp("trained")
     metrics = train(tiny.config(coco), workdir)

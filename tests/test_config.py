@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from hpr_jax import main as command
-from hpr_jax.config import check, differences, from_plain, load_config, override, to_plain
+from hpr_jax.config import differences, from_plain, load_config, override, to_plain
 from hpr_jax.errors import UserError
+from hpr_jax.settings import check
 
 DDQ = f"{tiny.ROOT}/configs/ddq.py"
 
@@ -97,7 +98,7 @@ def test_wrong_files_and_variants(tmp_path):
     ("key", "text", "sentence"),
     [
         ("train.batch_size", "0", "config.train.batch_size is 0; it must be at least 1"),
-        ("augmentation.crop_range", "()", "must list lengths"),
+        ("augmentation.crop_range", "()", "must list 2 values"),
         ("evaluate.evaluator", "hotcoc", "did you mean 'hotcoco'"),
     ],
 )
@@ -125,18 +126,26 @@ def answer(monkeypatch, capsys, *arguments):
     ("arguments", "sentence"),
     [
         ((), "--config"),
-        (("--config", DDQ), "--workdir"),
-        (("--config", DDQ, "--workdir", "w", "--mode", "trian"), "did you mean 'train'"),
+        (("trian", "--config", DDQ), "did you mean 'train'"),
+        (("--mode", "evaluate", "--workdir", "w"), "write `python -m hpr_jax.main evaluate"),
+        (("--workdir", "w", "--mode=predict", "x.jpg"), "write `python -m hpr_jax.main predict"),
+        (("--config", DDQ, "extra"), "takes no inputs, and got extra"),
+        (("describe", "--config", DDQ, "--accept-changes"), "There is no option --accept-changes"),
+        (("make-shapes", "w", "--config.train.seed=1"), "has no settings"),
+        (("make-shapes", "w", "--train", "0"), "--train is 0; it must be at least 1"),
         (("--config", DDQ, "--workdri", "w"), "did you mean '--workdir'"),
         (("--config", f"{DDQ}:smal", "--workdir", "w"), "did you mean 'small'"),
         (("--config", DDQ, "--workdir", "w", "--config.train.stepz=1"), "did you mean config.train.steps"),
         (("--config", DDQ, "--workdir", "w", "--config.train.steps"), "has no value"),
-        (("--config", DDQ, "--workdir", "w", "--config.data.directory=nowhere"), "nowhere does not exist"),
-        (("--mode", "evaluate", "--workdir", "nowhere"), "no checkpoint in nowhere"),
-        (("--mode", "predict", "--workdir", "nowhere", "x.jpg"), "no image or folder x.jpg"),
-        (("--mode", "predict", "--workdir", "nowhere"), "needs images"),
-        (("--mode", "predict", "--workdir", "w", "--threshold", "high", "x.jpg"), "invalid float value"),
-        (("--mode", "predict", "a.jpg", "--workdir", "w", "b.jpg"), "no image or folder a.jpg"),
+        (
+            ("--config", DDQ, "--workdir", "w", "--config.data.directory=nowhere"),
+            "data set nowhere (config.data.directory)",
+        ),
+        (("evaluate", "--workdir", "nowhere"), "no checkpoint in nowhere"),
+        (("predict", "--workdir", "nowhere", "x.jpg"), "no image or folder x.jpg"),
+        (("predict", "--workdir", "nowhere"), "needs images"),
+        (("predict", "--workdir", "w", "--threshold", "high", "x.jpg"), "invalid float value"),
+        (("predict", "a.jpg", "--workdir", "w", "b.jpg"), "no image or folder a.jpg"),
     ],
 )
 def test_mistakes_get_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, arguments, sentence):
@@ -150,7 +159,7 @@ def test_mistakes_get_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, arg
 
 
 def test_as_a_program(tmp_path):
-    command_line = [sys.executable, "-m", "hpr_jax.main", "--config", DDQ, "--workdir", tmp_path, "--mode", "evalute"]
+    command_line = [sys.executable, "-m", "hpr_jax.main", "evalute", "--workdir", tmp_path]
     done = subprocess.run(command_line, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "hpr_jax: There is no mode 'evalute'; did you mean 'evaluate'?\n"
+    assert done.stderr == "hpr_jax: There is no command 'evalute'; did you mean 'evaluate'?\n"

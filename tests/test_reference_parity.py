@@ -21,6 +21,7 @@ from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
 from hpr_jax.models.pyramid import flatten
 from hpr_jax.models.queries.denoising import group_layout
+from hpr_jax.models.queries.proposals import ProposalGenerator
 from hpr_jax.ops.boxes import xyxy_to_cxcywh
 from hpr_jax.types import DenoisingQueries, Targets
 from hpr_jax.weights.official import to_official
@@ -44,8 +45,8 @@ def duplicate_order(stages, expected, start=0):
     """Which of our queries corresponds to each query of the reference: `[B, Q]`.
 
     Duplicate queries are identical, so which of them NMS selects is arbitrary: here the first one, in the reference the one
-    that its unstable sort put first. They are paired by the layers in which they are selected; all other queries correspond to
-    those at the same place.
+    that its unstable sort put first. They are paired by the layers in which they are selected; all other queries correspond
+    to those at the same place.
     """
     content = np.asarray(stages.initial_content)
     count = stages.attention_mask.shape[-1]
@@ -129,10 +130,15 @@ class TestEvaluation:
     def test_detections(self, model):
         expected = arrays(f"{model}_eval")
         _, image_sizes = reference.images()
-        last = jax.tree.map(lambda x: x[-1], evaluation(model).primary.matching)
-        found = detections(last, image_sizes, sizes()["max_per_image"])
+        found = best(evaluation(model), image_sizes)
         for image in range(len(image_sizes)):
             compare_detections([array[image] for array in found], expected, f"pred.{image}")
+
+
+def best(outputs, image_sizes):
+    """The last layer's detections."""
+    last = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
+    return detections(last, image_sizes, sizes()["max_per_image"])
 
 
 def compare_detections(found, expected, prefix):
@@ -307,28 +313,51 @@ class TestTraining:
 class TestPadding:
     """Images of different sizes, one by one, and padded into one batch."""
 
-    def padded(self, model):
-        expected = arrays(f"{model}_padding")
-        images = [v.transpose(1, 2, 0) for k, v in expected.items() if k.startswith("image.")]
-        height, width = sizes()["padded_size_hw"]
-        batch = np.full((len(images), height, width, 3), 7.0, np.float32)
-        for slot, image in zip(batch, images):
-            slot[: image.shape[0], : image.shape[1]] = image
-        return jnp.asarray(batch), jnp.asarray([image.shape[:2] for image in images], jnp.int32)
-
     def test_stages_and_detections(self, model):
         expected = arrays(f"{model}_padding")
-        images, image_sizes = self.padded(model)
+        images = [value for name, value in expected.items() if name.startswith("image.")]
+        images, image_sizes = reference.padded(images, *sizes()["padded_size_hw"])
         outputs = run(reference.detector(model), images, image_sizes)
-        memory, shapes = np.asarray(outputs.intermediates.memory), outputs.intermediates.spatial_shapes
-        level_sizes = np.asarray(outputs.intermediates.level_sizes)
-        last = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
-        found = detections(last, image_sizes, sizes()["max_per_image"])
+        stages, found = outputs.intermediates, best(outputs, image_sizes)
+        memory, level_sizes = np.asarray(stages.memory), np.asarray(stages.level_sizes)
         for image in range(len(images)):
-            cropped, start = [], 0
-            for (height, width), (h, w) in zip(shapes, level_sizes[image]):
-                level = memory[image, start : start + height * width].reshape(height, width, -1)
-                cropped.append(level[:h, :w].reshape(h * w, -1))
-                start += height * width
-            assert_close(np.concatenate(cropped)[None], expected[f"encoder_memory.{image}"], OUTPUT)
+            tokens = reference.cropped(memory[image], stages.spatial_shapes, level_sizes[image])
+            assert_close(tokens[None], expected[f"encoder_memory.{image}"], OUTPUT)
+            compare_detections([array[image] for array in found], expected, f"pred.{image}")
+
+
+@functools.cache
+def border_evaluation(model):
+    """The images of the border case, padded into one batch: outputs and sizes."""
+    inputs = arrays("border_inputs")
+    image_sizes = inputs["image_sizes_hw"]
+    images = [inputs[f"image.{image}"] for image in range(len(image_sizes))]
+    images, image_sizes = reference.padded(images, *image_sizes.max(axis=0))
+    return run(reference.detector(model), images, image_sizes), image_sizes
+
+
+@pytest.mark.parametrize("model", reference.models_with("border_eval", MODELS, ours=["dino"]))
+class TestBorder:
+    """Maps with 50 or 250 rows or columns: some of their centres, as 49.5 / 50 = 0.99, lie exactly where a token begins to
+    count as near the border, and the ranking of all tokens depends on the side they fall on."""
+
+    def test_tokens_near_the_border(self, model):
+        outputs, image_sizes = border_evaluation(model)
+        stages = outputs.intermediates
+        maps = [jnp.zeros((len(image_sizes), height, width, 1)) for height, width in stages.spatial_shapes]
+
+        @jax.jit
+        def tokens_inside(level_sizes):
+            return ProposalGenerator.tokens(flatten(maps, list(level_sizes), image_sizes)).inside
+
+        inside = np.asarray(tokens_inside(stages.level_sizes.swapaxes(0, 1)))[..., 0]
+        for image, level_sizes in enumerate(np.asarray(stages.level_sizes)):
+            found = reference.cropped(inside[image], stages.spatial_shapes, level_sizes)
+            np.testing.assert_array_equal(found[None], arrays(f"{model}_border_eval")[f"encoder_inside.{image}"])
+
+    def test_queries_and_detections(self, model):
+        expected, (outputs, image_sizes) = arrays(f"{model}_border_eval"), border_evaluation(model)
+        boxes, found = outputs.intermediates.reference_boxes[0], best(outputs, image_sizes)
+        for image in range(len(image_sizes)):
+            assert_close(boxes[image][None], expected[f"pre_decoder.decoder.reference_points.{image}"], OUTPUT)
             compare_detections([array[image] for array in found], expected, f"pred.{image}")

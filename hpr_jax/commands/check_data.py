@@ -10,8 +10,8 @@ import collections
 import concurrent.futures
 import hashlib
 import itertools
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
-from hpr_jax.config import check, load_config
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config
+from hpr_jax.config import load_config
 from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.dataset import Dataset, Problem, Record
 from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
@@ -31,6 +31,7 @@ from hpr_jax.data.sources.coco import clip_box
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 from hpr_jax.runtime.logs import log_to_console
+from hpr_jax.settings import check
 from hpr_jax.training.build import in_steps, warn_of_recipe
 
 # Of the longest bar of a histogram.
@@ -347,29 +348,22 @@ def _write_samples(loader: TrainLoader, dataset: Dataset, output: Path, samples:
     _line("pictures", f"{output}/sample_*.jpg: {written} images as training sees them ({kinds})")
 
 
-def run(command_line: list[str]) -> Verdict:
-    """Does what the arguments say.
+def add_arguments(parser: CommandParser) -> None:
+    add_config(parser, "what would be trained")
+    parser.add_argument("--output", type=Path, default=Path("runs/check_data"), help="folder of the pictures (%(default)s)")
+    parser.add_argument("--samples", type=int, default=8, help="pictures of augmented images (default %(default)s)")
+
+
+def run(arguments: Namespace, overrides: Overrides) -> int:
+    """Checks as the arguments say; returns the exit code, 2 for data that no run can be trained on.
 
     Raises:
       UserError: with a sentence for the user.
     """
-    parser = CommandParser(prog="check_data", description=__doc__)
-    parser.add_argument("--config", required=True, help="config file, with a variant behind a colon")
-    parser.add_argument("--output", type=Path, default=Path("runs/check_data"), help="folder of the pictures (%(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="pictures of augmented images (default %(default)s)")
-    command_line, overrides = split_overrides(command_line)
-    arguments = parser.parse_args(command_line)
+    if not arguments.config:
+        raise UserError("Checking data needs --config FILE.py[:VARIANT].")
     if arguments.samples < 0:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 0.")
     config = load_config(arguments.config, overrides)
     log_to_console()
-    return check_data(config, arguments.output, arguments.samples)
-
-
-def main() -> int:
-    verdicts: list[Verdict] = []
-    return run_command(lambda: verdicts.append(run(sys.argv[1:]))) or (0 if verdicts[0].fit else 2)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0 if check_data(config, arguments.output, arguments.samples).fit else 2

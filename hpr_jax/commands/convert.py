@@ -1,136 +1,46 @@
-"""Official PyTorch checkpoints to checkpoints of this project, and back.
+"""Converts official PyTorch weights to a checkpoint of this project, or back.
 
-python -m hpr_jax.commands.convert --config configs/ddq.py[:variant] OFFICIAL.pth DIR
-    [--annotations FILE.json] [--config.a.b=value ...]
-python -m hpr_jax.commands.convert --to-torch CHECKPOINT OUT.pth
+examples:
+  python -m hpr_jax.main convert --config configs/ddq.py:r50_1x official.pth runs/official
+  python -m hpr_jax.main convert --to-torch runs/official back.pth
 """
 
-import json
-import sys
-from collections.abc import Mapping
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-from flax import nnx
-from ml_collections import ConfigDict
-
-from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
-from hpr_jax.config import check, load_config, to_plain
-from hpr_jax.data.dataset import Classes
-from hpr_jax.data.sources.coco import COCO_CLASSES
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config
+from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
-from hpr_jax.models.build import abstract_detector
-from hpr_jax.training.checkpoints import Checkpoints
-from hpr_jax.weights.checkpoint import Meta, load_detector
-from hpr_jax.weights.official import load_official, official_buffers, to_official
-from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
-
-# Its rows count the classes.
-_CLASS_LAYER = "bbox_head.cls_branches.0.weight"
+from hpr_jax.settings import check
 
 
-def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Path | None = None) -> None:
-    """Writes the checkpoint `workdir/best` with the weights of an official file.
-
-    Args:
-      config: of the model that the weights belong to.
-      source: `.pth` file of one of the official models, of any number of classes.
-      annotations: COCO annotation file whose categories are the classes; by default they come from the file's own meta
-        data, or are COCO's 80.
-
-    Raises:
-      UserError: a file that is no checkpoint, weights that are not those of the config's model, a folder in use.
-    """
-    check(config)
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"{workdir} exists and is not an empty folder; choose another.")
-    content = read_checkpoint(source)
-    tensors = find_tensors(content)
-    if _CLASS_LAYER not in tensors:
-        raise UserError(f"{source} is not an official detector: it has no {_CLASS_LAYER}.")
-    count = len(tensors[_CLASS_LAYER])
-    meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
-    classes = read_classes(annotations) if annotations else guess_classes(meta, count)
-    if len(classes.names) != count:
-        raise UserError(f"{source} knows {count} classes, and {annotations} lists {len(classes.names)}.")
-    detector = abstract_detector(config.model, count)
-    load_official(detector, tensors)
-    step = meta.get("iter", 0)
-    checkpoints = Checkpoints(workdir, keep=1)
-    step = step if isinstance(step, int) and step >= 0 else 0
-    checkpoints.save_best(step, nnx.state(detector), Meta(to_plain(config), classes, step, {}))
-    print(f"{workdir}: {len(tensors)} tensors, {count} classes. python -m hpr_jax.main --mode evaluate --workdir {workdir}")
-
-
-def to_torch(source: Path, target: Path) -> None:
-    """Writes a checkpoint as a `.pth` file that the official code loads strictly.
-
-    Args:
-      source: checkpoint or workdir.
-
-    Raises:
-      UserError: no checkpoint, or a detector with refiners that the official code lacks.
-    """
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; name a file.")
-    detector, meta = load_detector(source)
-    tensors = to_official(detector)
-    tensors |= official_buffers(tensors)
-    dataset = {"classes": list(meta.classes.names), "category_ids": list(meta.classes.category_ids)}
-    write_checkpoint(target, tensors, {"dataset_meta": dataset, "iter": meta.step})
-    print(f"{target}: {len(tensors)} tensors, {len(meta.classes.names)} classes.")
-
-
-def guess_classes(meta: Mapping[str, Any], count: int) -> Classes:
-    """The classes that a file names in its meta data, else COCO's or numbers."""
-    dataset = meta.get("dataset_meta")
-    dataset = dataset if isinstance(dataset, Mapping) else {}
-    names = dataset.get("classes", dataset.get("CLASSES"))
-    if not isinstance(names, list | tuple) or len(names) != count:
-        names = COCO_CLASSES.names if count == len(COCO_CLASSES.names) else [f"class {i}" for i in range(count)]
-    names = tuple(map(str, names))
-    if names == COCO_CLASSES.names:
-        return COCO_CLASSES
-    ids = dataset.get("category_ids")
-    whole = isinstance(ids, list | tuple) and len(ids) == count and all(isinstance(number, int) for number in ids)
-    return Classes(names, tuple(ids) if whole else tuple(range(1, count + 1)))
-
-
-def read_classes(annotations: Path) -> Classes:
-    """The categories of a COCO annotation file, in its order, by which the official code numbers them."""
-    try:
-        categories = json.loads(annotations.read_text())["categories"]
-        return Classes(tuple(str(c["name"]) for c in categories), tuple(int(c["id"]) for c in categories))
-    except FileNotFoundError as error:
-        raise UserError(f"The annotation file {annotations} does not exist.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The annotation file {annotations} is not in COCO format.") from error
-
-
-def run(command_line: list[str]) -> None:
-    """Does what the arguments say.
-
-    Raises:
-      UserError: with a sentence for the user.
-    """
-    parser = CommandParser(prog="convert_checkpoint", description=__doc__)
-    parser.add_argument("--config", help="config file of the model, with a variant behind a colon")
-    parser.add_argument("--annotations", type=Path, help="COCO annotation file whose categories are the classes")
+def add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("source", type=Path, help="the .pth file, or with --to-torch a checkpoint or workdir")
+    parser.add_argument("target", type=Path, help="a new workdir, or with --to-torch a .pth file")
+    add_config(parser, "the model that the weights belong to")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="FILE.json", help="COCO annotation file whose categories are the classes"
+    )
     parser.add_argument("--to-torch", action="store_true", help="the other way: a checkpoint to a .pth file")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    command_line, overrides = split_overrides(command_line)
-    arguments = parser.parse_args(command_line)
+
+
+def run(arguments: Namespace, overrides: Overrides) -> None:
+    """Converts as the arguments say.
+
+    Raises:
+      UserError, RunError: with a sentence for the user.
+    """
     if arguments.to_torch:
         if arguments.config or arguments.annotations or overrides:
             raise UserError("--to-torch takes the config and the classes from the checkpoint; leave out the other options.")
+        from hpr_jax.training.convert import to_torch
+
         to_torch(arguments.source, arguments.target)
-    elif not arguments.config:
+        return
+    if not arguments.config:
         raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch.")
-    else:
-        config = load_config(arguments.config, overrides)
-        from_torch(config, arguments.source, arguments.target, arguments.annotations)
+    config = load_config(arguments.config, overrides)
+    check(config)
+    from hpr_jax.training.convert import from_torch
 
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: run(sys.argv[1:])))
+    from_torch(config, arguments.source, arguments.target, arguments.annotations)

@@ -1,127 +1,40 @@
-"""The mode that prints what a detector costs, before there is data or a device to run it."""
+"""Tells what a detector costs before there is data or a device: parameters, FLOPs, shapes, memory.
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+example:
+  python -m hpr_jax.main describe --config configs/ddq.py:r50_1x
+"""
 
-import jax
-from ml_collections import ConfigDict
+from argparse import Namespace
 
-from hpr_jax.analysis.costs import (
-    Part,
-    StaticShapes,
-    evaluation_buckets,
-    inference_memory,
-    parts_of,
-    static_shapes,
-    total,
-    training_buckets,
-    training_memory,
-)
-from hpr_jax.config import check
-from hpr_jax.data.build import wants_masks
-from hpr_jax.data.loading.buckets import Shape
-from hpr_jax.losses.build import make_criterion
-from hpr_jax.models.build import abstract_detector
-from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
-
-# Room for ground-truth boxes where config.data.max_boxes leaves it to the data (the fullest image of COCO has 93), and again
-# for as many pasted ones.
-MAX_BOXES = 100
-
-COUNTED = """\
-GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
-weighted sums over sampled features among them; gathers, norms, activations and the selection of queries do not count. Box
-offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
-ASSUMED = """\
-Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
-Queries: matching + denoising + dense ones; {0} boxes a view at most ({1})."""
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_checkpoint, add_config
+from hpr_jax.commands.start import start
+from hpr_jax.config import load_config
+from hpr_jax.errors import UserError
+from hpr_jax.settings import check
 
 
-def describe(
-    config: ConfigDict | None,
-    num_classes: int = 80,
-    checkpoint: Path | None = None,
-    overrides: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
+def add_arguments(parser: CommandParser) -> None:
+    add_config(parser, "the detector to describe")
+    add_checkpoint(parser)
+    parser.add_argument("--classes", type=int, default=80, help="classes of a config's detector (default 80)")
 
-    Args:
-      config: None for a checkpoint's own; else in its place, and its model must be the same.
-      num_classes: of a detector from a config alone.
-      checkpoint: a checkpoint's directory or a run's workdir, or None.
-      overrides: settings (dotted key, text) in place of a checkpoint's.
+
+def run(arguments: Namespace, overrides: Overrides) -> None:
+    """Describes as the arguments say.
 
     Raises:
-      UserError: nothing to describe, or settings that no detector or run can have.
+      UserError: with a sentence for the user.
     """
-    if checkpoint is not None:
-        meta = read_meta(checkpoint)
-        config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
-    check(config)
-    make_criterion(config)
-    detector = abstract_detector(config.model, num_classes, config.compute)
-    evaluation = evaluation_buckets(config)
-    training = training_buckets(config)
-    largest = list(evaluation)[-1]
-    _print_parts(parts_of(detector, largest, config.model.refiner.primary), largest)
+    if not (arguments.config or arguments.workdir or arguments.checkpoint):
+        raise UserError("Describing needs --config FILE.py[:VARIANT], or a checkpoint's --workdir or --checkpoint DIR.")
+    if arguments.classes < 1:
+        raise UserError(f"--classes is {arguments.classes}; it must be at least 1.")
+    config = load_config(arguments.config, overrides) if arguments.config else None
+    if config is not None:
+        check(config)
+    start()
+    from hpr_jax.analysis.describe import describe
 
-    max_boxes = config.data.max_boxes or MAX_BOXES * (1 + wants_masks(config))
-    _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
-    _print_shapes("training", training, functools.partial(static_shapes, detector, max_boxes=max_boxes))
-    source = "config.data.max_boxes" if config.data.max_boxes else "assumed: config.data.max_boxes is 0"
-    print(ASSUMED.format(max_boxes, source))
-
-    print("\nCompiling for the memory estimate, which may take minutes (Ctrl-C to leave).", flush=True)
-    height, width = largest
-    what = f"inference, {config.evaluate.batch_size} x {height}x{width}"
-    _print_memory(what, functools.partial(inference_memory, config, detector, largest))
-    height, width = largest = list(training)[-1]
-    views = (1 + config.augmentation.strong_views) * config.train.batch_size
-    what = f"one training step, {views} x {height}x{width}"
-    _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
-
-
-def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    """The first column is flush left, the others right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *others in rows:
-        print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:])), sep="  ")
-
-
-def _print_parts(parts: Sequence[Part], image: Shape) -> None:
-    rows = [("module", "parameters", "trained", "frozen", "GFLOPs")]
-    for part in [*parts, total(parts)]:
-        counts = (f"{count:,}" for count in (part.trained + part.frozen, part.trained, part.frozen))
-        rows.append((f"  {part.name}" if part.within else part.name, *counts, f"{part.flops / 1e9:,.3f}"))
-    _print_table(rows)
-    print(COUNTED.format(*image))
-
-
-def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[Shape], StaticShapes]) -> None:
-    rows = [(f"{what}, height x width", "images", "levels", "tokens", "queries")]
-    for bucket, share in buckets.items():
-        shapes = shapes_of(bucket)
-        levels = " ".join(f"{h}x{w}" for h, w in shapes.levels)
-        queries = f"{shapes.matching} + {shapes.denoising} + {shapes.dense}"
-        rows.append((f"{bucket[0]}x{bucket[1]}", f"{share:.1%}", levels, f"{shapes.tokens:,}", queries))
-    print()
-    _print_table(rows)
-
-
-def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
-    backend = jax.default_backend()
-    print(f"\nMemory of {what}, on {backend}:", flush=True)
-    try:
-        sizes = estimate()
-    except jax.errors.JaxRuntimeError as error:
-        print(f"XLA cannot compile it: {str(error).splitlines()[0]}")
-        return
-    rows = list(sizes.items())
-    analysed = "temporaries" in sizes
-    if analysed:
-        rows.append(("total", sum(sizes.values())))
-    _print_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows)
-    if not analysed:
-        print(f"The backend {backend} does not tell the size of activations and other temporaries.")
+    # A config describes a run that is yet to be, whatever its workdir.
+    checkpoint = arguments.checkpoint or (None if config is not None else arguments.workdir)
+    describe(config, arguments.classes, checkpoint, overrides)

@@ -1,49 +1,43 @@
-"""The command `evaluate`."""
+"""Evaluates a checkpoint on the validation images: average precision, overall and by class.
 
-import json
-import logging
-from collections.abc import Sequence
+example:
+  python -m hpr_jax.main evaluate --workdir runs/mine
+"""
+
+from argparse import Namespace
 from pathlib import Path
 
-from flax import nnx
-from ml_collections import ConfigDict
-
-from hpr_jax.data.build import load_dataset
-from hpr_jax.data.log_dropped import log_dropped
-from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
-from hpr_jax.runtime.devices import leads
-from hpr_jax.weights.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
-
-log = logging.getLogger("hpr_jax")
+from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_checkpoint, add_config, check_folder
+from hpr_jax.commands.start import start
+from hpr_jax.config import load_config
+from hpr_jax.errors import UserError
 
 
-def evaluate(
-    checkpoint: Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
-) -> EvaluationResult:
-    """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
+def add_arguments(parser: CommandParser) -> None:
+    add_checkpoint(parser)
+    add_config(parser, "settings in place of the checkpoint's; the model must be the same")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for metrics.json and detections.json (default: WORKDIR/evaluation)",
+    )
+    parser.add_argument("--distributed", action="store_true", help=DISTRIBUTED)
 
-    Args:
-      checkpoint: a checkpoint's directory or a run's workdir.
-      output: folder for the files.
-      overrides: settings (dotted key, text) in place of the checkpoint's.
-      config: in place of the checkpoint's; its model must be the same.
+
+def run(arguments: Namespace, overrides: Overrides) -> None:
+    """Evaluates as the arguments say.
+
+    Raises:
+      UserError: with a sentence for the user.
     """
-    meta = read_meta(checkpoint)
-    config = checkpoint_config(meta, overrides, config)
-    detector, _ = load_detector(checkpoint, config.compute)
-    dataset = load_dataset(config.data, "val", meta.classes)
-    log_dropped(dataset)
-    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
-    if leads():
-        output.mkdir(parents=True, exist_ok=True)
-    graph, state = nnx.split(detector)
-    result = Evaluator(config, dataset, graph).run(state)
-    for name, value in result.metrics.items():
-        log.info("%-10s %7.4f", name, value)
-    log_table(result)
-    if not leads():
-        return result
-    (output / "detections.json").write_text(json.dumps(result.detections))
-    (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
-    log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
-    return result
+    if not arguments.workdir and not (arguments.checkpoint and arguments.output):
+        raise UserError("Evaluating needs --workdir DIR, the folder of a run, or --checkpoint DIR and --output DIR.")
+    check_folder(arguments.workdir, "workdir")
+    check_folder(arguments.output, "output folder")
+    config = load_config(arguments.config, overrides) if arguments.config else None
+    start(distributed=arguments.distributed)
+    from hpr_jax.evaluation.evaluate import evaluate
+
+    output = arguments.output or arguments.workdir / "evaluation"
+    evaluate(arguments.checkpoint or arguments.workdir, output, overrides, config)

@@ -1,108 +1,35 @@
-"""Draws a small deterministic COCO-format data set of coloured shapes: JPEG images, boxes, polygons.
+"""Draws a small COCO data set of coloured shapes, the same at every call, to train and try things on.
 
-    python -m hpr_jax.commands.make_shapes DIR [--train 400] [--val 100] [--side 128] [--seed 0]
-
-Several classes, scales from 10 to 60 % of the image, overlaps, noisy backgrounds; category ids with gaps.
+example:
+  python -m hpr_jax.main make-shapes runs/demo/data
 """
 
-import argparse
-import json
+from argparse import Namespace
 from pathlib import Path
 
-import cv2
-import numpy as np
-
-CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7}
+from hpr_jax.commands.arguments import CommandParser, Overrides, check_folder
+from hpr_jax.errors import UserError
 
 
-def outline(kind: str, center: np.ndarray, radius: float, angle: float) -> np.ndarray:
-    """Corners of a shape, float `[n, 2]`."""
-    if kind == "star":
-        turns, radii = np.arange(10) / 10, np.where(np.arange(10) % 2, 0.45, 1.0)
-    else:
-        corners = {"circle": 32, "square": 4, "triangle": 3}[kind]
-        turns, radii = np.arange(corners) / corners, np.ones(corners)
-    theta = 2 * np.pi * turns + angle
-    return center + radius * radii[:, None] * np.stack([np.cos(theta), np.sin(theta)], axis=-1)
+def add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--train", type=int, default=400, help="training images (default 400)")
+    parser.add_argument("--val", type=int, default=100, help="validation images (default 100)")
+    parser.add_argument("--side", type=int, default=128, help="longer side in pixels (default 128)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
 
 
-def draw_image(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
-    """A picture `[h, w, 3]` and its objects (kind, corners), in the order they were painted."""
-    coarse = rng.integers(40, 216, (4, 4, 3)).astype(np.uint8)
-    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float64)
-    image += rng.normal(0, 8, image.shape)
-    image = image.clip(0, 255).astype(np.uint8)
-    objects: list[tuple[str, np.ndarray]] = []
-    for _ in range(rng.integers(1, 6)):
-        kind = str(rng.choice(list(CATEGORIES)))
-        radius = rng.uniform(0.05, 0.3) * min(height, width)
-        center = rng.uniform(0.6 * radius, np.array([width, height]) - 0.6 * radius)
-        corners = outline(kind, center, radius, rng.uniform(0, 2 * np.pi))
-        colour = rng.integers(0, 256, 3).tolist()
-        cv2.fillPoly(image, [np.rint(corners).astype(np.int32)], colour, lineType=cv2.LINE_AA)
-        objects.append((kind, corners))
-    return image, objects
+def run(arguments: Namespace, overrides: Overrides) -> None:
+    """Draws as the arguments say.
 
+    Raises:
+      UserError: with a sentence for the user.
+    """
+    for name, least in (("train", 1), ("val", 1), ("side", 16), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}.")
+    check_folder(arguments.directory, "data set")
+    from hpr_jax.data.shapes import make_shapes
 
-def visible_fraction(index: int, objects: list[tuple[str, np.ndarray]], height: int, width: int) -> float:
-    """How much of an object is neither painted over nor outside."""
-    index_map = np.zeros((height, width), np.uint8)
-    whole = np.zeros((3 * height, 3 * width), np.uint8)
-    cv2.fillPoly(whole, [np.rint(objects[index][1] + [width, height]).astype(np.int32)], 1)
-    for number, (_, corners) in enumerate(objects):
-        cv2.fillPoly(index_map, [np.rint(corners).astype(np.int32)], number + 1)
-    return float(np.sum(index_map == index + 1) / max(np.sum(whole), 1))
-
-
-def make_split(directory: Path, name: str, count: int, side: int, rng: np.random.Generator) -> None:
-    """Writes the images and the annotation file of one split."""
-    folder = directory / name
-    folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
-    for number in range(1, count + 1):
-        height, width = side, int(side * rng.choice([1.0, 0.8]))
-        if rng.random() < 0.5:
-            height, width = width, height
-        image, objects = draw_image(rng, height, width)
-        file_name = f"{number:06d}.jpg"
-        cv2.imwrite(str(folder / file_name), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
-        images.append({"id": number, "file_name": file_name, "height": height, "width": width})
-        for index, (kind, corners) in enumerate(objects):
-            if visible_fraction(index, objects, height, width) < 0.3:
-                continue
-            clipped = corners.clip(0, [width, height])
-            (left, top), (right, bottom) = clipped.min(axis=0), clipped.max(axis=0)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": CATEGORIES[kind],
-                    "bbox": [round(float(v), 2) for v in (left, top, right - left, bottom - top)],
-                    "area": round(float(cv2.contourArea(clipped.astype(np.float32))), 2),
-                    "segmentation": [[round(float(v), 2) for v in clipped.ravel()]],
-                    "iscrowd": 0,
-                }
-            )
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": number, "name": kind} for kind, number in CATEGORIES.items()],
-    }
-    (directory / "annotations").mkdir(exist_ok=True)
-    (directory / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--train", type=int, default=400, help="training images")
-    parser.add_argument("--val", type=int, default=100, help="validation images")
-    parser.add_argument("--side", type=int, default=128, help="longer side in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    for stream, (name, count) in enumerate((("train2017", arguments.train), ("val2017", arguments.val))):
-        make_split(arguments.directory, name, count, arguments.side, np.random.default_rng((arguments.seed, stream)))
-
-
-if __name__ == "__main__":
-    main()
+    make_shapes(arguments.directory, arguments.train, arguments.val, arguments.side, arguments.seed)
+    print(f"{arguments.directory}: {arguments.train} training and {arguments.val} validation images.")

@@ -1,28 +1,33 @@
-"""The command `make-tfds`: writes a COCO folder as a TFDS data set."""
+"""Writes a data set in COCO layout as a TFDS directory, without TensorFlow.
 
-import sys
+example:
+  python -m hpr_jax.main make-tfds --config configs/ddq.py --config.data.directory=DIR tensorflow_datasets/
+"""
+
+from argparse import Namespace
 from pathlib import Path
 
-from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, check_folder
 from hpr_jax.config import load_config
-from hpr_jax.data.sources.tfds_writer import make_tfds
+from hpr_jax.errors import UserError
 
 
-def run(command_line: list[str]) -> None:
-    """Does what the arguments say.
+def add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
+    add_config(parser, "whose data to write")
+
+
+def run(arguments: Namespace, overrides: Overrides) -> None:
+    """Writes as the arguments say.
 
     Raises:
       UserError: with a sentence for the user.
     """
-    parser = CommandParser(prog="make_tfds", description=__doc__)
-    parser.add_argument("--config", required=True, help="config file, with a variant behind a colon")
-    parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
-    command_line, overrides = split_overrides(command_line)
-    arguments = parser.parse_args(command_line)
+    if not arguments.config:
+        raise UserError("Writing a TFDS directory needs --config FILE.py[:VARIANT], which names the data.")
+    check_folder(arguments.target, "data folder")
     config = load_config(arguments.config, overrides)
+    from hpr_jax.data.sources.tfds_writer import make_tfds
+
     directory = make_tfds(config.data, arguments.target)
     print(f"{directory}: --config.data.directory={directory} trains on it.")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: run(sys.argv[1:])))

@@ -1,107 +1,45 @@
-"""Annotated pictures and a JSON of detections for files and folders of images."""
+"""Draws what a detector finds in pictures, and writes the boxes as JSON.
 
-import json
-import logging
-from collections.abc import Sequence
+example:
+  python -m hpr_jax.main predict --workdir runs/mine street.jpg photographs/
+"""
+
+from argparse import Namespace
 from pathlib import Path
 
-from ml_collections import ConfigDict
-from tqdm import tqdm
-
-from hpr_jax.data.images import UnreadableImageError, read_image
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_checkpoint, add_config, check_folder
+from hpr_jax.commands.start import start
+from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
-from hpr_jax.inference.drawing import write_image
-from hpr_jax.inference.image_detector import Detections, load
-
-log = logging.getLogger("hpr_jax")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from hpr_jax.inference.find_images import find_images
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
-    """The given files, and the image files directly inside given folders.
-
-    Raises:
-      UserError: nothing given, a path that does not exist, or a folder without images.
-    """
-    if not inputs:
-        raise UserError("predict needs images or folders of images.")
-    files = []
-    for path in inputs:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise UserError(f"The folder {path} holds no images ({', '.join(SUFFIXES)}).")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"There is no image or folder {path}.")
-    return files
+def add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE_OR_FOLDER", help="images, and folders of images")
+    add_checkpoint(parser)
+    add_config(parser, "settings in place of the checkpoint's; the model must be the same")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for pictures and predictions.json (default: WORKDIR/predictions)"
+    )
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
 
 
-def predict(
-    checkpoint: Path,
-    inputs: Sequence[Path],
-    output: Path,
-    threshold: float,
-    overrides: Sequence[tuple[str, str]] = (),
-    config: ConfigDict | None = None,
-) -> None:
-    """Writes each picture with its detections, and `predictions.json` with boxes in pixels of the original images.
-
-    Images that cannot be read are reported and skipped.
+def run(arguments: Namespace, overrides: Overrides) -> None:
+    """Predicts as the arguments say.
 
     Raises:
-      UserError: no checkpoint, no images, a threshold outside [0, 1], or not one readable image.
+      UserError: with a sentence for the user.
     """
-    if not 0 <= threshold <= 1:
-        raise UserError(f"The threshold is a score between 0 and 1, not {threshold}.")
-    files = find_images(inputs)
-    detector = load(checkpoint, overrides=dict(overrides), config=config)
-    entries, skipped = [], []
-    taken = {file.resolve() for file in files}
-    for file in tqdm(files, desc="prediction", unit="image"):
-        try:
-            image = read_image(file)
-        except UnreadableImageError as error:
-            log.warning("%s; skipped", error)
-            skipped.append(str(file))
-            continue
-        found = detector(image, threshold)
-        picture = _picture_path(output, file, taken)
-        taken.add(picture.resolve())
-        write_image(picture, found.draw())
-        entries.append(_entry(file, picture, found))
-    if not entries:
-        raise UserError(f"None of the {len(files)} images could be read.")
-    result = output / "predictions.json"
-    result.write_text(json.dumps({"images": entries, "skipped": skipped}, indent=1) + "\n")
-    log.info("Wrote %d pictures and %s; %d images skipped.", len(entries), result, len(skipped))
+    if not arguments.workdir and not (arguments.checkpoint and arguments.output):
+        raise UserError("Predicting needs --workdir DIR, the folder of a run, or --checkpoint DIR and --output DIR.")
+    if not 0 <= arguments.threshold <= 1:
+        raise UserError(f"The threshold is a score between 0 and 1, not {arguments.threshold}.")
+    check_folder(arguments.workdir, "workdir")
+    check_folder(arguments.output, "output folder")
+    find_images(arguments.inputs)
+    config = load_config(arguments.config, overrides) if arguments.config else None
+    start()
+    from hpr_jax.inference.predict import predict
 
-
-def _picture_path(output: Path, file: Path, taken: set[Path]) -> Path:
-    """A name for the picture: the image's own, numbered where it is taken by another picture or an original."""
-    path, number = output / f"{file.stem}.jpg", 1
-    while path.resolve() in taken:
-        number += 1
-        path = output / f"{file.stem}_{number}.jpg"
-    return path
-
-
-def _entry(file: Path, picture: Path, found: Detections) -> dict:
-    height, width = found.image.shape[:2]
-    return {
-        "file": str(file),
-        "picture": str(picture),
-        "width": width,
-        "height": height,
-        "detections": [
-            {
-                "box": [round(float(side), 2) for side in box],
-                "score": round(float(score), 4),
-                "category_id": category,
-                "name": name,
-            }
-            for box, score, category, name in zip(found.boxes, found.scores, found.category_ids, found.names)
-        ],
-    }
+    output = arguments.output or arguments.workdir / "predictions"
+    predict(arguments.checkpoint or arguments.workdir, arguments.inputs, output, arguments.threshold, overrides, config)

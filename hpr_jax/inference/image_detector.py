@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.config import check, load_config
+from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.geometry import Geometry, apply, whole
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import UnreadableImageError, read_image
@@ -24,6 +24,7 @@ from hpr_jax.inference.detect import make_detect
 from hpr_jax.inference.drawing import draw
 from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
+from hpr_jax.settings import check
 from hpr_jax.types import Outputs
 from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
 

@@ -202,11 +202,11 @@ def _rows(regions, bins, ratio):
 def _samples(regions, bins, ratio):
     """What the bins of R regions are made of: rows of the table of features, and their weights,
     `[R, bins ** 2, 4 * ratio ** 2]` each."""
-    steps = (jnp.arange(bins * ratio) + 0.5) / (bins * ratio)
+    steps = jnp.arange(bins * ratio) + 0.5
 
     def along_axis(low, extent, size):
         """The two pixels around each sampling point along one axis, and their weights: `[R, bins, ratio * 2]` each."""
-        position = low[:, None] + steps * extent[:, None]
+        position = low[:, None] + steps * (extent / (bins * ratio))[:, None]
         size = size[:, None].astype(jnp.float32)
         inside = (position >= -1.0) & (position <= size)
         position = jnp.clip(position, 0.0, size - 1.0)

@@ -2,32 +2,53 @@
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 log = logging.getLogger("hpr_jax")
+# Lines about the progress of a loop, of which there are many.
+progress = logging.getLogger("hpr_jax.progress")
+# Seconds between two lines of progress on a console that is no terminal.
+PROGRESS_INTERVAL = 60.0
 
 
-class _BesideBars(logging.Handler):
+class _Console(logging.Handler):
+    """Writes to standard output without breaking progress bars.
+
+    Where bars are shown, they tell about progress. Where standard error is no terminal, as under nohup, there are no bars,
+    and a line of progress is written once a minute.
+    """
+
+    def __init__(self, level: int):
+        super().__init__(level)
+        self._last_progress = -PROGRESS_INTERVAL
+
     def emit(self, record):
+        if record.name == progress.name:
+            now = time.monotonic()
+            if sys.stderr.isatty() or now - self._last_progress < PROGRESS_INTERVAL:
+                return
+            self._last_progress = now
         tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def log_to_console(level: int = logging.INFO) -> None:
     """Sends the log, from a level on, to standard output, and nowhere else."""
     log.setLevel(logging.INFO)
-    # That of Orbax, which logs tracebacks of errors that it raises as well.
+    # Orbax logs tracebacks of errors through this logger, and raises the same errors.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     log.propagate = False
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
-    log.addHandler(_BesideBars(level))
+    log.addHandler(_Console(level))
 
 
 def log_to_file(file: Path) -> None:
-    """Sends the log to a file, too, in place of an earlier one."""
+    """Sends the log to a file as well, in place of an earlier file."""
     for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
         log.removeHandler(earlier)
         earlier.close()

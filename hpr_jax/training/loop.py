@@ -1,4 +1,4 @@
-"""Training: plan, loader, compiled steps, checkpoints, evaluation at intervals."""
+"""The training loop: steps, the log, evaluation and checkpoints at intervals."""
 
 import dataclasses
 import logging
@@ -9,21 +9,27 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import RunError
-from hpr_jax.evaluation.evaluator import log_table
+from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import leads, spread
+from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
+from hpr_jax.training.resume import Progress
 from hpr_jax.training.state import TrainState, evaluated, training_arrays
 from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainStep
+from hpr_jax.training.stopping import StopRequests
 from hpr_jax.types import Targets
 from hpr_jax.weights.checkpoint import Meta
 
 log = logging.getLogger("hpr_jax")
+progress_log = logging.getLogger("hpr_jax.progress")
 
-# The part of the time that the loop waits for data, while the device may still be busy, that is worth a word.
+# The part of the time spent waiting for data above which the log says so.
 DATA_WAIT = 0.1
 
 
@@ -40,37 +46,64 @@ def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBat
     return DeviceBatch(*spread(mesh, arrays, axis=1), spread(mesh, rows))
 
 
-class _Run:
-    """The loop, with its bookkeeping."""
+@dataclasses.dataclass
+class TrainingLoop:
+    """Takes the steps of a run, and evaluates, logs and saves in between.
 
-    def __init__(self, config, mesh, checkpoints, evaluator, meta, writer, requests, progress):
-        self.config, self.mesh, self.checkpoints, self.evaluator = config, mesh, checkpoints, evaluator
-        self.meta, self.writer, self.requests, self.progress = meta, writer, requests, progress
-        self.bar = tqdm(total=config.train.steps, unit="step", dynamic_ncols=True, disable=not leads())
-        best = checkpoints.best_meta()
-        self.best = best.metrics.get("AP", -1.0) if best else -1.0
-        # Shapes of batches that the step has been compiled for, and how many programs that took.
-        self.shapes, self.compiled = set(), 0
-        # Sentences that this process has logged, or an earlier one.
-        self.reported = progress.reports
-        # Whether another process was asked to stop.
-        self.others_stop = self.said_to_wait = False
+    Attributes:
+      config: of the run, its length in steps.
+      meta: what checkpoints say of the run beside its step and its metrics.
+      progress: what a run knows beside its state; it is part of checkpoints.
+    """
 
-    def loop(self, step_function, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
-        settings, metrics = self.config.train, {}
-        # The numbers of a step are read while the next one runs.
-        pending = None
+    config: ConfigDict
+    mesh: Mesh
+    checkpoints: Checkpoints
+    evaluator: Evaluator
+    meta: Meta
+    writer: MetricWriter
+    requests: StopRequests
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        # Where standard error is no terminal, the log has lines of progress instead of a bar.
+        shown = None if leads() else True
+        self.bar = tqdm(total=self.config.train.steps, unit="step", dynamic_ncols=True, disable=shown)
+        best = self.checkpoints.best_meta()
+        self.best_ap = best.metrics.get("AP", -1.0) if best else -1.0
+        # Shapes of batches that the step has been compiled for, and how many programs were compiled.
+        self.shapes: set[tuple[int, ...]] = set()
+        self.compiled = 0
+        # How many reports about the data this process, or the one whose checkpoint it goes on from, has logged.
+        self.reported = self.progress.reports
+        # Whether any process was asked to stop.
+        self.any_stop = False
+        # Whether the log has said that steps wait for data.
+        self.said_to_wait = False
+
+    def run(self, step_function: TrainStep, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
+        """Takes all steps that are left; returns the numbers of the last evaluation.
+
+        Raises:
+          RunError: the loss is not finite, or a checkpoint cannot be written.
+          StoppedError: the run was asked to stop; it is saved.
+        """
+        settings = self.config.train
+        metrics: dict[str, float] = {}
+        # The numbers of a step are read while the next one runs, so that the device does not wait for the host.
+        pending: StepNumbers | None = None
         step = first = int(state.step)
         self.bar.initial = self.bar.n = step
-        # Nothing was loaded ahead of the first batch: waiting for it says nothing.
-        upcoming = self._fetch(step, batches, _Interval())
-        interval = _Interval()
+        # The first batch is not counted as waited for: nothing could be loaded ahead of it.
+        upcoming = self._fetch(step, batches, Interval())
+        interval = Interval()
         while step < settings.steps:
             batch = upcoming
+            assert batch is not None, "every step before the last has a batch"
             with jax.transfer_guard("disallow"):
                 state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
             self._watch_compilation(step, step_function, batch.images.shape)
-            # The devices work on the step while the next batch is waited for and goes to them.
+            # While the devices compute the step, the next batch is loaded and sent to them.
             upcoming = self._fetch(step + 1, batches, interval)
             if pending is not None:
                 self._check(step, pending)
@@ -81,18 +114,18 @@ class _Run:
             logs = step % settings.log_every == 0 or last or step == 1
             saves = step % settings.checkpoint_every == 0 or last
             evaluates = step % settings.evaluate_every == 0 or last
-            stops = self.others_stop if jax.process_count() > 1 else self.requests.noted is not None
+            stops = self.any_stop if jax.process_count() > 1 else self.requests.noted is not None
             if logs or saves or evaluates or stops:
                 self._check(step, pending)
                 pending = None
             self.bar.update()
             if logs:
                 self._log(step, numbers, interval, loaded_ahead=step > first + 1)
-                interval = _Interval()
+                interval = Interval()
             if evaluates:
                 metrics = self._evaluate(step, state)
-                interval = _Interval()
-            # Last, so that what a checkpoint goes on from is written as far as it goes.
+                interval = Interval()
+            # After the log and the evaluation, so that all that a resumed run does not write again is written.
             if saves or stops:
                 self._save(step, state)
             if stops and not last:
@@ -103,20 +136,20 @@ class _Run:
 
     def _check(self, step: int, numbers: StepNumbers) -> None:
         """Waits for the numbers of `step` and stops the run if they are not finite."""
-        numbers = jax.device_get(numbers)
-        offending = [name for name, value in numbers.items() if not np.isfinite(value)]
+        values = jax.device_get(numbers)
+        offending = [name for name, value in values.items() if not np.isfinite(value)]
         if offending:
-            kept = self.checkpoints.latest_meta()
+            latest = self.checkpoints.latest_meta()
             raise RunError(
                 f"The loss is not finite at step {step}: {', '.join(offending)}. "
-                + (f"The checkpoint of step {kept.step} is kept." if kept else "There was no checkpoint yet.")
+                + (f"The checkpoint of step {latest.step} is kept." if latest else "There was no checkpoint yet.")
             )
-        self.progress.losses.append(float(numbers["loss"]))
-        self.progress.reports += int(numbers["reports"])
-        self.others_stop = bool(numbers["stop"])
+        self.progress.losses.append(float(values["loss"]))
+        self.progress.reports += int(values["reports"])
+        self.any_stop = bool(values["stop"])
 
-    def _fetch(self, step: int, batches: Iterator[Batch], interval: "_Interval") -> DeviceBatch | None:
-        """The batch of a step, on its way to the devices; None behind the last step."""
+    def _fetch(self, step: int, batches: Iterator[Batch], interval: "Interval") -> DeviceBatch | None:
+        """Loads the batch of a step and starts its transfer to the devices; None after the last step."""
         if step >= self.config.train.steps:
             return None
         began = time.perf_counter()
@@ -128,15 +161,15 @@ class _Run:
         return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
 
     def _watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
-        """Each shape of batches is compiled once; what is compiled again would go unnoticed, and slow."""
+        """Warns when a shape of batches is compiled a second time, which nothing but a slow step would show."""
         compiled = step_function.compilations
-        # The second step compiles nothing either: states come back as they went in.
+        # Not even the second step compiles again, since a step returns its state as it took it.
         if compiled > self.compiled and shape in self.shapes:
             log.warning("step %d: compiled again for batches %dx%d, which had been compiled.", step + 1, *shape[2:4])
         self.shapes.add(shape)
         self.compiled = compiled
 
-    def _log(self, step: int, numbers: StepNumbers, interval: "_Interval", *, loaded_ahead: bool) -> None:
+    def _log(self, step: int, numbers: StepNumbers, interval: "Interval", *, loaded_ahead: bool) -> None:
         seconds = time.perf_counter() - interval.began
         images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
@@ -155,10 +188,11 @@ class _Run:
                 **terms,
             },
         )
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
-            + (f", waiting for data {data_wait:.0%}" if data_wait > DATA_WAIT else "")
-        )
+        summary = f"loss {loss:.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
+        if data_wait > DATA_WAIT:
+            summary += f", waiting for data {data_wait:.0%}"
+        self.bar.set_postfix_str(summary)
+        progress_log.info("step %d of %d: %s", step, self.config.train.steps, summary)
         if data_wait > DATA_WAIT and loaded_ahead and not self.said_to_wait:
             self.said_to_wait = True
             log.warning(
@@ -174,21 +208,23 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         result = self.evaluator.run(evaluated(state))
+        by_class = {f"val/class/{name}/AP": numbers["AP"] for name, numbers in result.per_class.items()}
         self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
+        self.writer.write_board(step, by_class)
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
-        if result.metrics["AP"] > self.best:
+        if result.metrics["AP"] > self.best_ap:
             self.checkpoints.save_best(step, evaluated(state), self._meta(step, result.metrics))
-            self.best = result.metrics["AP"]
+            self.best_ap = result.metrics["AP"]
         return result.metrics
 
-    def _meta(self, step, metrics) -> Meta:
+    def _meta(self, step: int, metrics: dict[str, float]) -> Meta:
         run = {**self.meta.run, "progress": dataclasses.asdict(self.progress)}
         return Meta(self.meta.config, self.meta.classes, step, metrics, run)
 
 
-class _Interval:
-    """Numbers since the last line of the log that do not outlive the process."""
+class Interval:
+    """What happened since the last line of the log: seconds that were waited for data, and images trained on."""
 
     def __init__(self):
         self.began, self.waited, self.images = time.perf_counter(), 0.0, 0

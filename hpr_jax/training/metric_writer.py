@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -22,7 +23,8 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path | None, start: int = 0):
-        self._file = None
+        self._file: TextIO | None = None
+        self._workdir = workdir
         if workdir is None:
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -55,14 +57,26 @@ class MetricWriter:
         try:
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self.write_board(step, numbers)
+
+    def write_board(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes numbers of a step to TensorBoard alone; raises as `write` does."""
+        if self._file is None:
+            return
+        try:
             for name, value in numbers.items():
                 self._put(Event(step=step, summary=scalar(name, value)))
             self._board.flush()
         except OSError as error:
-            raise RunError(
-                f"The metrics of step {step} cannot be written to {self._file.name}: {error.strerror}. The same command "
-                "goes on from the latest checkpoint."
-            ) from error
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int, error: OSError) -> RunError:
+        return RunError(
+            f"The metrics of step {step} cannot be written to {self._workdir}: {error.strerror}. The same command goes on "
+            "from the latest checkpoint."
+        )
 
     def _put(self, event: Event) -> None:
         event.wall_time = time.time()

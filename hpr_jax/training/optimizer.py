@@ -20,17 +20,23 @@ def learning_rate(settings: Mapping[str, Any], step: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with clipping by global norm, decay on every tensor, and a lower learning rate for the backbone."""
+    """AdamW with clipping by global norm, decay on every tensor, and a lower learning rate for the backbone.
+
+    Attributes:
+      clip_norm: longest gradient, all tensors together; longer ones are scaled down.
+      backbone_multiplier: factor of the backbone's learning rate.
+    """
 
     clip_norm: float
     weight_decay: float
     backbone_multiplier: float
 
     def init(self, params: Any) -> Any:
+        """The state before the first step, moments of zero."""
         return self._adamw().init(params)
 
     def update(self, gradients: Any, state: Any, params: Any, learning_rate: jax.Array) -> tuple[Any, Any]:
-        """-> new parameters and new state."""
+        """Takes one step; returns the new parameters and the new state."""
         updates, state = self._adamw().update(gradients, state, params)
 
         def add(path, param, update):
@@ -40,7 +46,8 @@ class Optimizer:
         return jax.tree_util.tree_map_with_path(add, params, updates), state
 
     def _adamw(self) -> optax.GradientTransformation:
-        # As one vector: hundreds of tensors with a dozen operations each would take as long to compile as the model.
+        # Each moment is one vector of all tensors in the order of their names, since hundreds of tensors with a dozen
+        # operations each would take as long to compile as the model. That order is part of the format of checkpoints.
         return optax.flatten(
             optax.chain(
                 optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
@@ -51,10 +58,12 @@ class Optimizer:
 
 
 def moving_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """The next average of parameters after step `step`, counted from 0; early steps forget faster, so that the start does
-    not linger."""
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+    """The next moving average of parameters, after step `step` (counted from 0).
+
+    The decay is at most (1 + step) / (10 + step), so that early steps forget the random beginning faster.
+    """
+    used = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + (1 - used) * (p - a), average, params)
 
 
 def global_norm(gradients: Any) -> jax.Array:

@@ -1,6 +1,5 @@
 """What training changes, and how it begins."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,17 @@ class TrainState:
     average: nnx.State | None = None
 
 
-log = logging.getLogger("hpr_jax")
+def initial_state(
+    config: ConfigDict, num_classes: int, mesh: Mesh, weights: Path | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """A new detector, split into its structure and its state, which is on every device.
 
-
-def initial_state(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
-    """A new detector, split into its structure and its state, which is on every device."""
+    Args:
+      weights: a file or folder of weights to begin with; None: random ones.
+    """
     detector = random_detector(config.model, num_classes, compute=config.compute, seed=config.train.seed)
-    if config.train.initial_weights:
-        load_initial_weights(detector, Path(config.train.initial_weights))
-    elif config.model.backbone.get("norm") != "group":
-        log.warning(
-            "This backbone presumes pre-trained weights, and there are none: set --config.train.initial_weights, or use a "
-            "variant that trains from scratch."
-        )
+    if weights is not None:
+        load_initial_weights(detector, weights)
     graph, params, frozen = nnx.split(detector, nnx.Param, ...)
     params, frozen = replicate(mesh, (params, frozen))
     everywhere = NamedSharding(mesh, EVERYWHERE)

@@ -16,11 +16,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.config import check, differences, from_plain, override, to_plain
+from hpr_jax.config import differences, from_plain, override, to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.detector import Detector
+from hpr_jax.settings import check
 from hpr_jax.weights.manifest import find_damage
 
 LATEST, BEST = "checkpoints", "best"

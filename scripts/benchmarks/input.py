@@ -25,13 +25,13 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-from hpr_jax.commands.make_shapes import CATEGORIES, outline
 from hpr_jax.config import load_config
 from hpr_jax.data.augmentation import views
 from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading import batches as batching
 from hpr_jax.data.loading.batches import TrainLoader, train_batches
 from hpr_jax.data.loading.workers import keep_freed_memory
+from hpr_jax.data.shapes import CATEGORIES, outline
 from hpr_jax.data.sources.coco import load_coco
 
 HEIGHT, WIDTH = 480, 640

@@ -240,7 +240,8 @@ def test_as_a_program(coco, tmp_path, change, code, words):
     command = [
         sys.executable,
         "-m",
-        "hpr_jax.commands.check_data",
+        "hpr_jax.main",
+        "check-data",
         "--config",
         f"{tiny.ROOT}/configs/ddq.py:demo",
         "--samples",
@@ -258,7 +259,8 @@ def test_mistakes_on_the_command_line(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "hpr_jax.commands.check_data",
+        "hpr_jax.main",
+        "check-data",
         "--config",
         f"{tiny.ROOT}/configs/ddq.py:demo",
         "--samples=-1",

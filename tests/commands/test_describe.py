@@ -186,7 +186,7 @@ def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     file = config_file(tmp_path, "c.data.directory = 'nowhere'")
-    command.run(["--config", str(file), "--mode", "describe", "--classes", str(tiny.CLASSES)])
+    command.run(["describe", "--config", str(file), "--classes", str(tiny.CLASSES)])
     printed = capsys.readouterr().out
     detector = abstract_detector(tiny.config().model, tiny.CLASSES)
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(detector)))
@@ -209,7 +209,7 @@ def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
 def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
     file = config_file(tmp_path, "c.augmentation.update(kind='lsj', strong_views=True)")
-    command.run(["--config", str(file), "--mode", "describe"])
+    command.run(["describe", "--config", str(file)])
     printed = capsys.readouterr().out
     assert "does not tell the size of activations" in printed
     # A weak and a strong view of each of two images.
@@ -223,7 +223,7 @@ def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
     checkpoints = Checkpoints(tmp_path, 1)
     classes = Classes(("cup", "pen", "hat"), (2, 5, 9))
     checkpoints.save_best(1, state, Meta(to_plain(tiny.config()), classes, 1, {}))
-    arguments = ["--mode", "describe", "--workdir", str(tmp_path), "--classes", "7", "--config.evaluate.side=32"]
+    arguments = ["describe", "--workdir", str(tmp_path), "--classes", "7", "--config.evaluate.side=32"]
     command.run([*arguments, "--config.evaluate.max_side=32"])
     printed = capsys.readouterr().out
     size = sum(leaf.size for leaf in jax.tree.leaves(state))
@@ -248,4 +248,4 @@ def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
 def test_mistakes(tmp_path, arguments, sentence):
     file = str(config_file(tmp_path))
     with pytest.raises(UserError, match=sentence):
-        command.run(["--mode", "describe", *(file if a == "FILE" else a for a in arguments)])
+        command.run(["describe", *(file if a == "FILE" else a for a in arguments)])

@@ -217,7 +217,7 @@ class TestMakeTfds:
         assert [record.image_id for record in load_dataset(settings(directory), "train").records] == expected
 
     def test_as_a_program(self, folder, tmp_path):
-        command = [sys.executable, "-m", "hpr_jax.commands.make_tfds", "--config", f"{tiny.ROOT}/configs/ddq.py"]
+        command = [sys.executable, "-m", "hpr_jax.main", "make-tfds", "--config", f"{tiny.ROOT}/configs/ddq.py"]
         command += [f"--config.data.directory={folder}", tmp_path / "tfds"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from hpr_jax.config import check
 from hpr_jax.data.augmentation.geometry import GREY, Slot, draw_large_scale
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading.batches import TrainLoader, train_batches
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
+from hpr_jax.settings import check
 
 KINDS = ("detr", "lsj")
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tiny
 
-from hpr_jax.config import check
 from hpr_jax.data.augmentation.geometry import whole
 from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
@@ -24,6 +23,7 @@ from hpr_jax.data.loading.plan import evaluation_plan
 from hpr_jax.data.loading.workers import LoadedByWorkers
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import RunError, UserError
+from hpr_jax.settings import check
 
 ARRAYS = ("images", "sizes", "boxes", "labels", "valid")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads of processes in /proc, which Linux alone has")

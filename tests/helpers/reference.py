@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ from flax import nnx
 from hpr_jax.models.build import build_detector
 from hpr_jax.weights.official import load_official
 
-DIRECTORY = Path(os.environ.get("HPR_REFERENCE_DIR") or Path(__file__).parent.parent / "reference_values" / "official")
+OWN_DIRECTORY = Path(__file__).parent.parent / "reference_values" / "official"
+DIRECTORY = Path(os.environ.get("HPR_REFERENCE_DIR") or OWN_DIRECTORY)
 
 
 @functools.cache
@@ -108,10 +110,33 @@ def detector(model: str):
     return built
 
 
+def models_with(case: str, models: Sequence[str], ours: Sequence[str]) -> tuple[str, ...]:
+    """Those of `models` that have a case which other directories may lack; our own directory has that of `ours`."""
+    if DIRECTORY == OWN_DIRECTORY:
+        return tuple(ours)
+    return tuple(model for model in models if (DIRECTORY / f"{model}_{case}.npz").exists())
+
+
 def images() -> tuple[jax.Array, jax.Array]:
     """Normalised images `[B, H, W, 3]` and sizes `[B, 2]`."""
     inputs = arrays("inputs")
     return jnp.asarray(inputs["images"].transpose(0, 2, 3, 1)), jnp.asarray(inputs["image_sizes_hw"], jnp.int32)
+
+
+def padded(images: Sequence[np.ndarray], height: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Images `[3, h, w]` in one batch `[B, height, width, 3]`, and their sizes `[B, 2]`; what is padded is not zero."""
+    batch = np.full((len(images), height, width, 3), 7.0, np.float32)
+    for slot, image in zip(batch, images):
+        slot[: image.shape[1], : image.shape[2]] = image.transpose(1, 2, 0)
+    return jnp.asarray(batch), jnp.asarray([image.shape[1:] for image in images], jnp.int32)
+
+
+def cropped(tokens: np.ndarray, shapes: Sequence[tuple[int, int]], sizes: np.ndarray) -> np.ndarray:
+    """Tokens `[S, ...]` of an image without what is padded: (height, width) of the levels, and the valid ones `[L, 2]`."""
+    ends = np.cumsum([height * width for height, width in shapes])
+    levels = [level.reshape(*shape, *level.shape[1:]) for level, shape in zip(np.split(tokens, ends[:-1]), shapes)]
+    valid = [level[:h, :w].reshape(h * w, *level.shape[2:]) for level, (h, w) in zip(levels, sizes)]
+    return np.concatenate(valid)
 
 
 def assert_close(actual, expected, tolerance: float, name: str = "") -> None:

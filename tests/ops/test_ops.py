@@ -201,6 +201,19 @@ def greedy(boxes, scores, candidates, threshold):
     return survivors
 
 
+@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+def test_roi_align_reaches_the_end_of_the_map(stride):
+    # The box (1, 1, 1, 1) of a border token lies half outside: of its 14 samples along an axis, the eighth is at 14, the end
+    # of a map of 14, which counts as inside in the official code. 40 boxes, since XLA rounds differently for one.
+    features, sizes = jnp.ones((1, 14 * 14, 1)), jnp.array([[[14, 14]]])
+    boxes = jnp.broadcast_to(jnp.array([0.5, 0.5, 1.5, 1.5]) * 14 * stride, (1, 40, 4))
+    aligned = jax.jit(lambda boxes: roi_align(features, ((14, 14),), sizes, boxes, strides=(stride,)))
+    out = np.asarray(aligned(boxes)).reshape(40, 7, 7)
+    assert np.all(out[:, :4, :4] == 1)
+    assert not out[:, 4:].any()
+    assert not out[:, :, 4:].any()
+
+
 @pytest.mark.parametrize("threshold", [0.1, 0.5])
 def test_nms_is_greedy(threshold):
     center, side = RNG.uniform(0, 4, (24, 2)), RNG.uniform(0.5, 3, (24, 2))

@@ -1,6 +1,6 @@
 """Makes `unfinished_run/`: a tiny run that stopped halfway, and what becomes of it.
 
-    python tests/reference_values/make_unfinished_run.py
+    PYTHONPATH=tests:tests/helpers:scripts python tests/reference_values/make_unfinished_run.py
 
 It holds the drawn data set (`data/`), the workdir after half of the steps (`run/`), the detections of that checkpoint on
 the validation images, and the weights after all steps (`expected.npz`). The stored one was made by commit 2f77c2f. A later
@@ -11,23 +11,18 @@ settings and the order of the optimizer's leaves. Whoever changes training on pu
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+import conftest  # noqa: F401  It sets how tests compile, which decides the last bits.
 import numpy as np
-
-FOLDER = Path(__file__).parent / "unfinished_run"
-HELPERS = FOLDER.parent.parent / "helpers"
-sys.path[:0] = [str(FOLDER.parent.parent), str(HELPERS), str(FOLDER.parent.parent.parent / "scripts")]
-
-import conftest  # noqa: F401  Tests compile in a way of their own, which decides the last bits.
-import workdirs
 import tiny
+import workdirs
 
 import hpr_jax
-from hpr_jax.commands.train import train
+from hpr_jax.training.run import train
 
+FOLDER = Path(__file__).parent / "unfinished_run"
 STEPS, STOPPED = 6, 3
 
 

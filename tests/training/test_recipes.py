@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hpr_jax.config import check, load_config
+from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.losses.build import make_criterion
+from hpr_jax.settings import check
 from hpr_jax.training.build import in_steps, warn_of_recipe
 
 MODELS = ("deformable_detr", "dino", "align_detr", "ddq")

@@ -16,9 +16,9 @@ import tiny
 from check_resume import differences, read_run
 from workdirs import lines, numbers, weights
 
-import hpr_jax.training.loop as training
-from hpr_jax.commands.train import train
 from hpr_jax.errors import RunError, StoppedError, UserError
+from hpr_jax.training.loop import TrainingLoop
+from hpr_jax.training.run import train
 from hpr_jax.weights import checkpoint
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 
@@ -45,7 +45,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained, coco, tmp_path, mon
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training._Run, "_watch_compilation", terminate)
+        patched.setattr(TrainingLoop, "_watch_compilation", terminate)
         with pytest.raises(StoppedError, match=r"Stopped by SIGTERM; step 3 is saved") as stopped:
             train(tiny.config(coco), tmp_path)
     assert stopped.value.exit_code == 75

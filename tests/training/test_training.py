@@ -14,14 +14,15 @@ from flax import nnx
 from workdirs import lines, weights
 
 import hpr_jax
-import hpr_jax.training.loop as training
-from hpr_jax.commands.evaluate import evaluate
-from hpr_jax.commands.predict import predict
-from hpr_jax.commands.train import train
+import hpr_jax.training.run as training
 from hpr_jax.data.build import make_plan
 from hpr_jax.errors import RunError, UserError
+from hpr_jax.evaluation.evaluate import evaluate
 from hpr_jax.evaluation.evaluator import Evaluator
+from hpr_jax.inference.predict import predict
+from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.optimizer import Optimizer, global_norm, learning_rate
+from hpr_jax.training.run import train
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 
 
@@ -95,8 +96,8 @@ def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
     """And images are counted, not views. Steps and evaluation are left out."""
     batches, images = [], []
     monkeypatch.setattr(training, "make_train_step", lambda *_: NoStep(lambda batch: batches.append(jax.device_get(batch))))
-    monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
-    monkeypatch.setattr(training._Run, "_log", lambda self, step, numbers, interval, **_: images.append(interval.images))
+    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda *_: {"AP": 0.0})
+    monkeypatch.setattr(TrainingLoop, "_log", lambda self, step, numbers, interval, **_: images.append(interval.images))
     config = with_strong_views(coco)
     train(config, tmp_path / "whole")
     # However they are loaded.
@@ -127,11 +128,11 @@ def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_
         def close(self):
             events.append("close")
 
-    check_numbers = training._Run._check
-    monkeypatch.setattr(training._Run, "_check", lambda *arguments: (events.append("wait"), check_numbers(*arguments)))
+    check_numbers = TrainingLoop._check
+    monkeypatch.setattr(TrainingLoop, "_check", lambda *arguments: (events.append("wait"), check_numbers(*arguments)))
     monkeypatch.setattr(training, "train_batches", SlowBatches)
     monkeypatch.setattr(training, "make_train_step", lambda *_: NoStep(lambda batch: events.append("step")))
-    monkeypatch.setattr(training._Run, "_evaluate", lambda *_: {"AP": 0.0})
+    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda *_: {"AP": 0.0})
     config = tiny.config(coco)
     config.train.update(steps=6, checkpoint_every=100)
     with caplog.at_level("WARNING", "hpr_jax"):

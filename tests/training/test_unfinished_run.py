@@ -12,8 +12,8 @@ import pytest
 import workdirs
 
 import hpr_jax
-from hpr_jax.commands.train import train
 from hpr_jax.config import from_plain
+from hpr_jax.training.run import train
 from hpr_jax.weights.checkpoint import read_meta
 
 FOLDER = Path(__file__).parents[1] / "reference_values/unfinished_run"

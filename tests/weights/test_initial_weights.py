@@ -8,12 +8,12 @@ import reference
 import tiny
 from flax import nnx
 
-from hpr_jax.commands import convert
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import COCO_CLASSES
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
+from hpr_jax.training import convert
 from hpr_jax.training.checkpoints import Checkpoints
 from hpr_jax.weights.checkpoint import Meta, load_detector
 from hpr_jax.weights.initial import load_initial_weights

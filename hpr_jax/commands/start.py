@@ -1,0 +1,25 @@
+"""What commands do before they compute: the log, JAX's compilation cache, and other processes."""
+
+import logging
+
+from hpr_jax.runtime.logs import log_to_console
+
+
+def start(*, distributed: bool = False) -> None:
+    """Prepares this process for computing with JAX.
+
+    Args:
+      distributed: joins the other processes of the run; then process 0 alone logs progress, and all log their warnings.
+    """
+    log_to_console()
+    from hpr_jax.runtime.compilation_cache import enable_compilation_cache
+    from hpr_jax.runtime.host_memory import return_memory_of_compiling
+
+    enable_compilation_cache()
+    return_memory_of_compiling()
+    if distributed:
+        from hpr_jax.runtime.devices import join_processes, leads
+
+        join_processes()
+        if not leads():
+            log_to_console(logging.WARNING)

@@ -1,0 +1,18 @@
+"""Whether there is a data set at all, looked up before anything is imported or computed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def missing_data(settings: Mapping[str, Any]) -> str | None:
+    """Why there is no data set to train on, as a part of a sentence; None if its directory is there.
+
+    Args:
+      settings: section `data` of a config.
+    """
+    directory = Path(settings["directory"])
+    if directory.is_dir():
+        return None
+    what = "is a file" if directory.exists() else "does not exist"
+    return f"the data set {directory} (config.data.directory) {what}"

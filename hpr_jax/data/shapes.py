@@ -1,0 +1,95 @@
+"""A small COCO data set of coloured shapes, drawn the same at every call: JPEG images, boxes, polygons.
+
+Several classes, scales from 10 to 60 % of the image, overlaps, noisy backgrounds; category ids with gaps.
+"""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7}
+
+
+def outline(kind: str, center: np.ndarray, radius: float, angle: float) -> np.ndarray:
+    """Corners of a shape, float `[n, 2]`."""
+    if kind == "star":
+        turns, radii = np.arange(10) / 10, np.where(np.arange(10) % 2, 0.45, 1.0)
+    else:
+        corners = {"circle": 32, "square": 4, "triangle": 3}[kind]
+        turns, radii = np.arange(corners) / corners, np.ones(corners)
+    theta = 2 * np.pi * turns + angle
+    return center + radius * radii[:, None] * np.stack([np.cos(theta), np.sin(theta)], axis=-1)
+
+
+def draw_image(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
+    """A picture `[h, w, 3]` and its objects (kind, corners), in the order they were painted."""
+    coarse = rng.integers(40, 216, (4, 4, 3)).astype(np.uint8)
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float64)
+    image += rng.normal(0, 8, image.shape)
+    image = image.clip(0, 255).astype(np.uint8)
+    objects: list[tuple[str, np.ndarray]] = []
+    for _ in range(rng.integers(1, 6)):
+        kind = str(rng.choice(list(CATEGORIES)))
+        radius = rng.uniform(0.05, 0.3) * min(height, width)
+        center = rng.uniform(0.6 * radius, np.array([width, height]) - 0.6 * radius)
+        corners = outline(kind, center, radius, rng.uniform(0, 2 * np.pi))
+        colour = rng.integers(0, 256, 3).tolist()
+        cv2.fillPoly(image, [np.rint(corners).astype(np.int32)], colour, lineType=cv2.LINE_AA)
+        objects.append((kind, corners))
+    return image, objects
+
+
+def visible_fraction(index: int, objects: list[tuple[str, np.ndarray]], height: int, width: int) -> float:
+    """How much of an object is neither painted over nor outside."""
+    index_map = np.zeros((height, width), np.uint8)
+    whole = np.zeros((3 * height, 3 * width), np.uint8)
+    cv2.fillPoly(whole, [np.rint(objects[index][1] + [width, height]).astype(np.int32)], 1)
+    for number, (_, corners) in enumerate(objects):
+        cv2.fillPoly(index_map, [np.rint(corners).astype(np.int32)], number + 1)
+    return float(np.sum(index_map == index + 1) / max(np.sum(whole), 1))
+
+
+def make_split(directory: Path, name: str, count: int, side: int, rng: np.random.Generator) -> None:
+    """Writes the images and the annotation file of one split."""
+    folder = directory / name
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        height, width = side, int(side * rng.choice([1.0, 0.8]))
+        if rng.random() < 0.5:
+            height, width = width, height
+        image, objects = draw_image(rng, height, width)
+        file_name = f"{number:06d}.jpg"
+        cv2.imwrite(str(folder / file_name), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        images.append({"id": number, "file_name": file_name, "height": height, "width": width})
+        for index, (kind, corners) in enumerate(objects):
+            if visible_fraction(index, objects, height, width) < 0.3:
+                continue
+            clipped = corners.clip(0, [width, height])
+            (left, top), (right, bottom) = clipped.min(axis=0), clipped.max(axis=0)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": CATEGORIES[kind],
+                    "bbox": [round(float(v), 2) for v in (left, top, right - left, bottom - top)],
+                    "area": round(float(cv2.contourArea(clipped.astype(np.float32))), 2),
+                    "segmentation": [[round(float(v), 2) for v in clipped.ravel()]],
+                    "iscrowd": 0,
+                }
+            )
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": kind} for kind, number in CATEGORIES.items()],
+    }
+    (directory / "annotations").mkdir(exist_ok=True)
+    (directory / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+
+
+def make_shapes(directory: Path, train: int, val: int, side: int, seed: int) -> None:
+    """Writes a data set of `train` and `val` images with a longer side of `side` pixels."""
+    for stream, (name, count) in enumerate((("train2017", train), ("val2017", val))):
+        make_split(directory, name, count, side, np.random.default_rng((seed, stream)))

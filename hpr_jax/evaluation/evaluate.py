@@ -1,0 +1,49 @@
+"""The command `evaluate`."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from hpr_jax.data.build import load_dataset
+from hpr_jax.data.log_dropped import log_dropped
+from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
+from hpr_jax.runtime.devices import leads
+from hpr_jax.weights.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
+
+log = logging.getLogger("hpr_jax")
+
+
+def evaluate(
+    checkpoint: Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
+) -> EvaluationResult:
+    """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
+
+    Args:
+      checkpoint: a checkpoint's directory or a run's workdir.
+      output: folder for the files.
+      overrides: settings (dotted key, text) in place of the checkpoint's.
+      config: in place of the checkpoint's; its model must be the same.
+    """
+    meta = read_meta(checkpoint)
+    config = checkpoint_config(meta, overrides, config)
+    detector, _ = load_detector(checkpoint, config.compute)
+    dataset = load_dataset(config.data, "val", meta.classes)
+    log_dropped(dataset)
+    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
+    if leads():
+        output.mkdir(parents=True, exist_ok=True)
+    graph, state = nnx.split(detector)
+    result = Evaluator(config, dataset, graph).run(state)
+    for name, value in result.metrics.items():
+        log.info("%-10s %7.4f", name, value)
+    log_table(result)
+    if not leads():
+        return result
+    (output / "detections.json").write_text(json.dumps(result.detections))
+    (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
+    log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
+    return result

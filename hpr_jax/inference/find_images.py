@@ -1,0 +1,30 @@
+"""The image files among paths that a user gave. Imports no JAX."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpr_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def find_images(inputs: Sequence[Path]) -> list[Path]:
+    """The given files, and the image files directly inside given folders.
+
+    Raises:
+      UserError: nothing given, a path that does not exist, or a folder without images.
+    """
+    if not inputs:
+        raise UserError("predict needs images or folders of images.")
+    files = []
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise UserError(f"The folder {path} holds no images ({', '.join(SUFFIXES)}).")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"There is no image or folder {path}.")
+    return files

@@ -1,0 +1,353 @@
+"""Every setting of a config: what it means, and which values it may have. Known without JAX.
+
+The check of a config, `--help-config` and its documentation all come from the table `SETTINGS`; `check` adds the
+conditions between settings. Defaults are in configs/common.py and the config files beside it.
+"""
+
+import dataclasses
+import difflib
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from hpr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is known of one setting.
+
+    Attributes:
+      meaning: one or two sentences for `--help-config`.
+      at_least, above, at_most, below: bounds of a number, or of each number in a list.
+      choices: the words that a text, or each text in a list, may be; () where any will do.
+      length: how many items a list must have; None where any number will do.
+      nonempty: whether a list must have an item at least.
+    """
+
+    meaning: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    length: int | None = None
+    nonempty: bool = False
+
+    def bounds(self) -> str:
+        """Bounds in words, '' if there are none."""
+        parts = [
+            f"{words} {bound:g}"
+            for words, bound in (
+                ("at least", self.at_least),
+                ("above", self.above),
+                ("at most", self.at_most),
+                ("below", self.below),
+            )
+            if bound is not None
+        ]
+        return " and ".join(parts)
+
+    def allows(self, number: float) -> bool:
+        """Whether a number is finite and within the bounds."""
+        try:
+            finite = math.isfinite(number)
+        except OverflowError:
+            # A whole number that no float can hold.
+            return False
+        return (
+            finite
+            and (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+
+def _count(meaning: str) -> Setting:
+    return Setting(meaning, at_least=1)
+
+
+def _counts(meaning: str, length: int | None = None) -> Setting:
+    return Setting(meaning, at_least=1, length=length, nonempty=True)
+
+
+def _probability(meaning: str) -> Setting:
+    return Setting(meaning, at_least=0, at_most=1)
+
+
+def _weight(meaning: str) -> Setting:
+    return Setting(meaning, at_least=0)
+
+
+REFINERS = ("deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point")
+MERGES = ("fixed", "learned_scalar", "learned_vector")
+MERGE_POINTS = ("attention", "interaction", "ffn")
+DTYPES = ("float32", "bfloat16")
+OPERATIONS = ("auto", "xla", "pallas")
+REMAT = ("backbone", "encoder", "refiner")
+AUGMENTATIONS = ("detr", "lsj")
+EVALUATORS = ("auto", "hotcoco", "pycocotools")
+# The value of train.initial_weights that asks for random weights.
+RANDOM = "random"
+
+MODEL = {
+    "channels": _count("Channels of tokens and queries."),
+    "heads": _count("Attention heads of encoder and decoder; they divide the channels."),
+    "levels": _count("Levels of the feature pyramid."),
+    "points": _count("Sampling points of each head on each level, in deformable attention."),
+    "hidden": _count("Hidden channels of the feed-forward networks."),
+    "pixel_mean": Setting("Mean of red, green and blue, from 0 to 255, that is subtracted from images.", length=3),
+    "pixel_std": Setting("Standard deviation of red, green and blue by which images are divided.", above=0, length=3),
+    "backbone.kind": Setting("Kind of backbone.", choices=("resnet", "swin")),
+    "backbone.blocks": _counts("Residual blocks in each of the four stages (resnet).", 4),
+    "backbone.base_channels": Setting("Channels of the stem (resnet).", at_least=4),
+    "backbone.norm": Setting(
+        "Norms: frozen_batch for pre-trained weights, group to train from scratch (resnet).",
+        choices=("frozen_batch", "group"),
+    ),
+    "backbone.frozen_stages": Setting(
+        "Stages that are not trained: -1 none, 0 the stem or patch embedding, 1 also the first stage, ...",
+        at_least=-1,
+        at_most=4,
+    ),
+    "backbone.embed_channels": _count("Channels of the patch embedding (swin)."),
+    "backbone.depths": _counts("Blocks in each of the four stages (swin).", 4),
+    "backbone.heads": _counts("Attention heads in each of the four stages (swin).", 4),
+    "backbone.window": _count("Side of the attention windows in tokens (swin)."),
+    "backbone.drop_path": Setting("Rate of stochastic depth in the last block (swin).", at_least=0, below=1),
+    "neck.groups": _count("Groups of the norms behind the backbone."),
+    "neck.bias": Setting("Whether the convolutions behind the backbone have a bias."),
+    "encoder.layers": _count("Layers of the encoder."),
+    "encoder.position_temperature": Setting("Temperature of the sine position encoding.", above=0),
+    "encoder.position_offset": Setting("Offset of pixel numbers in the sine position encoding."),
+    "queries.kind": Setting(
+        "top: the proposals of the best score, with learned content; distinct: those that survive NMS (DDQ).",
+        choices=("top", "distinct"),
+    ),
+    "queries.count": _count("Matching queries."),
+    "queries.dense_ratio": Setting("Dense queries in training, as a multiple of the matching queries (distinct).", above=0),
+    "queries.nms_threshold": _probability("IoU above which a query suppresses another (distinct)."),
+    "denoising.queries": Setting("Most positive denoising queries in training; 0: no denoising.", at_least=0),
+    "denoising.label_noise": _probability("Twice the probability that a denoising query has a random label."),
+    "denoising.box_noise": Setting("Scale of the noise on boxes of denoising queries.", at_least=0),
+    "denoising.views_per_chunk": _count(
+        "Views whose fullest one decides the number of denoising groups: those on one GPU of the official run."
+    ),
+    "refiner.layers": _count("Layers of the decoder."),
+    "refiner.primary": Setting("The refiner whose result goes on to the next layer.", choices=REFINERS),
+    "refiner.auxiliaries": Setting("Refiners beside the primary one; () is the plain detector.", choices=REFINERS),
+    "refiner.merge": Setting(
+        "Weights of the merge: fixed, or one learned per path, or per channel and path.", choices=MERGES
+    ),
+    "refiner.merge_points": Setting("Parts of a path behind which paths are merged.", choices=MERGE_POINTS),
+    "refiner.merge_initial": Setting("Initial weight of each path, the primary one first; (): 1 for all."),
+    "refiner.merge_xavier": Setting("Draw the initial merge weights at random, as the published DDQ models do."),
+    "refiner.region.strides": _counts("Stride of each level in pixels, as RoIAlign assumes it."),
+    "refiner.region.output_size": _count("Bins of a region along each side."),
+    "refiner.region.sampling_ratio": _count("Samples of a bin along each side."),
+    "refiner.region.finest_scale": Setting(
+        "Boxes with sides below twice this many pixels take their region from the finest level.", above=0
+    ),
+    "refiner.dynamic_conv.hidden": _count("Hidden channels of dynamic convolution."),
+    "refiner.regional_attention.heads": _count("Attention heads of regional attention; they divide the channels."),
+    "refiner.regional_attention.samples": _count("Queries that each query spawns for its region."),
+    "refiner.regional_attention.temperature": Setting("Temperature of the position encoding of regions.", above=0),
+    "refiner.global_attention.heads": _count("Attention heads of global attention; they divide the channels."),
+    "refiner.global_attention.level": Setting("Level that global attention reads, 0 the finest.", at_least=0),
+    "refiner.global_attention.temperature": Setting("Temperature of its position encoding.", above=0),
+    "refiner.region_fc.hidden": _count("Hidden channels of the fully connected layers on regions."),
+}
+COMPUTE = {
+    "dtype": Setting(
+        "Type of activations; bfloat16 is for GPUs. Parameters, boxes, predictions and losses are float32.", choices=DTYPES
+    ),
+    "operations": Setting(
+        "Sampling and RoIAlign: auto takes Pallas kernels on NVIDIA GPUs and XLA elsewhere.", choices=OPERATIONS
+    ),
+    "remat": Setting(
+        "Parts whose layers compute their inner values again in the backward pass, to save memory.", choices=REMAT
+    ),
+}
+LOSS = {
+    "branch_weight": _weight("Weight of the losses of each auxiliary branch."),
+    "dense.positives": _count("Dense queries matched with one box."),
+    "dense.giou_weight": _weight("Weight of the GIoU loss of dense queries."),
+    "dense.alpha": _weight("Exponent of the score in the alignment of dense queries."),
+    "dense.beta": _weight("Exponent of the IoU in the alignment of dense queries."),
+    "aligned.repeats": _counts("Queries matched with one box, in each decoder layer."),
+    "aligned.proposal_repeats": _count("Proposals matched with one box."),
+    "aligned.alpha": _probability("Exponent of the score, against the IoU, in a class target."),
+    "aligned.gamma": _weight("Focus on hard negatives."),
+    "aligned.tau": Setting("Ranks after which the weight of a query falls to 1/e.", above=0),
+}
+DATA = {
+    "directory": Setting("A folder in COCO layout, or the directory of one version of a TFDS data set."),
+    "train_images": Setting("Folder of the training images, below the directory."),
+    "train_annotations": Setting("COCO annotations of the training images, below the directory."),
+    "val_images": Setting("Folder of the validation images, below the directory."),
+    "val_annotations": Setting("COCO annotations of the validation images, below the directory."),
+    "train_split": Setting("Training split of a TFDS directory; a part is written train[:90%]."),
+    "val_split": Setting("Validation split of a TFDS directory."),
+    "keep_empty": Setting("Whether images without objects are trained on."),
+    "min_side": Setting("Shortest side in pixels of images that are trained on.", at_least=0),
+    "max_boxes": Setting("Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", at_least=0),
+    "buckets": _count("Static shapes to which training images are padded; each is compiled once."),
+    "workers": Setting("Processes that load training batches, which stay the same; 0: threads of this process.", at_least=0),
+    "threads": _count("Threads that load images, of this process or of each worker."),
+}
+AUGMENTATION = {
+    "kind": Setting("detr: flip, resize, crop; lsj: large-scale jitter and copy-paste.", choices=AUGMENTATIONS),
+    "strong_views": Setting("Whether a batch has a strong view beside each weak one (the paper's data re-augmentation)."),
+    "drop_vanished": Setting("Whether objects that a strong view moves out of sight are dropped; as published they stay."),
+    "flip": _probability("Probability of a flip."),
+    "sides": _counts("Shorter sides in pixels, one of which is drawn for each image (detr)."),
+    "max_side": _count("Longest side in pixels (detr)."),
+    "crop": _probability("Probability of a crop (detr)."),
+    "crop_sides": _counts("Shorter sides in pixels, one of which an image has when it is cropped (detr)."),
+    "crop_range": _counts("Smallest and largest side of a crop in pixels (detr).", 2),
+    "lsj.side": _count("Side of the square grey canvas in pixels (lsj)."),
+    "lsj.scale_range": Setting("Smallest and largest scale (lsj).", above=0, length=2),
+    "lsj.copy_paste": Setting("Whether objects of other images are pasted, which needs masks (lsj)."),
+}
+TRAIN = {
+    "batch_size": _count("Images of a batch, on all devices together."),
+    "accumulation_steps": _count("Parts of a batch that a device computes one after the other, to save memory."),
+    "ema_decay": Setting("Decay of a moving average of the weights, which is then evaluated; 0: none.", at_least=0, below=1),
+    "steps": Setting("Length in steps; 0: the length is in epochs.", at_least=0),
+    "epochs": Setting("Length in epochs; 0: the length is in steps.", at_least=0),
+    "seed": Setting("Seed of weights, data and noise.", at_least=0, below=2**31),
+    "log_every": _count("Steps between two lines of the log."),
+    "checkpoint_every": _count("Steps between two checkpoints."),
+    "keep_checkpoints": _count("Checkpoints that are kept, beside the best one."),
+    "evaluate_every": _count("Steps, or epochs where the length is in epochs, between two evaluations."),
+    "initial_weights": Setting(
+        "Weights to start from: a checkpoint or workdir, or a .pth or .npz file of a detector or a backbone; random: none; "
+        "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them."
+    ),
+}
+OPTIMIZER = {
+    "learning_rate": Setting("Learning rate of AdamW.", at_least=0),
+    "backbone_multiplier": Setting("Factor of the backbone's learning rate.", at_least=0),
+    "weight_decay": Setting("Weight decay of AdamW.", at_least=0),
+    "clip_norm": Setting("Largest norm of all gradients together; longer ones are scaled down.", above=0),
+    "warmup_steps": Setting("Steps of the linear warm-up.", at_least=0),
+    "warmup_factor": _probability("Factor of the learning rate at the first step of the warm-up."),
+    "milestones": Setting("Steps, or epochs where the length is in epochs, at which the learning rate falls.", at_least=1),
+    "gamma": Setting("Factor by which the learning rate falls.", above=0, at_most=1),
+}
+EVALUATE = {
+    "batch_size": _count("Images of a batch on each device."),
+    "side": _count("Shorter side in pixels to which images are resized."),
+    "max_side": _count("Longest side in pixels."),
+    "detections": _count("Detections of an image."),
+    "buckets": _count("Static shapes to which images are padded."),
+    "canvas": Setting("Side of a square grey canvas that images lie on and that counts as image; 0: none.", at_least=0),
+    "evaluator": Setting(
+        "What counts AP: pycocotools, hotcoco (faster), or auto: the faster one there is.", choices=EVALUATORS
+    ),
+}
+SECTIONS: dict[str, dict[str, Setting]] = {
+    "model": MODEL,
+    "compute": COMPUTE,
+    "loss": LOSS,
+    "data": DATA,
+    "augmentation": AUGMENTATION,
+    "train": TRAIN,
+    "optimizer": OPTIMIZER,
+    "evaluate": EVALUATE,
+}
+# Every setting by its dotted key.
+SETTINGS = {f"{section}.{key}": setting for section, settings in SECTIONS.items() for key, setting in settings.items()}
+
+
+def suggestion(word: str, known: Iterable[object]) -> str:
+    """`did you mean X?`, or the known words if none is near."""
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}."
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of all settings of a config or a section."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Looks for values that no run can go on with.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    for key, value in leaves(config):
+        if key in SETTINGS:
+            _check_value(key, value, SETTINGS[key])
+    for condition in CONDITIONS:
+        condition(config)
+
+
+def _check_value(key: str, value: Any, setting: Setting) -> None:
+    if isinstance(value, tuple | list):
+        items = list(value)
+        if setting.length is not None and len(items) != setting.length:
+            raise UserError(f"config.{key} is {value}; it must list {setting.length} values.")
+        if setting.nonempty and not items:
+            raise UserError(f"config.{key} is {value}; it must list one value at least.")
+    else:
+        items = [value]
+    for item in items:
+        if isinstance(item, str):
+            if setting.choices and item not in setting.choices:
+                raise UserError(f"config.{key} names {item!r}; {suggestion(item, setting.choices)}")
+        elif isinstance(item, int | float) and not isinstance(item, bool) and not setting.allows(item):
+            what = "each" if isinstance(value, tuple | list) else "it"
+            raise UserError(f"config.{key} is {_shown(value)}; {what} must be {setting.bounds() or 'a finite number'}.")
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(str(value), 60, placeholder=" ...") if len(str(value)) <= 200 else f"{str(value)[:40]}..."
+
+
+def _one_length(config: Mapping[str, Any]) -> None:
+    train = config["train"]
+    if bool(train["steps"]) == bool(train["epochs"]):
+        raise UserError(
+            f"config.train.steps is {train['steps']} and config.train.epochs is {train['epochs']}; one of them must be at "
+            "least 1, and the other 0."
+        )
+
+
+def _ordered_ranges(config: Mapping[str, Any]) -> None:
+    for key in ("crop_range", "lsj.scale_range"):
+        low, high = dict(leaves(config["augmentation"]))[key]
+        if low > high:
+            raise UserError(f"config.augmentation.{key} is {(low, high)}; the smallest comes first.")
+
+
+def _canvas_holds_images(config: Mapping[str, Any]) -> None:
+    canvas, max_side = config["evaluate"]["canvas"], config["evaluate"]["max_side"]
+    if canvas and canvas < max_side:
+        raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least evaluate.max_side, {max_side}.")
+
+
+# Conditions between settings; each raises a UserError that names them.
+CONDITIONS: tuple[Callable[[Mapping[str, Any]], None], ...] = (_one_length, _ordered_ranges, _canvas_holds_images)
+
+
+def describe_settings(config: Mapping[str, Any]) -> str:
+    """Every setting of a config with its value, its meaning and its bounds or choices, for `--help-config`."""
+    lines, values = [], dict(leaves(config))
+    for key in [*(key for key in SETTINGS if key in values), *(key for key in values if key not in SETTINGS)]:
+        value = values[key]
+        lines.append(f"--config.{key}={value!r}" if value in ("", ()) else f"--config.{key}={value}")
+        if key in SETTINGS:
+            setting, subject = SETTINGS[key], "Each is" if isinstance(value, tuple | list) else "It is"
+            limits = f" {subject} {setting.bounds()}." if setting.bounds() else ""
+            limits = f" {subject} one of {', '.join(setting.choices)}." if setting.choices else limits
+            lines += textwrap.wrap(setting.meaning + limits, 96, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""A training run, put together from its config and its data."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from hpr_jax.config import to_plain
+from hpr_jax.data.build import load_training_data, make_plan, make_views, room_for_boxes
+from hpr_jax.data.dataset import Dataset
+from hpr_jax.data.loading.batches import TrainLoader, train_batches
+from hpr_jax.data.log_dropped import log_dropped
+from hpr_jax.evaluation.evaluator import Evaluator
+from hpr_jax.losses.build import make_criterion
+from hpr_jax.models.build import Compute
+from hpr_jax.runtime.devices import data_mesh, leads
+from hpr_jax.runtime.logs import log_to_file
+from hpr_jax.settings import check
+from hpr_jax.training.build import check_batch, in_steps, make_optimizer, warn_of_recipe
+from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.training.loop import TrainingLoop
+from hpr_jax.training.metric_writer import MetricWriter
+from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
+from hpr_jax.training.state import initial_state
+from hpr_jax.training.step import make_train_step
+from hpr_jax.training.stopping import StopRequests
+from hpr_jax.weights.checkpoint import LATEST, Meta
+from hpr_jax.weights.pretrained import initial_weights
+
+log = logging.getLogger("hpr_jax")
+
+
+def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
+    """Logs what was dropped and left out."""
+    for dataset in (train, val):
+        log_dropped(dataset)
+    log.info(
+        "%d training images (%d left out), %d validation images, %d classes",
+        len(usable),
+        len(train) - len(usable),
+        len(val),
+        len(train.classes.names),
+    )
+
+
+def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) -> dict[str, float]:
+    """Trains, going on from the workdir's latest checkpoint if there is one; returns the last evaluation's numbers.
+
+    Args:
+      accept_changes: goes on even if settings or data are others than those that the run began with.
+
+    Raises:
+      UserError: settings or data that cannot be trained on.
+      RunError: the loss is not finite, or a checkpoint cannot be written.
+      StoppedError: SIGTERM or SIGINT came; the run is saved.
+    """
+    check(config)
+    # Looks at the settings; what it makes is made again with the detector.
+    Compute(**config.compute)
+    criterion = make_criterion(config)
+    mesh = data_mesh()
+    check_batch(config, mesh.size)
+    warn_of_recipe(config)
+    whole_train_set, val_set = load_training_data(config)
+    train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
+    plan = make_plan(config, train_set)
+    config = in_steps(config, plan.steps_per_epoch)
+    meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(whole_train_set, val_set))
+    check_same_everywhere(meta)
+    # Nothing is written before the settings and the data have turned out usable.
+    log_to_file(workdir / ("train.log" if leads() else f"train.{jax.process_index()}.log"))
+    report_data(whole_train_set, train_set, val_set)
+    views = make_views(config, train_set)
+    max_boxes = room_for_boxes(config, train_set, views)
+    begun = any((workdir / LATEST).glob("*"))
+    weights = None if begun else initial_weights(config)
+    if weights is not None:
+        log.info("The run begins with the weights %s.", weights)
+    graph, state = initial_state(config, len(train_set.classes.names), mesh, weights)
+    log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
+    what = "images, a weak and a strong view of each," if views.strong else "images"
+    log.info("batches of %d %s in the shapes %s", plan.batch_size, what, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
+    if mesh.size > 1:
+        log.info("on %d devices of %d processes", mesh.size, jax.process_count())
+
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    state, progress = resume(checkpoints, state, meta, accept_changes)
+    start, steps = int(state.step), config.train.steps
+    if start >= steps:
+        log.info("Step %d of %d is done already.", start, steps)
+    loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
+    evaluator = Evaluator(config, val_set, graph)
+    settings = config.train
+    step_function = make_train_step(
+        graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
+    )
+    with StopRequests() as requests, MetricWriter(workdir if leads() else None, start) as writer:
+        loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
+        batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
+        try:
+            return loop.run(step_function, state, batches)
+        finally:
+            batches.close()
+            loop.bar.close()
+
+
+def _millions(state: Any) -> float:
+    return sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e6
