@@ -9,9 +9,10 @@ How to add a refiner, say `my_refiner`:
    `SharedSettings`, then its own settings by keyword, then `rngs`.
 2. Import the module here, and add the line `"my_refiner": MyRefiner,` to `INTERACTIONS`.
 
-Then `config.model.refiner.primary` and `auxiliaries` can name it. If it has settings of its own, they are the section
-`config.model.refiner.my_refiner` (defaults in configs/common.py), which is passed to it as it is. A backbone is added in the
-same way, to `BACKBONES`; its settings are the section `config.model.backbone`.
+Then `refiner.primary` and `refiner.auxiliaries` can name it. If it has settings of its own, they are the section
+`refiner.my_refiner` (defaults in configs/common.py), which is passed to it as it is. A backbone is added in the same way, to
+`BACKBONES`; its settings are the section `backbone`. The table of settings.py, which checks configs before JAX is imported,
+lists the same words and each setting's range.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ from hpr_jax.models.refiner.layer import RefinerLayer
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
-from hpr_jax.ops.dispatch import IMPLEMENTATIONS
+from hpr_jax.settings import DTYPES, OPERATIONS, REMAT
 
 Config = Mapping[str, Any]
 
@@ -60,22 +61,15 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {"resnet": ResNet, "swin": SwinT
 # The values of `config.model.queries.kind`.
 QUERIES: dict[str, Callable[..., QueryInit]] = {"top": TopQueries, "distinct": DistinctQueries}
 
-# Types that activations can have.
-DTYPES = ("float32", "bfloat16")
-# Ways to compute sampling and RoIAlign; `auto` takes the kernels on NVIDIA GPUs.
-OPERATIONS = ("auto", *IMPLEMENTATIONS)
-# Parts of the detector whose inner values can be computed again in the backward pass.
-REMAT = ("backbone", "encoder", "refiner")
-
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a detector computes, whatever its weights: the section `compute` of a config.
 
     Attributes:
-      dtype: of activations, one of `DTYPES`.
-      operations: one of `OPERATIONS`.
-      remat: some of `REMAT`.
+      dtype: type of activations, one of `DTYPES`.
+      operations: how sampling and RoIAlign are computed, one of `OPERATIONS`; `auto` takes the kernels on NVIDIA GPUs.
+      remat: parts whose inner values the backward pass computes again, some of `REMAT`.
 
     Raises:
       UserError: a value that is none of these, or kernels where there is no GPU.
@@ -132,7 +126,6 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
     Raises:
       UserError: a setting that names nothing known, or settings that do not fit one another.
     """
-    _check_counts(config)
     computing = Compute(**(compute or {}))
     channels, levels, strides = config["channels"], config["levels"], config["refiner"]["region"]["strides"]
     backbone = _backbone(config["backbone"], "backbone" in computing.remat, rngs)
@@ -290,30 +283,6 @@ def _backbone(config: Config, remat: bool, rngs: nnx.Rngs) -> Backbone:
             raise UserError(f"config.model.backbone.{key} does not suit the kind {config['kind']!r}; see configs/common.py.")
     with _section("backbone"):
         return make(rngs=rngs, remat=remat, **settings)
-
-
-def _check_counts(config: Config) -> None:
-    """Looks for numbers of things that are too small.
-
-    Raises:
-      UserError: names the setting.
-    """
-    refiner = config["refiner"]
-    sections = {
-        "": config,
-        "encoder.": config["encoder"],
-        "queries.": config["queries"],
-        "refiner.": refiner,
-        **{f"refiner.{key}.": value for key, value in refiner.items() if hasattr(value, "items")},
-    }
-    counts = ("channels", "heads", "levels", "points", "hidden", "layers", "count", "samples")
-    for prefix, section in sections.items():
-        for key in (*counts, "output_size", "sampling_ratio", "temperature", "position_temperature"):
-            if key in section and section[key] <= 0:
-                raise UserError(f"config.model.{prefix}{key} is {section[key]}; it must be at least 1.")
-    denoising = config["denoising"]
-    if denoising["queries"] < 0 or denoising["views_per_chunk"] < 1:
-        raise UserError("config.model.denoising.queries must be at least 0, and views_per_chunk at least 1.")
 
 
 def _copy(module: PredictionHead) -> PredictionHead:

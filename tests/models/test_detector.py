@@ -10,8 +10,11 @@ from flax import nnx
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detect import detections
 from hpr_jax.models import build
+from hpr_jax.models.backbones.resnet import NORMS
 from hpr_jax.models.build import build_detector
 from hpr_jax.models.layers import layer
+from hpr_jax.models.refiner.layer import MERGE_POINTS, MERGES
+from hpr_jax.settings import SETTINGS
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.uniform(0, 255, (h, w, 3)).astype(np.float32) for h, w in ((40, 64), (61, 33), (64, 64), (48, 50))]
@@ -139,9 +142,20 @@ def test_one_layer_of_a_stack():
 
 
 @pytest.mark.parametrize(
-    ("folder", "table"), [("backbones", build.BACKBONES), ("queries", build.QUERIES), ("refiner", build.INTERACTIONS)]
+    ("folder", "table", "setting"),
+    [
+        ("backbones", build.BACKBONES, "model.backbone.kind"),
+        ("queries", build.QUERIES, "model.queries.kind"),
+        ("refiner", build.INTERACTIONS, "model.refiner.auxiliaries"),
+    ],
 )
-def test_words_of_configs_are_names_of_files(folder, table):
-    assert {word: module.__module__ for word, module in table.items()} == {
-        word: f"hpr_jax.models.{folder}.{word}" for word in table
-    }
+def test_words_of_configs_are_names_of_files(folder, table, setting):
+    assert set(table) == set(SETTINGS[setting].choices)
+    for word, module in table.items():
+        assert module.__module__ == f"hpr_jax.models.{folder}.{word}"
+
+
+def test_choices_of_modules_are_those_of_settings():
+    assert SETTINGS["model.backbone.norm"].choices == NORMS
+    assert SETTINGS["model.refiner.merge"].choices == MERGES
+    assert SETTINGS["model.refiner.merge_points"].choices == MERGE_POINTS

@@ -156,8 +156,6 @@ def test_initial_weights_of_merges(kind):
     [
         ({"auxiliaries": ("dynamic_convolution",)}, "dynamic_convolution"),
         ({"primary": "deformabel"}, "deformabel"),
-        ({"layers": 0}, "refiner.layers is 0"),
-        ({"regional_attention": {"samples": 0}}, "refiner.regional_attention.samples is 0"),
         ({"auxiliaries": ("deformable", "dynamic_conv")}, "twice"),
         ({"merge_initial": (1.0, 1.0)}, "merge_initial has 2 weights for 3 refiners"),
         ({"merge_initial": (1.0, 1.0, 1.0), "merge_xavier": True}, "merge_xavier=False"),
