@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 from flax import nnx
 from reference import arrays, assert_close, sizes
 
@@ -173,7 +174,7 @@ def ground_truth():
         scale = np.tile(image_sizes[i][::-1], 2).astype(np.float32)
         boxes[i, :n] = np.asarray(xyxy_to_cxcywh(jnp.asarray(inputs[f"gt_boxes_xyxy.{i}"].reshape(n, 4) / scale)))
         labels[i, :n], valid[i, :n] = inputs[f"gt_labels.{i}"], True
-    return Targets(*map(jnp.asarray, (boxes, labels, valid)), sizes=jnp.asarray(image_sizes, jnp.int32))
+    return Targets(jnp.asarray(boxes), jnp.asarray(labels), jnp.asarray(valid), jnp.asarray(image_sizes, jnp.int32))
 
 
 def denoising_count(model):
@@ -218,7 +219,7 @@ def make_criterion(model):
 def training(model):
     """Outputs, loss terms and gradients of one step."""
     criterion = make_criterion(model)
-    graph, params, rest = nnx.split(reference.detector(model), nnx.Param, ...)
+    graph, params, rest = tiny.split_parameters(reference.detector(model))
 
     @jax.jit
     def step(params, rest, images, image_sizes, denoising, targets):
@@ -315,8 +316,8 @@ class TestPadding:
 
     def test_stages_and_detections(self, model):
         expected = arrays(f"{model}_padding")
-        images = [value for name, value in expected.items() if name.startswith("image.")]
-        images, image_sizes = reference.padded(images, *sizes()["padded_size_hw"])
+        originals = [value for name, value in expected.items() if name.startswith("image.")]
+        images, image_sizes = reference.padded(originals, *sizes()["padded_size_hw"])
         outputs = run(reference.detector(model), images, image_sizes)
         stages, found = outputs.intermediates, best(outputs, image_sizes)
         memory, level_sizes = np.asarray(stages.memory), np.asarray(stages.level_sizes)
@@ -330,9 +331,9 @@ class TestPadding:
 def border_evaluation(model):
     """The images of the border case, padded into one batch: outputs and sizes."""
     inputs = arrays("border_inputs")
-    image_sizes = inputs["image_sizes_hw"]
-    images = [inputs[f"image.{image}"] for image in range(len(image_sizes))]
-    images, image_sizes = reference.padded(images, *image_sizes.max(axis=0))
+    height, width = inputs["image_sizes_hw"].max(axis=0)
+    originals = [inputs[f"image.{image}"] for image in range(len(inputs["image_sizes_hw"]))]
+    images, image_sizes = reference.padded(originals, height, width)
     return run(reference.detector(model), images, image_sizes), image_sizes
 
 

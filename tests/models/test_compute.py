@@ -27,7 +27,7 @@ def computing(**compute):
 @functools.cache
 def gradients(**compute):
     """A sum over the predictions of `computing(**compute)`, and its gradients."""
-    graph, params, rest = nnx.split(computing(**compute), nnx.Param, ...)
+    graph, params, rest = tiny.split_parameters(computing(**compute))
 
     @jax.jit
     def run(params):

@@ -65,7 +65,7 @@ def test_frozen_variables_are_not_parameters():
     config = tiny.config().model
     config.backbone.update(norm="frozen_batch", frozen_stages=1)
     detector = nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))
-    _, params, frozen = nnx.split(detector, nnx.Param, ...)
+    _, params, frozen = tiny.split_parameters(detector)
     trained = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
     still = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(frozen)}
     assert "backbone.stem.kernel" in still

@@ -49,7 +49,7 @@ def random_weights(c):
         value = np.abs(value) + 1 if path[-1] == "variance" else value
         filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
     nnx.update(detector, nnx.from_flat_state(filled))
-    return nnx.split(detector, nnx.Param, ...)
+    return tiny.split_parameters(detector)
 
 
 @jax.jit
@@ -125,7 +125,9 @@ def test_a_new_refiner_needs_an_entry_alone(monkeypatch):
     config = shallow(primary="deformable", auxiliaries=("scale",)).model
     config.refiner.scale = {"factor": 3.0}
     detector = build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(detector.refiner.layers.auxiliaries[0].interaction.factor, np.full((1, 16), 3.0))
+    (auxiliary,) = detector.refiner.layers.auxiliaries
+    assert isinstance(auxiliary.interaction, Scale)
+    np.testing.assert_array_equal(auxiliary.interaction.factor.get_value(), np.full((1, 16), 3.0))
     assert detector.refiner.branches == ("scale",)
 
 

@@ -1,5 +1,7 @@
 """Operations against plain loops and hand-computed values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,16 +92,16 @@ def test_attention_head_by_head(seen, monkeypatch):
     arrays = (rng.normal(mean, size=(2, n, 3, 4)) for n, mean in ((5, 0), (7, 0), (7, 20), (5, 0)))
     # The numbers are rounded to bfloat16, so that they are the same in both types.
     query, key, value, weights = (jnp.asarray(array, jnp.bfloat16).astype(jnp.float32) for array in arrays)
-    mask = None
+    mask: jax.Array | None = None
     if seen != "all":
         shape = {"some keys": (2, 1, 7), "some pairs": (2, 5, 7), "some pairs of all images": (1, 5, 7)}[seen]
-        mask = rng.random(shape) < 0.5
+        may_see = rng.random(shape) < 0.5
         # A query, or all queries of an image, may see no key.
-        mask[0, 0] = False
-        mask = jnp.asarray(mask)
+        may_see[0, 0] = False
+        mask = jnp.asarray(may_see)
 
     def run(*arguments):
-        out, back = jax.vjp(lambda *arguments: attention(*arguments, mask), *arguments)
+        out, back = jax.vjp(functools.partial(attention, mask=mask), *arguments)
         return out, *back(weights.astype(out.dtype))
 
     together = run(query, key, value)
@@ -194,7 +196,7 @@ def test_roi_align_stops_at_the_valid_area():
 
 def greedy(boxes, scores, candidates, threshold):
     """Textbook NMS: indices of the survivors by falling score."""
-    survivors = []
+    survivors: list[int] = []
     for i in sorted(np.flatnonzero(candidates), key=lambda i: (-scores[i], i)):
         if all(float(iou(jnp.asarray(boxes[k]), jnp.asarray(boxes[i]))) <= threshold for k in survivors):
             survivors.append(int(i))
@@ -255,8 +257,9 @@ def test_sampling_gradients_are_finite_far_outside():
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
 def test_gradients_of_linear_layers(inputs, outputs, with_bias):
     rng = np.random.default_rng(0)
-    x, kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 4, inputs), (inputs, outputs), (outputs,)))
-    bias = bias if with_bias else None
+    shapes = (2, 4, inputs), (inputs, outputs), (outputs,)
+    x, kernel, *biases = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    bias = biases[0] if with_bias else None
 
     def plain(x, kernel, bias):
         return x @ kernel + (0 if bias is None else bias)
@@ -284,9 +287,7 @@ def test_gradients_of_layer_normalisation():
         # Cubed, so that each result has a different gradient.
         return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, scale, bias)
 
-    def ours(*arguments):
-        return normalized(*arguments, 1e-5)
-
+    ours = functools.partial(normalized, epsilon=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (run(ours, x), run(plain, x)))):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     rounded = x.astype(jnp.bfloat16)

@@ -241,7 +241,6 @@ def test_roi_align(implementation, dtype):
     boxes = np.concatenate([corners[:, :, 0], corners[:, :, 1]], axis=-1).astype(np.float32)
     boxes[0, 0], boxes[0, 1], boxes[1, 0] = (0, 0, 80, 96), (30, 30, 30, 30), (500, 500, 600, 600)
     gradient = jnp.asarray(rng.normal(size=(2, 6, bins**2, 12)), dtype)
-    settings = {"strides": strides, "output_size": bins, "sampling_ratio": ratio, "finest_scale": 30.0}
     expected, of_features = np.zeros(gradient.shape), np.zeros(features.shape)
     wide = np.asarray(features, np.float64)
     for b, q in np.ndindex(2, 6):
@@ -262,8 +261,18 @@ def test_roi_align(implementation, dtype):
                     expected[b, q, bin_y * bins + bin_x] += weight * wide[b, place]
                     of_features[b, place] += weight * np.asarray(gradient[b, q, bin_y * bins + bin_x], np.float64)
 
-    def align(features):
-        return roi_align(features, shapes, sizes, jnp.asarray(boxes), implementation=implementation, **settings)
+    def align(features, boxes=boxes):
+        return roi_align(
+            features,
+            shapes,
+            sizes,
+            jnp.asarray(boxes),
+            strides=strides,
+            output_size=bins,
+            sampling_ratio=ratio,
+            finest_scale=30.0,
+            implementation=implementation,
+        )
 
     out, pullback = jax.vjp(jax.jit(align), features)
     tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
@@ -272,12 +281,7 @@ def test_roi_align(implementation, dtype):
         np.asarray(pullback(gradient)[0], np.float64), of_features, atol=tolerance * np.abs(of_features).max()
     )
     # There may be no regions.
-    assert roi_align(features, shapes, sizes, jnp.zeros((2, 0, 4)), implementation=implementation, **settings).shape == (
-        2,
-        0,
-        9,
-        12,
-    )
+    assert align(features, np.zeros((2, 0, 4))).shape == (2, 0, 9, 12)
 
 
 @pytest.mark.parametrize("channels", [3, 300])

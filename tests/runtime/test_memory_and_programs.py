@@ -10,7 +10,7 @@ from hpr_jax.runtime.host_memory import return_freed_memory, return_memory_of_co
 
 
 def test_memory_goes_back(monkeypatch):
-    trims = []
+    trims: list[int] = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=trims.append))
     return_memory_of_compiling()
     return_memory_of_compiling()
@@ -24,20 +24,20 @@ def test_memory_goes_back(monkeypatch):
 
 
 def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
-    set_before = jax.config.jax_compilation_cache_dir
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    set_before = jax.config.values["jax_compilation_cache_dir"]
+    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == set_before
+        assert jax.config.values["jax_compilation_cache_dir"] == set_before
         jax.config.update("jax_compilation_cache_dir", None)
         enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "hpr_jax"))
+        assert jax.config.values["jax_compilation_cache_dir"].startswith(str(tmp_path / "hpr_jax"))
         jax.config.update("jax_compilation_cache_dir", None)
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir is None
+        assert jax.config.values["jax_compilation_cache_dir"] is None
     finally:
         jax.config.update("jax_compilation_cache_dir", set_before)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
