@@ -160,7 +160,7 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
     refiner = _refiner(config, computing, rngs)
     head = PredictionHead(channels, num_classes, rngs=rngs)
     distinct = config["queries"]["kind"] == "distinct"
-    # The official heads of all layers start as copies of one; DDQ's branches start from the primary branch's, too.
+    # As published, the heads of a branch's layers start as copies of one head; in DDQ it is the same head for all branches.
     branch_heads = [head if distinct else PredictionHead(channels, num_classes, rngs=rngs) for _ in refiner.branches]
     layers, denoising = config["refiner"]["layers"], config["denoising"]
     return Detector(
@@ -191,6 +191,7 @@ def _section(key: str) -> Iterator[None]:
 
 
 def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> QueryInit:
+    """The initial queries of the section `queries`; their heads start as copies of `head`."""
     queries, channels = config["queries"], config["channels"]
     if queries["kind"] not in QUERIES:
         raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are {' and '.join(QUERIES)}.")
@@ -230,6 +231,7 @@ def _interaction(name: str, config: Config, compute: Compute) -> InteractionFact
 
 
 def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
+    """The hybrid refiner of the section `refiner`."""
     refiner, channels = config["refiner"], config["channels"]
     primary, auxiliaries = refiner["primary"], tuple(refiner["auxiliaries"])
     names = (primary, *auxiliaries)

@@ -144,11 +144,11 @@ class HybridRefiner(nnx.Module):
             return (content, boxes, selected), (content, branches, refined, selected)
 
         batch = len(queries.content)
-        everything = jnp.ones((batch, queries.num_matching), bool)
+        all_selected = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
         _, (hidden, branches, refined, selected) = jax.lax.scan(
             rematerialized(step) if self.remat else step,
-            (queries.content, boxes, everything),
+            (queries.content, boxes, all_selected),
             (self.layers, heads),
         )
         # The selection behind the last layer has no reader.
@@ -156,5 +156,5 @@ class HybridRefiner(nnx.Module):
             hidden=hidden,
             branches=branches,
             reference_boxes=jnp.concatenate([boxes[None], refined]),
-            selected=jnp.concatenate([everything[None], selected[:-1]]),
+            selected=jnp.concatenate([all_selected[None], selected[:-1]]),
         )
