@@ -5,15 +5,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from hpr_jax.analysis.dataset import (
-    MISSING,
-    OTHER_SIZE,
-    UNREADABLE,
-    AnnotationFacts,
-    OpenedImage,
-    Overlap,
-    find_copies,
-)
+from hpr_jax.analysis.dataset import MISSING, OTHER_SIZE, UNREADABLE, AnnotationFacts, OpenedImage, Overlap, find_copies
 from hpr_jax.data.build import wants_masks
 from hpr_jax.data.dataset import Dataset
 

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.backbones.swin import SwinTransformer, relative_positions
+from hpr_jax.models.backbones.swin import SwinTransformer
+from hpr_jax.models.backbones.window_attention import relative_positions
 from hpr_jax.models.detector import Detector
-from hpr_jax.models.refiner.deformable import DeformableRefiner
+from hpr_jax.models.refiner.deformable import DeformableInteraction
 from hpr_jax.weights.official_names import AUXILIARY_REFINERS, depends_on_classes, dotted_path, official_name
 
 # Matches the names of buffers without information, which are not loaded.
@@ -87,7 +88,7 @@ def entries(detector: Detector, state: nnx.State | None = None) -> list[Entry]:
     branches = detector.refiner.branches
     primary = detector.refiner.layers.primary.interaction
     foreign = [branch for branch in branches if branch not in AUXILIARY_REFINERS]
-    if not isinstance(primary, DeformableRefiner):
+    if not isinstance(primary, DeformableInteraction):
         foreign.insert(0, f"{type(primary).__name__} as the primary one")
     if foreign:
         raise UserError(f"The official models have no refiner {foreign[0]!r}, so their weights fit no detector with one.")

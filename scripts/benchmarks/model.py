@@ -99,12 +99,12 @@ class Bench:
         """The images with ground truth, as a training step takes them."""
         import jax
 
-        from hpr_jax.runtime.devices import spread
+        from hpr_jax.runtime.devices import shard
         from hpr_jax.training.step import DeviceBatch
 
         views = self.arguments.views
         batch = jax.tree.map(lambda x: x.reshape(views, -1, *x.shape[1:]), DeviceBatch(self.images, targets))
-        return spread(step.mesh, batch, axis=1)
+        return shard(step.mesh, batch, axis=1)
 
 
 def quick_detector(config: Any, num_classes: int, *, compute: Any) -> Any:

@@ -1,6 +1,7 @@
 """Deformable sampling and RoIAlign: every implementation that runs on this machine, against loops in float64.
 
-On CPUs that is XLA and the interpreted kernels; with a GPU (`JAX_PLATFORMS=cuda`) also the compiled kernels, in more shapes.
+On CPUs these are XLA and the interpreted kernels; with a GPU (`JAX_PLATFORMS=cuda`) also the compiled kernels, in more
+shapes.
 """
 
 import functools
@@ -32,7 +33,7 @@ def output_and_gradients(implementation, shapes, value, locations, weights, grad
 
 
 def assert_agrees(implementation, shapes, *arrays):
-    # Inside, all is float32; results are rounded to the 8 bits of bfloat16 once.
+    # Everything is computed in float32; only the results are rounded to the 8 bits of bfloat16.
     tolerance = 4e-3 if arrays[0].dtype == jnp.bfloat16 else 1e-5
     computed = output_and_gradients(implementation, shapes, *arrays)
     for name, ours, theirs in zip(
@@ -61,7 +62,7 @@ def test_values_and_gradients(implementation, case):
 
 @implementations
 def test_borders_and_far_outside(implementation):
-    """Corners and edges of the maps, pixel centres (both are kinks), and places where pixel numbers overflow."""
+    """Places at pixel centres and at the edges of the map (both are kinks), and far out, where pixel numbers overflow."""
     value, locations, weights, gradient = inputs(np.random.default_rng(1), shapes=((4, 4),), queries=8, points=1)
     places = jnp.array([0.125, 0.375, -0.125, 1.125, 0.0, 1.0, 1e9, -1e30])
     locations = jnp.broadcast_to(places[None, :, None, None, None, None], locations.shape)
@@ -146,7 +147,7 @@ def _second_value_of_two(function, value, *others):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    """Of XLA's form: 5 queries, or regions, at once, and two by two."""
+    """The XLA implementations compute the same of 5 queries, or regions, at once and two at a time."""
     rng = np.random.default_rng(4)
     arrays = inputs(rng)[:3]
     features, sizes = jnp.asarray(rng.normal(size=(2, 150, 12)), jnp.float32), jnp.array([[[12, 10], [6, 5]]] * 2)
@@ -163,10 +164,10 @@ def test_chunks_change_nothing(monkeypatch):
             jax.value_and_grad(of_regions)(features),
         )
 
-    whole = run()
-    for module in ("deform_attn", "roi_align"):
+    at_once = run()
+    for module in ("deformable_sampling", "roi_align"):
         monkeypatch.setattr(f"hpr_jax.ops.{module}.CHUNK", 2)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run())):
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(run())):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -180,11 +181,11 @@ def test_refusals():
         deformable_sampling(value[:1], SHAPES, locations, weights)
     with pytest.raises(ValueError, match=r"weights \[B, Q, H, L, P\]"):
         deformable_sampling(value, SHAPES, locations, weights[..., 0])
-    # Left to itself, it finds another way.
+    # If no implementation is named, XLA is taken.
     assert deformable_sampling(value, SHAPES, locations, weights).shape == (2, 5, 2 * 130)
 
 
-@pytest.mark.skipif(ON_GPU, reason="of machines without a GPU: with one, kernels run, and nothing is refused")
+@pytest.mark.skipif(ON_GPU, reason="kernels are refused on machines without a GPU alone")
 def test_a_kernel_asked_for_without_a_gpu_raises():
     value, locations, weights, _ = inputs(np.random.default_rng(0))
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, and the default platform is cpu"):
@@ -194,7 +195,7 @@ def test_a_kernel_asked_for_without_a_gpu_raises():
 @implementations
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_roi_align(implementation, dtype):
-    """Regions of all levels, empty, outside, and beyond the valid area, against the definition in float64."""
+    """Regions of all levels, empty ones, and ones outside of the valid area, against the definition in float64."""
     rng = np.random.default_rng(0)
     shapes, strides, bins, ratio = ((12, 10), (6, 5)), (8, 16), 3, 2
     features = jnp.asarray(rng.normal(size=(2, 150, 12)), dtype)
@@ -203,7 +204,6 @@ def test_roi_align(implementation, dtype):
     boxes = np.concatenate([corners[:, :, 0], corners[:, :, 1]], axis=-1).astype(np.float32)
     boxes[0, 0], boxes[0, 1], boxes[1, 0] = (0, 0, 80, 96), (30, 30, 30, 30), (500, 500, 600, 600)
     gradient = jnp.asarray(rng.normal(size=(2, 6, bins**2, 12)), dtype)
-    settings = {"strides": strides, "output_size": bins, "sampling_ratio": ratio, "finest_scale": 30.0}
     expected, of_features = np.zeros(gradient.shape), np.zeros(features.shape)
     wide = np.asarray(features, np.float64)
     for b, q in np.ndindex(2, 6):
@@ -224,8 +224,18 @@ def test_roi_align(implementation, dtype):
                     expected[b, q, bin_y * bins + bin_x] += weight * wide[b, place]
                     of_features[b, place] += weight * np.asarray(gradient[b, q, bin_y * bins + bin_x], np.float64)
 
-    def align(features):
-        return roi_align(features, shapes, sizes, jnp.asarray(boxes), implementation=implementation, **settings)
+    def align(features, boxes=boxes):
+        return roi_align(
+            features,
+            shapes,
+            sizes,
+            jnp.asarray(boxes),
+            strides=strides,
+            output_size=bins,
+            sampling_ratio=ratio,
+            finest_scale=30.0,
+            implementation=implementation,
+        )
 
     out, pullback = jax.vjp(jax.jit(align), features)
     tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
@@ -233,18 +243,13 @@ def test_roi_align(implementation, dtype):
     np.testing.assert_allclose(
         np.asarray(pullback(gradient)[0], np.float64), of_features, atol=tolerance * np.abs(of_features).max()
     )
-    # Regions carry no gradient, and none may be there.
-    assert roi_align(features, shapes, sizes, jnp.zeros((2, 0, 4)), implementation=implementation, **settings).shape == (
-        2,
-        0,
-        9,
-        12,
-    )
+    # There may be no regions.
+    assert align(features, np.zeros((2, 0, 4))).shape == (2, 0, 9, 12)
 
 
 @pytest.mark.parametrize("channels", [3, 300])
 def test_weighted_rows_of_odd_widths(channels):
-    """Narrower and wider than the channels of one program, and rows that several sums share."""
+    """Tables narrower and wider than the tile of a program, with rows that several sums share."""
     rng = np.random.default_rng(0)
     table, gradient = rng.normal(size=(7, channels)).astype(np.float32), rng.normal(size=(9, channels)).astype(np.float32)
     index, weights = rng.integers(0, 7, (9, 4)).astype(np.int32), rng.normal(size=(9, 4)).astype(np.float32)
