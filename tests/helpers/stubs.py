@@ -1,6 +1,7 @@
 """Stand-ins for parts of a detector, and arrays to give them, for tests of single parts."""
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ def floats(values: Any) -> Any:
     return np.asarray(values, np.float32)
 
 
-def pyramid(tokens: Any, shapes: Any, sizes: Any, image_size: tuple[int, int] = (64, 64), valid: Any = None) -> Pyramid:
+def pyramid(
+    tokens: Any, shapes: Sequence[tuple[int, int]], sizes: Any, *, image_size: Any = (64, 64), valid: Any = None
+) -> Pyramid:
     """The pyramid of one image.
 
     Args:
@@ -28,7 +31,6 @@ def pyramid(tokens: Any, shapes: Any, sizes: Any, image_size: tuple[int, int] = 
       image_size: (height, width) of the image.
       valid: bool `[S]`; None: all tokens are valid.
     """
-    valid = np.ones(len(tokens), bool) if valid is None else valid
-    parts: Any = floats(tokens), np.asarray(valid), np.asarray(sizes, np.int32), np.asarray(image_size, np.int32)
-    tokens, valid, sizes, image_size = (part[None] for part in parts)
-    return Pyramid(tokens, valid, sizes, image_size, tuple(shapes))
+    valid = np.ones(len(tokens), bool) if valid is None else np.asarray(valid)
+    tokens, sizes, image_size = floats(tokens), np.asarray(sizes, np.int32), np.asarray(image_size, np.int32)
+    return Pyramid(tokens[None], valid[None], sizes[None], image_size[None], tuple(shapes))

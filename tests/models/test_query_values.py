@@ -95,7 +95,7 @@ class TestProposals:
     VALID = np.concatenate([np.tile(np.arange(60) < 59, 2), np.ones(4, bool)])
 
     def tokens(self):
-        return jax.jit(ProposalGenerator.tokens)(pyramid(np.ones((124, 4)), self.SHAPES, self.SIZES, self.VALID))
+        return jax.jit(ProposalGenerator.tokens)(pyramid(np.ones((124, 4)), self.SHAPES, self.SIZES, valid=self.VALID))
 
     def test_anchors(self):
         """Anchors are squares with sides of 0.05 at the first level and 0.1 at the next, in front of the sigmoid."""

@@ -198,7 +198,7 @@ def test_roi_align_stops_at_the_valid_area():
 def test_roi_align_takes_the_level_of_a_box_by_its_area():
     """Four levels of an image of 512 x 512, each filled with its number; a sample is a box's centre."""
     shapes = tuple((512 // stride,) * 2 for stride in (8, 16, 32, 64))
-    numbers = np.concatenate([np.full(h * w, level, np.float32) for level, (h, w) in enumerate(shapes)])[None, :, None]
+    numbers = jnp.concatenate([jnp.full(h * w, float(level)) for level, (h, w) in enumerate(shapes)])[None, :, None]
     levels = {
         (0, 0, 0, 0): 0,
         (0, 0, 20, 20): 0,
