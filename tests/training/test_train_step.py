@@ -1,4 +1,4 @@
-"""The programs of a step against one that does the same at once."""
+"""The programs of a step against one program that does all of it at once."""
 
 import functools
 
@@ -10,6 +10,7 @@ from flax import nnx
 
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.runtime.devices import replicate, spread
+from hpr_jax.training.optimizer import Optimizer
 from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
@@ -18,11 +19,11 @@ SEED = 3
 CRITERION = make_criterion(tiny.config())
 
 
-class Descent:
+class Descent(Optimizer):
     """Plain gradient descent, so that the change of the parameters is the gradient."""
 
-    def init(self, params):
-        return ()
+    def __init__(self):
+        super().__init__(clip_norm=0.0, weight_decay=0.0, backbone_multiplier=1.0)
 
     def update(self, gradients, state, params, learning_rate):
         return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradients), state
@@ -34,8 +35,9 @@ def step():
 
 
 def state_and_batch():
-    _, params, frozen = nnx.split(tiny.detector(), nnx.Param, ...)
-    # Copies: a step overwrites its state.
+    """The same state before the first step, and the same batch of one view of two images, at every call."""
+    params, frozen = nnx.split_state(nnx.state(tiny.detector()), nnx.Param, ...)
+    # Copied, since a step donates its state.
     state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), frozen, ())
     images = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3)).astype(np.uint8)
     batch = DeviceBatch(jnp.asarray(images), tiny.targets([2, 1], 4, [[60, 50], [64, 64]]))
@@ -81,33 +83,38 @@ def test_one_compilation_serves_all_steps():
 
 
 def test_memory_goes_back_before_the_backward_pass(monkeypatch):
-    calls, backward = [], step().backward
+    calls, compiled = [], step().backward
+
+    def backward(*arguments):
+        calls.append("backward")
+        return compiled(*arguments)
+
     monkeypatch.setattr("hpr_jax.training.step.return_freed_memory", lambda: calls.append("memory"))
-    monkeypatch.setattr(step(), "backward", lambda *arguments: calls.append("backward") or backward(*arguments))
+    monkeypatch.setattr(step(), "backward", backward)
     step()(*state_and_batch(), 0.1)
     assert calls == (["memory", "backward"] if step().on_cpu else ["backward"])
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """No copy of a parameter, and nothing that calls the host: such programs are never kept in the compilation cache."""
+def test_what_is_saved_for_the_backward_pass():
+    """No copy of a parameter. Nor does a program call the host: such programs are never kept in the compilation cache."""
     state, batch = state_and_batch()
     part = jnp.int32(0)
     forward = jax.eval_shape(step().forward, state, batch, part)
-    kept = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
+    saved = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
     kernels = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2 and leaf.size > 256}
-    assert any(isinstance(leaf, Variable) for leaf in kept)
-    assert kernels.isdisjoint(leaf.shape for leaf in kept if not isinstance(leaf, Variable))
+    assert any(isinstance(leaf, Variable) for leaf in saved)
+    assert kernels.isdisjoint(leaf.shape for leaf in saved if not isinstance(leaf, Variable))
     assert "callback" not in step().forward.lower(state, batch, part).as_text()
     cotangents = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, forward.outputs)
     assert "callback" not in step().backward.lower(state, forward.pullback, cotangents).as_text()
 
 
 def test_numbers_between_the_programs():
-    """What a device keeps has an axis, at which it is joined with what others keep; a number is given one."""
+    """All that a device saves has an axis, at which it is joined with what the others save; numbers are given one."""
     weights = jnp.array([1.0, 2.0])
     _, pullback = jax.vjp(lambda weights: jnp.sum(jnp.sin(weights[0]) * weights), weights)
-    kept = without_variables(pullback, [weights])
-    assert all(leaf.ndim for leaf in jax.tree.leaves(kept))
-    kinds = {type(leaf) for leaf in jax.tree.leaves(kept, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
+    saved = without_variables(pullback, [weights])
+    assert all(leaf.ndim for leaf in jax.tree.leaves(saved))
+    kinds = {type(leaf) for leaf in jax.tree.leaves(saved, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
     assert {Scalar, Variable} <= kinds
-    np.testing.assert_array_equal(with_variables(kept, [weights])(1.0)[0], pullback(1.0)[0])
+    np.testing.assert_array_equal(with_variables(saved, [weights])(1.0)[0], pullback(1.0)[0])
