@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -156,6 +157,65 @@ def test_mistakes_get_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, arg
     assert error.startswith("hpr_jax: ")
     assert "Traceback" not in error
     assert error.count("\n") == 1
+
+
+class TestArguments:
+    """What each command does its work with."""
+
+    @pytest.fixture
+    def called(self, monkeypatch):
+        """Arguments of the work that the command line asks for."""
+        calls = []
+        for name in (
+            "training.run.train",
+            "evaluation.evaluate.evaluate",
+            "inference.predict.predict",
+            "analysis.describe.describe",
+        ):
+            monkeypatch.setattr(f"hpr_jax.{name}", lambda *args, **others: calls.append((*args, others)))
+
+        def call(*arguments):
+            calls.clear()
+            command.run(list(map(str, arguments)))
+            (found,) = calls
+            return found
+
+        return call
+
+    def test_training(self, called, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data/coco").mkdir(parents=True)
+        training = ("--config", DDQ, "--workdir", "w", "--config.train.initial_weights=random")
+        config, workdir, others = called(*training, "--config.train.seed=5", "--accept-changes")
+        assert (config.train.seed, workdir, others) == (5, Path("w"), {"accept_changes": True})
+        *_, others = called(*training)
+        assert others == {"accept_changes": False}
+
+    def test_evaluation(self, called):
+        overrides = [("evaluate.side", "32")]
+        for arguments, expected in (
+            (("--workdir", "w"), (Path("w"), Path("w/evaluation"), overrides, None)),
+            (("--workdir", "w", "--output", "o"), (Path("w"), Path("o"), overrides, None)),
+            (("--workdir", "w", "--checkpoint", "c"), (Path("c"), Path("w/evaluation"), overrides, None)),
+            (("--checkpoint", "c", "--output", "o"), (Path("c"), Path("o"), overrides, None)),
+        ):
+            assert called("evaluate", "--config.evaluate.side=32", *arguments) == (*expected, {})
+
+    def test_prediction(self, called, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a.jpg").write_bytes(b"")
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b/c.jpg").write_bytes(b"")
+        found = called("predict", "--workdir", "w", "a.jpg", "b")
+        assert found == (Path("w"), [Path("a.jpg"), Path("b")], Path("w/predictions"), 0.3, [], None, {})
+        found = called("predict", "--workdir", "w", "--checkpoint", "c", "--output", "o", "--threshold", "0.7", "a.jpg")
+        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {})
+
+    def test_description(self, called):
+        config, classes, checkpoint, overrides, _ = called("describe", "--config", DDQ, "--classes", "7")
+        assert (config.train.batch_size, classes, checkpoint, overrides) == (16, 7, None, [])
+        assert called("describe", "--workdir", "w") == (None, 80, Path("w"), [], {})
+        assert called("describe", "--checkpoint", "c", "--workdir", "w") == (None, 80, Path("c"), [], {})
 
 
 def test_as_a_program(tmp_path):

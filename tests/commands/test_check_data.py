@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from hpr_jax.commands.check_data import check_data
+from hpr_jax.data.loading.batches import empty_batch
 from hpr_jax.data.sources.tfds_writer import make_tfds
 from hpr_jax.errors import UserError
 
@@ -224,6 +225,63 @@ def test_pictures(checked, tmp_path):
     report = checked(samples=1)
     # The valid part of a padded image.
     assert cv2.imread(str(tmp_path / "pictures/sample_000.jpg")).shape == (59, 72, 3)
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_pictures_show_boxes_and_colours_as_training_has_them(checked, monkeypatch, tmp_path, strong):
+    """Every view has red on the left, blue on the right, and a box around a third of it, of the second class."""
+
+    class Loader:
+        def __init__(self, plan, views, room):
+            self.make_views = views
+
+        def __getitem__(self, step):
+            batch = empty_batch(2 * (1 + strong), (64, 96), 3)
+            batch.views = 1 + strong
+            batch.images[:, :60, :45], batch.images[:, :60, 45:90] = (255, 0, 0), (0, 0, 255)
+            batch.sizes[:] = 60, 90
+            batch.boxes[:, 0], batch.labels[:, 0], batch.valid[:, 0] = (0.5, 0.5, 0.5, 0.4), 1, True
+            return batch
+
+    monkeypatch.setattr("hpr_jax.commands.check_data.TrainLoader", Loader)
+    drawn = []
+
+    def draw(image, boxes, labels, names):
+        drawn.append((image.copy(), boxes, labels, names))
+        return image
+
+    monkeypatch.setattr("hpr_jax.commands.check_data.draw", draw)
+    checked(samples=2, augmentation={"strong_views": strong})
+    assert len(drawn) == 2 * (1 + strong)
+    for image, boxes, labels, names in drawn:
+        assert image.shape == (60, 90, 3)
+        np.testing.assert_allclose(boxes, [[22.5, 18, 67.5, 42]], rtol=1e-5)
+        assert (labels.tolist(), names) == ([1], ["pen"])
+    picture = cv2.imread(str(tmp_path / "pictures/sample_001.jpg"))[..., ::-1]
+    assert picture.shape == (68, 98 * (1 + strong), 3)
+    for view in range(1 + strong):
+        np.testing.assert_allclose(picture[34, 98 * view + 24], (255, 0, 0), atol=8)
+        np.testing.assert_allclose(picture[34, 98 * view + 74], (0, 0, 255), atol=8)
+
+
+def test_pictures_are_of_all_views_of_one_image(checked, monkeypatch):
+    """Side by side, the weak one first, image by image; each view is its number of grey."""
+    sheets = []
+
+    class Loader:
+        def __init__(self, plan, views, room):
+            self.make_views = views
+
+        def __getitem__(self, step):
+            batch = empty_batch(4, (8, 8), 1)
+            batch.views, batch.sizes[:] = 2, 8
+            batch.images[:] = (10 * step + np.arange(4, dtype=np.uint8))[:, None, None, None]
+            return batch
+
+    monkeypatch.setattr("hpr_jax.commands.check_data.TrainLoader", Loader)
+    monkeypatch.setattr("hpr_jax.commands.check_data.contact_sheet", lambda rows, height: sheets.append(rows) or rows[0][0])
+    checked(samples=3, augmentation={"strong_views": True})
+    assert [[int(view[0, 0, 0]) for view in views] for (views,) in sheets] == [[0, 2], [1, 3], [10, 12]]
 
 
 def test_impossible_settings_are_no_verdict(checked, caplog):

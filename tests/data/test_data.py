@@ -9,6 +9,7 @@ import tiny
 
 from hpr_jax.data.augmentation.geometry import Geometry, apply, draw_weak, fit, whole
 from hpr_jax.data.augmentation.views import ViewMaker
+from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import ImageFile, UnreadableImageError, read_annotated_image, read_image
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
 from hpr_jax.data.loading.buckets import choose_buckets, fits, smallest_bucket
@@ -128,6 +129,63 @@ class TestAnnotations:
         edit(coco, lambda c: c["categories"][0].update(name="mug"))
         with pytest.raises(UserError, match="mug"):
             load(coco, classes=classes)
+
+
+class TestLabels:
+    """Classes are in the order of their ids, or as a model has them, whatever the order in the file."""
+
+    ORDERS = ((0, 1, 2), (2, 1, 0), (1, 2, 0))
+
+    def reordered(self, coco, order):
+        edit(coco, lambda content: content.update(categories=[content["categories"][place] for place in order]))
+
+    def categories(self, coco):
+        """Of the objects that are kept, image by image."""
+        content = json.loads((coco / "annotations/instances_train2017.json").read_text())
+        objects = [a for a in content["annotations"] if not a["iscrowd"] and a["bbox"][2]]
+        return [[a["category_id"] for a in objects if a["image_id"] == image["id"]] for image in content["images"]]
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_are_numbered_by_category_id(self, coco, order):
+        self.reordered(coco, order)
+        dataset = load(coco)
+        assert dataset.classes.category_ids == (2, 5, 9)
+        assert dataset.classes.names == ("cup", "pen", "hat")
+        found = [[dataset.classes.category_ids[label] for label in record.labels] for record in dataset.records]
+        assert found == self.categories(coco)
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_follow_the_order_of_a_model(self, coco, order):
+        self.reordered(coco, order)
+        model = Classes(("pen", "hat", "cup"), (5, 9, 2))
+        dataset = load(coco, classes=model)
+        assert dataset.classes == model
+        assert dataset.records[0].labels.tolist() == [2, 0]
+        found = [[model.category_ids[label] for label in record.labels] for record in dataset.records]
+        assert found == self.categories(coco)
+
+    def test_stay_with_their_boxes(self, coco):
+        """Boxes and labels of each image are its own annotations', in order, where these are shuffled in the file."""
+        edit(coco, lambda content: content["annotations"].sort(key=lambda a: (a["id"] * 7) % 11))
+        content = json.loads((coco / "annotations/instances_train2017.json").read_text())
+        dataset = load(coco)
+        for image, record in zip(content["images"], dataset.records, strict=True):
+            mine = [a for a in content["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"] and a["bbox"][2]]
+            assert record.image_id == image["id"]
+            assert record.image.path.name == image["file_name"]
+            assert [(2, 5, 9)[label] for label in record.labels] == [a["category_id"] for a in mine]
+            expected = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)]
+            np.testing.assert_array_equal(record.boxes, np.array(expected, np.float32).reshape(-1, 4))
+
+    def test_of_both_splits_mean_the_same(self, coco):
+        """Though the files list the categories in other orders, and images are left out of training."""
+        self.reordered(coco, (2, 0, 1))
+        train = load(coco).subset(keep_empty=False, min_side=1)
+        val = load(coco, "val2017", train.classes)
+        assert train.classes == val.classes
+        assert [record.image_id for record in train.records] == [7, 27, 37, 47, 57]
+        for dataset in (train, val):
+            assert {tuple(record.labels) for record in dataset.records} <= {(0, 1), ()}
 
 
 class TestGeometry:

@@ -1,5 +1,6 @@
 """TFDS directories: those that users made, those that are wrong, and those that `make_tfds` makes."""
 
+import json
 import subprocess
 import sys
 
@@ -7,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from folders import settings
+from folders import settings, write_folder
 
 from hpr_jax.data.build import load_dataset, make_views
+from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import UnreadableImageError, read_annotated_image
 from hpr_jax.data.sources.tfds_writer import make_tfds
 from hpr_jax.errors import UserError
@@ -44,14 +46,15 @@ def plain_features(tfds, **more):
     return {"image": tfds.features.Image(), "objects": tfds.features.Sequence({**objects, **more})}
 
 
-class TestOwnDirectories:
-    @pytest.fixture
-    def picture(self, tmp_path):
-        """48 pixels wide and 40 high as stored, with a wrong word about its orientation."""
-        path = tmp_path / "x.jpg"
-        tiny.write_turned(path, RNG.integers(0, 255, (40, 48, 3)).astype(np.uint8), 3)
-        return path
+@pytest.fixture
+def picture(tmp_path):
+    """48 pixels wide and 40 high as stored, with a wrong word about its orientation."""
+    path = tmp_path / "x.jpg"
+    tiny.write_turned(path, RNG.integers(0, 255, (40, 48, 3)).astype(np.uint8), 3)
+    return path
 
+
+class TestOwnDirectories:
     def test_all_that_tfds_knows(self, picture, tmp_path):
         def features(tfds):
             more = {"is_crowd": np.bool_, "area": np.int64, "id": np.int64}
@@ -188,7 +191,70 @@ class TestWrongDirectories:
             load_dataset(settings(copied), "val", classes)
 
 
+@pytest.fixture(scope="module")
+def reversed_categories(tmp_path_factory):
+    """A folder whose files list the categories from the last to the first, and the TFDS directory made of it."""
+    directory = write_folder(tmp_path_factory.mktemp("coco") / "data")
+    for path in (directory / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"].reverse()
+        path.write_text(json.dumps(content))
+    return directory, make_tfds(settings(directory), tmp_path_factory.mktemp("tfds"))
+
+
 class TestMakeTfds:
+    def test_classes_are_in_the_order_of_their_ids(self, reversed_categories, folder):
+        expected = load_dataset(settings(folder), "train")
+        for directory in reversed_categories:
+            for split in ("train", "val"):
+                dataset = load_dataset(settings(directory), split)
+                assert dataset.classes.category_ids == (2, 5, 9)
+                assert dataset.classes.names == ("cup", "pen", "hat")
+            dataset = load_dataset(settings(directory), "train")
+            labels = [record.labels.tolist() for record in dataset.records]
+            assert labels == [record.labels.tolist() for record in expected.records]
+
+    def test_others_read_the_same_by_tfds_features(self, reversed_categories):
+        """Labels by name, boxes, crowds, areas, ids, and the pixels in RGB."""
+        import tensorflow_datasets as tfds
+
+        folder, directory = reversed_categories
+        builder = tfds.builder_from_directory(directory)
+        assert builder.info.features["objects"]["label"].names == ["cup", "pen", "hat"]
+        content = json.loads((folder / "annotations/instances_train2017.json").read_text())
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        examples = list(builder.as_data_source(split="train"))
+        for example, image in zip(examples, content["images"], strict=True):
+            assert (example["image/id"], example["image/filename"]) == (image["id"], image["file_name"].encode())
+            file = str(folder / "train2017" / image["file_name"])
+            stored = cv2.imread(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)[..., ::-1]
+            np.testing.assert_allclose(example["image"].astype(int), stored, atol=3)
+            objects = example["objects"]
+            mine = [a for a in content["annotations"] if a["image_id"] == image["id"] and a["bbox"][2] >= 1]
+            assert [builder.info.features["objects"]["label"].names[label] for label in objects["label"]] == [
+                names[a["category_id"]] for a in mine
+            ]
+            assert np.array(objects["is_crowd"], bool).tolist() == [bool(a["iscrowd"]) for a in mine]
+            assert np.array(objects["id"], int).tolist() == [a["id"] for a in mine]
+            np.testing.assert_allclose(objects["area"], [a["area"] for a in mine], rtol=1e-6)
+            for (top, left, bottom, right), a in zip(objects["bbox"], mine):
+                x, y, w, h = a["bbox"]
+                expected = [max(x, 0), max(y, 0), min(x + w, 60), min(y + h, 48)]
+                np.testing.assert_allclose([left * 60, top * 48, right * 60, bottom * 48], expected, rtol=1e-5, atol=1e-4)
+
+    def test_plain_directories_give_ids_by_name(self, picture, tmp_path):
+        """Names in an order of their own; the model's ids, or the numbers of the labels without a model."""
+        objects = [{"bbox": np.array([0.0, 0.0, 0.5, 0.5]), "label": label} for label in (0, 1, 2)]
+        directory = build(tmp_path / "tfds", plain_features, [{"image": str(picture), "objects": objects}])
+        model = Classes(("hat", "cup", "pen"), (9, 2, 5))
+        dataset = load_dataset(settings(directory), "val", model)
+        # The directory's names are pen, cup, hat.
+        assert dataset.records[0].labels.tolist() == [2, 1, 0]
+        assert [a["category_id"] for a in dataset.ground_truth()["annotations"]] == [5, 2, 9]
+        dataset = load_dataset(settings(directory), "val")
+        assert dataset.classes == Classes(("pen", "cup", "hat"), (0, 1, 2))
+        assert dataset.records[0].labels.tolist() == [0, 1, 2]
+
     def test_what_is_there_stays(self, folder, tfds_directory):
         with pytest.raises(UserError, match="exists; delete it"):
             make_tfds(settings(folder), tfds_directory.parent.parent)

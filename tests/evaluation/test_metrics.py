@@ -5,11 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
 from hpr_jax.training.metric_writer import MetricWriter
 
 RNG = np.random.default_rng(0)
+# Sides of squares that COCO counts as such.
+SIDES = {"small": 20, "medium": 60, "large": 120}
 
 
 @pytest.fixture
@@ -108,6 +111,88 @@ def test_ids_of_objects_do_not_count(annotations, evaluator, number):
     for place, annotation in enumerate(content["annotations"]):
         annotation["id"] = number(place)
     assert coco_average_precision(content, found, evaluator)[0] == expected
+
+
+class TestHandMadeValues:
+    """Which number is which, and of which class."""
+
+    def truth(self, boxes, categories=None):
+        categories = [3] * len(boxes) if categories is None else categories
+        annotations = [
+            {"image_id": 1, "category_id": category, "bbox": list(box)} for box, category in zip(boxes, categories)
+        ]
+        image = {"id": 1, "file_name": "1.jpg", "height": 2000, "width": 2000}
+        return {"images": [image], "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in (3, 8)]}
+
+    def found(self, boxes, categories=None):
+        categories = [3] * len(boxes) if categories is None else categories
+        return [
+            {"image_id": 1, "category_id": category, "bbox": list(box), "score": 0.9 - number / 1000}
+            for number, (box, category) in enumerate(zip(boxes, categories))
+        ]
+
+    @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+    def test_overlaps(self, evaluator):
+        """An IoU of 0.62 counts at the thresholds 0.5, 0.55 and 0.6 of ten; one of 0.77 at six."""
+        for width, expected in ((62, {"AP": 0.3, "AP50": 1, "AP75": 0}), (77, {"AP": 0.6, "AP50": 1, "AP75": 1})):
+            metrics, per_class = coco_average_precision(
+                self.truth([(0, 0, 100, 100)]), self.found([(0, 0, width, 100)]), evaluator
+            )
+            assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+            assert per_class == {3: pytest.approx({"AP": expected["AP"], "AP50": 1}), 8: {"AP": -1, "AP50": -1}}
+
+    @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+    @pytest.mark.parametrize("size", SIDES)
+    def test_sizes(self, evaluator, size):
+        """Of three objects of three sizes, one is found."""
+        boxes = {name: (300 * place, 0, side, side) for place, (name, side) in enumerate(SIDES.items())}
+        metrics, _ = coco_average_precision(self.truth(boxes.values()), self.found([boxes[size]]), evaluator)
+        for name in SIDES:
+            found = metrics[f"AP_{name}"], metrics[f"AR_{name}"]
+            assert found == pytest.approx((float(name == size),) * 2)
+
+    @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+    def test_numbers_of_detections(self, evaluator):
+        """All of twenty objects are found: with one detection one of them, with ten a half."""
+        boxes = [(90 * (number % 10), 90 * (number // 10), 80, 80) for number in range(20)]
+        metrics, _ = coco_average_precision(self.truth(boxes), self.found(boxes), evaluator)
+        assert (metrics["AR1"], metrics["AR10"], metrics["AR100"]) == pytest.approx((0.05, 0.5, 1.0))
+
+    @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+    @pytest.mark.parametrize(("category", "other"), [(3, 8), (8, 3)])
+    def test_classes(self, evaluator, category, other):
+        """One of two is found; what is said to be the other is not."""
+        boxes = [(0, 0, 50, 50), (100, 0, 50, 50)]
+        truth = self.truth(boxes, [category, other])
+        metrics, per_class = coco_average_precision(truth, self.found(boxes, [category, category]), evaluator)
+        assert per_class[category] == pytest.approx({"AP": 1.0, "AP50": 1.0})
+        assert per_class[other] == {"AP": 0.0, "AP50": 0.0}
+        assert metrics["AP"] == pytest.approx(0.5)
+
+
+def events(folder):
+    """Step, name and value of each number in TensorBoard's files."""
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            # Eight bytes of length and four of a checksum come first, and four of another one last.
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_both_files_have_the_same_numbers(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 1.5, "term/layer_0/class": 0.25})
+        writer.write(7, {"val/AP": 0.5})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 3, "loss": 1.5, "term/layer_0/class": 0.25},
+        {"step": 7, "val/AP": 0.5},
+    ]
+    assert events(tmp_path) == [(3, "loss", 1.5), (3, "term/layer_0/class", 0.25), (7, "val/AP", 0.5)]
 
 
 def test_metric_files(tmp_path):

@@ -15,6 +15,7 @@ from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
+from hpr_jax.models.heads import PredictionHead
 from hpr_jax.ops.layer_norm import normalized
 from hpr_jax.ops.linear import affine
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
@@ -80,16 +81,45 @@ def products(jaxpr, found):
     return found
 
 
+@functools.cache
+def products_of_training():
+    """`products` of the forward pass of training in bfloat16."""
+    return products(
+        jax.make_jaxpr(lambda d, x: d(x, SIZES, train=True))(computing(dtype="bfloat16"), jnp.asarray(IMAGES)).jaxpr, []
+    )
+
+
 def test_products_in_float32_are_those_of_the_heads():
     """And weighted sums of sampled rows, and the encoding of positions in a region."""
-    detector = computing(dtype="bfloat16")
     channels = tiny.config().model.channels
-    whole = products(jax.make_jaxpr(lambda d, x: d(x, SIZES))(detector, jnp.asarray(IMAGES)).jaxpr, [])
+    whole = products_of_training()
     assert sum(dtype == jnp.bfloat16 for dtype, _ in whole) > 20
     allowed = {(channels, channels), (channels, 4), (channels, tiny.CLASSES)}
     for dtype, kernel in whole:
         # Gathered rows have three axes.
         assert dtype == jnp.bfloat16 or kernel in allowed or len(kernel) == 3, kernel
+
+
+@pytest.mark.parametrize("outputs", [tiny.CLASSES, 4])
+def test_products_of_all_heads_are_in_float32(outputs):
+    """Class layers and the last layers of box heads: of proposals, dense proposals, and decoder layers, whose products come
+    as one for each of three branches and of two kinds of queries."""
+    channels, layers = tiny.config().model.channels, tiny.config().model.refiner.layers
+    single = [dtype for dtype, kernel in products_of_training() if kernel == (channels, outputs)]
+    stacked = [dtype for dtype, kernel in products_of_training() if kernel == (layers, channels, outputs)]
+    assert len(single) >= 4
+    assert len(stacked) >= 6
+    assert {*single, *stacked} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_head_computes_in_float32(dtype):
+    head = PredictionHead(16, tiny.CLASSES, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 5, 16), dtype)
+    for function, count in ((PredictionHead.logits, 1), (PredictionHead.offsets, 3)):
+        inner = products(jax.make_jaxpr(function)(head, x).jaxpr, [])
+        assert [kind for kind, _ in inner] == [jnp.float32] * count
+        assert jax.eval_shape(function, head, x).dtype == jnp.float32
 
 
 def test_bfloat16_is_close_and_its_gradients_are_float32():

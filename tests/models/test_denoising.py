@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 
@@ -12,13 +13,13 @@ from hpr_jax.ops.boxes import cxcywh_to_xyxy
 SIZES = [[50, 60]] * 4
 
 
-def denoiser(queries=6, views_per_chunk=2, label_noise=0.5):
+def denoiser(queries=6, views_per_chunk=2, label_noise=0.5, box_noise=1.0):
     return Denoiser(
         tiny.CLASSES,
         8,
         queries=queries,
         label_noise=label_noise,
-        box_noise=1.0,
+        box_noise=box_noise,
         views_per_chunk=views_per_chunk,
         rngs=nnx.Rngs(0),
     )
@@ -89,3 +90,49 @@ def test_both_views_of_an_image_share_a_chunk():
     # Four views a chunk hold both images.
     drawn = denoiser(views_per_chunk=4).draw(jax.random.key(0), targets, views=2)
     assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6] * 4
+    # A chunk holds at least one image with all of its views.
+    drawn = denoiser(views_per_chunk=1).draw(jax.random.key(0), targets, views=2)
+    assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6] * 2 + [[0] * 4 + [1] * 4 + [2] * 4] * 2
+
+
+def draw_copies(box, **settings):
+    """Noisy copies of one box of class 0, many of them: boxes, labels, and whether they are positive."""
+    targets = tiny.targets([2] * 50, 2, [[64, 64]] * 50)
+    targets = targets.replace(
+        boxes=jnp.broadcast_to(jnp.array(box), targets.boxes.shape), labels=jnp.zeros_like(targets.labels)
+    )
+    drawn = jax.jit(lambda denoiser: denoiser.draw(jax.random.key(0), targets))(denoiser(queries=20, **settings))
+    assert np.all(drawn.object)
+    return (np.asarray(array).reshape(2000, *array.shape[2:]) for array in (drawn.boxes, drawn.labels, drawn.positive))
+
+
+def test_without_noise_queries_are_copies():
+    boxes, labels, _ = draw_copies((0.5, 0.6, 0.1, 0.2), label_noise=0.0, box_noise=0.0)
+    np.testing.assert_allclose(boxes, np.tile([0.5, 0.6, 0.1, 0.2], (2000, 1)), rtol=1e-4)
+    assert not labels.any()
+
+
+def test_noise_is_a_share_of_the_box():
+    """With the noise 0.5, negatives move each corner by a quarter to a half of the box's sides, positives by less."""
+    boxes, labels, positive = draw_copies((0.5, 0.4, 0.4, 0.2), label_noise=1.0, box_noise=0.5)
+    # A box moves by the mean of its corners' moves, and grows by their difference: the larger of the two says how far the
+    # corners went on average.
+    center = np.abs(boxes[:, :2] - [0.5, 0.4]) / [0.4, 0.2]
+    growth = np.abs(boxes[:, 2:] - [0.4, 0.2]) / [0.4, 0.2] / 2
+    moved = np.maximum(center, growth)
+    for kind, low, high in ((positive, 0.0, 0.25), (~positive, 0.25, 0.5)):
+        assert low - 1e-4 < moved[kind].min() < low + 0.02
+        assert high - 0.02 < moved[kind].max() < high + 1e-4
+    # Half of the labels are drawn anew, a third of which are the true ones.
+    assert abs(np.mean(labels > 0) - 0.5 * 2 / 3) < 0.05
+
+
+def test_boxes_end_at_the_border_of_the_image():
+    """A corner that leaves the image stays at 0 or 1, and sides are told from 0 and 1 down to a thousandth."""
+    boxes, _, positive = draw_copies((0.5, 0.5, 1.0, 1.0))
+    whole = positive & (boxes[:, 2] > 0.9985)
+    # Both corners leave in a quarter of all cases.
+    assert abs(whole[positive].mean() - 0.25) < 0.05
+    np.testing.assert_allclose(boxes[whole][:, [0, 2]], np.tile([0.5, 1 / 1.001], (whole.sum(), 1)), rtol=1e-5)
+    # The corners of negatives may pass one another.
+    assert boxes[~positive, 2].min() == pytest.approx(0.001 / 1.001, rel=1e-5)

@@ -125,6 +125,54 @@ def test_drop_path_zeroes_whole_branches_of_an_image():
     assert not np.array_equal(other[0], dropped[0])
 
 
+def filled(**settings):
+    """A model with weights so large that each branch is seen in its maps; drawn by NumPy, which is quick."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(**settings)))
+    rng = np.random.default_rng(0)
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), state))
+
+
+def test_each_block_of_a_stage_drops_its_own():
+    """Four blocks with the rates 0, 0.2, 0.4, 0.6 have six branches that are dropped, in 64 ways; with a key for two blocks
+    there would be 36."""
+    images, sizes = padded([IMAGES[0][:4, :4]] * 2048, (4, 4))
+    keys = jax.random.split(jax.random.key(0), 2048)
+    ((dropped,), _) = extract(filled(depths=(4,), heads=(1,), drop_path=0.6), images, sizes, keys)
+    assert 36 < len(np.unique(np.asarray(dropped).round(3), axis=0)) <= 64
+
+
+def recorded_drops(monkeypatch, count, **settings):
+    """Rate and keys of each call of `drop_path`, in order, for so many copies of an image; blocks compute nothing."""
+    calls = []
+
+    def record(branch, rate, keys):
+        data = jnp.zeros((0, 2)) if keys is None else jax.random.key_data(keys)
+        jax.debug.callback(lambda *call: calls.append(jax.tree.map(np.asarray, call)), rate, data, ordered=True)
+        return branch
+
+    monkeypatch.setattr("hpr_jax.models.backbones.swin.drop_path", record)
+    monkeypatch.setattr("hpr_jax.models.swin.WindowAttention.__call__", lambda self, x, sizes, regions: x)
+    monkeypatch.setattr("hpr_jax.models.swin.GeluMLP.__call__", lambda self, x: x)
+    images, sizes = padded([IMAGES[0][:4, :4]] * count, (4, 4))
+    keys = jax.random.split(jax.random.key(0), count)
+    model = filled(**SHALLOW, **settings)
+    jax.block_until_ready(jax.jit(lambda *batch: model(*batch))(images, sizes, keys))
+    jax.effects_barrier()
+    return [(float(rate), [tuple(key.tolist()) for key in keys]) for rate, keys in calls]
+
+
+def test_every_branch_of_every_image_has_a_key_of_its_own(monkeypatch):
+    """Of both stages, both blocks of each and both branches of these; rates rise block by block."""
+    calls = recorded_drops(monkeypatch, 2, drop_path=0.6)
+    assert [rate for rate, _ in calls] == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6])
+    assert len({key for _, keys in calls for key in keys}) == 8 * 2
+
+
+def test_frozen_stages_have_no_keys(monkeypatch):
+    calls = recorded_drops(monkeypatch, 1, drop_path=0.6, frozen_stages=1)
+    assert [len(keys) for _, keys in calls] == [0] * 4 + [1] * 4
+
+
 def test_drop_path_keeps_the_mean():
     dropped = np.asarray(drop_path(jnp.full((4000, 2, 3), 2.0), jnp.float32(0.3), jax.random.split(jax.random.key(0), 4000)))
     assert np.all(dropped == dropped[:, :1, :1]), "an image's branch goes as a whole"

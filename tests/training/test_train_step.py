@@ -14,6 +14,7 @@ from hpr_jax.training.optimizer import Optimizer
 from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
+from hpr_jax.types import BranchPredictions, DenoisingQueries, Outputs, Predictions
 
 SEED = 3
 CRITERION = make_criterion(tiny.config())
@@ -107,6 +108,78 @@ def test_what_is_saved_for_the_backward_pass():
     assert "callback" not in step().forward.lower(state, batch, part).as_text()
     cotangents = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, forward.outputs)
     assert "callback" not in step().backward.lower(state, forward.pullback, cotangents).as_text()
+
+
+class Drawing(nnx.Module):
+    """In place of a detector: its logits are drawn by the keys for drop path, its denoising queries by theirs."""
+
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones(1))
+        self.denoiser = nnx.data(self.Denoiser())
+
+    class Denoiser(nnx.Module):
+        def draw(self, key, targets, views):
+            noise = jax.random.uniform(key, targets.boxes.shape)
+            kinds = dict.fromkeys(("labels", "target", "group", "used", "object", "positive"), targets.labels)
+            return DenoisingQueries(boxes=noise, **kinds)
+
+    def normalize(self, images, sizes):
+        return images.astype(jnp.float32)
+
+    def __call__(self, images, sizes, *, denoising, train, keys):
+        drawn = jax.vmap(lambda key: jax.random.uniform(key, (2, 4)))(keys)
+        found = Predictions(drawn * self.weight[0], images[:, :2, 0, :1] + jnp.zeros((1, 1, 4)), drawn[..., 0] > 0)
+        layers = jax.tree.map(lambda x: x[None], found)
+        return Outputs(BranchPredictions(layers, None, None), {}, found, None, None)
+
+
+class NoRequests:
+    def requests(self, outputs, targets):
+        return []
+
+
+@functools.cache
+def drawing_step(seed, parts):
+    return TrainStep(nnx.split(Drawing())[0], NoRequests(), Descent(), seed, parts=parts)
+
+
+class TestWhatIsRandom:
+    """Of two views of three images."""
+
+    def drawn(self, step=0, seed=SEED, parts=1):
+        """What is drawn for each view of each image, and the noise of the denoising queries."""
+        _, params, frozen = nnx.split(Drawing(), nnx.Param, ...)
+        trained = drawing_step(seed, parts)
+        batch = DeviceBatch(
+            jnp.zeros((2, 3, 4, 4, 3), jnp.uint8),
+            jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), tiny.targets([1] * 6, 2, [[4, 4]] * 6)),
+        )
+        found = [
+            trained.outputs(TrainState(jnp.int32(step), params, frozen, None), batch, jnp.int32(part))
+            for part in range(parts)
+        ]
+        logits = np.concatenate([np.asarray(one.outputs.proposals.logits) for one in found])
+        return [tuple(row.ravel().tolist()) for row in logits], np.asarray(found[0].denoising.boxes)
+
+    def test_every_view_of_every_image_draws_its_own(self):
+        drawn, noise = self.drawn()
+        assert len(set(drawn)) == 6
+        assert len(np.unique(noise)) == noise.size
+
+    def test_every_step_draws_anew(self):
+        (first, noise), (second, other) = self.drawn(step=0), self.drawn(step=1)
+        assert set(first).isdisjoint(second)
+        assert not np.intersect1d(noise, other).size
+
+    def test_another_seed_draws_others(self):
+        (first, noise), (second, other) = self.drawn(), self.drawn(seed=SEED + 1)
+        assert set(first).isdisjoint(second)
+        assert not np.intersect1d(noise, other).size
+
+    def test_the_same_step_draws_the_same_in_however_many_parts(self):
+        (whole, noise), (parts, again) = self.drawn(step=5), self.drawn(step=5, parts=3)
+        assert whole == parts
+        np.testing.assert_array_equal(noise, again)
 
 
 def test_numbers_between_the_programs():

@@ -164,6 +164,7 @@ def test_evaluating_twice_is_equal(trained, tmp_path):
     detections = json.loads((tmp_path / "b/detections.json").read_text())
     assert {d["category_id"] for d in detections} <= {2, 5, 9}
     assert {d["image_id"] for d in detections} == {7, 17, 27}
+    assert detections == second.detections
 
 
 def test_evaluating_on_other_classes_is_refused(trained, coco, tmp_path):
@@ -200,6 +201,13 @@ def test_predict_writes_pictures_and_boxes_and_skips_broken_images(trained, tmp_
     entry = content["images"][0]
     assert (entry["width"], entry["height"]) == (80, 100)
     assert len(entry["detections"]) == 10
+    same = hpr_jax.load(trained[0])(folder / "a.png", threshold=0.0)
+    for found, box, score, category, name in zip(
+        entry["detections"], same.boxes, same.scores, same.category_ids, same.names, strict=True
+    ):
+        assert found["box"] == pytest.approx(box, abs=0.006)
+        assert found["score"] == pytest.approx(score, abs=6e-5)
+        assert (found["category_id"], found["name"]) == (category, name)
     boxes = np.array([d["box"] for d in entry["detections"]])
     assert boxes.min() >= 0
     assert np.all(boxes <= [80, 100, 80, 100])

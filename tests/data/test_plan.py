@@ -1,0 +1,215 @@
+"""Which images an epoch takes, in which order, with which geometries and seeds: complete, and new in each epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+from pictures import dataset, plain
+
+from hpr_jax.data.augmentation.geometry import Geometry
+from hpr_jax.data.augmentation.views import ViewMaker
+from hpr_jax.data.build import make_plan
+from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader
+from hpr_jax.data.loading.buckets import fits
+from hpr_jax.data.loading.plan import TrainPlan, evaluation_plan
+
+NESTED = [(32, 32), (64, 64), (96, 96)]
+
+
+def square(*sides):
+    """A plan's `draw` whose images are squares; the window tells which image a geometry was drawn for."""
+
+    def draw(rng):
+        return [Geometry((0, 0, index + 1, int(rng.integers(1, 10**6))), (side, side)) for index, side in enumerate(sides)]
+
+    return draw
+
+
+def make(*sides, batch_size=4, buckets=None, seed=0):
+    return TrainPlan(
+        square(*sides), len(sides), batch_size=batch_size, buckets=buckets or sorted({(s, s) for s in sides}), seed=seed
+    )
+
+
+def slots(plan, epoch):
+    """All slots of an epoch."""
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return [slot for step in steps for slot in plan[step].slots]
+
+
+def indices(plan, epoch):
+    return [slot.index for slot in slots(plan, epoch)]
+
+
+class TestImagesOfAnEpoch:
+    def test_an_epoch_is_a_permutation(self):
+        plan = make(*[64] * 20)
+        for epoch in range(4):
+            assert sorted(indices(plan, epoch)) == list(range(20))
+
+    def test_leftovers_are_taken_once(self):
+        """Three each of three sizes, in buckets that hold one another: two batches of four, of eight images."""
+        for seed in range(5):
+            plan = make(*[32] * 3, *[64] * 3, *[96] * 3, buckets=NESTED, seed=seed)
+            assert plan.steps_per_epoch == 2
+            for epoch in range(3):
+                assert len(set(indices(plan, epoch))) == 8
+
+    def test_whole_batches_and_leftovers_share_no_image(self):
+        """Six small, seven middle and nine large images: five batches of four, of twenty images."""
+        plan = make(*[32] * 6, *[64] * 7, *[96] * 9, buckets=NESTED)
+        for epoch in range(5):
+            assert len(indices(plan, epoch)) == len(set(indices(plan, epoch))) == 20
+
+    def test_images_that_find_no_place_are_others_in_each_epoch(self):
+        plan = make(*[64] * 7, batch_size=4)
+        left = [set(range(7)) - set(indices(plan, epoch)) for epoch in range(30)]
+        assert all(len(some) == 3 for some in left)
+        counts = Counter(index for some in left for index in some)
+        # Thirteen times each, about.
+        assert counts.keys() == set(range(7))
+        assert max(counts.values()) <= 22
+
+    def test_geometries_are_those_of_their_images_and_fit(self):
+        plan = make(*[32] * 5, *[64] * 5, *[96] * 7, buckets=NESTED)
+        sides = [32] * 5 + [64] * 5 + [96] * 7
+        for step in range(2 * plan.steps_per_epoch):
+            for slot in plan[step].slots:
+                assert slot.geometry.window[2] == slot.index + 1
+                assert slot.geometry.size == (sides[slot.index],) * 2
+                assert fits(slot.geometry.size, plan[step].shape)
+
+    def test_a_batch_is_padded_no_more_than_its_bucket(self):
+        plan = make(*[32] * 8, *[64] * 8, buckets=NESTED)
+        for step in range(plan.steps_per_epoch):
+            assert {slot.geometry.size for slot in plan[step].slots} == {plan[step].shape}
+
+
+class TestEpochs:
+    def test_orders_differ(self):
+        plan = make(*[64] * 20)
+        orders = [tuple(indices(plan, epoch)) for epoch in range(5)]
+        assert len(set(orders)) == 5
+        # Nor are they one another's rotations: the same neighbours in another place.
+        follows = [set(zip(order, order[1:])) for order in orders]
+        assert all(len(one & two) < 8 for one, two in zip(follows, follows[1:]))
+        assert tuple(range(20)) not in orders
+
+    def test_seeds_of_slots_are_never_the_same(self):
+        plan = make(*[64] * 20)
+        seeds = [slot.seed for epoch in range(4) for slot in slots(plan, epoch)]
+        assert len(set(seeds)) == 80
+        other = make(*[64] * 20, seed=1)
+        assert set(seeds).isdisjoint(slot.seed for epoch in range(4) for slot in slots(other, epoch))
+
+    def test_streams_of_slots_are_never_the_same(self):
+        """Nor is one the epoch's own: NumPy takes (seed, epoch) and (seed, epoch, 0) for the same."""
+        plan = make(*[64] * 20)
+        seeds = [slot.seed for epoch in range(3) for slot in slots(plan, epoch)] + [(0, epoch) for epoch in range(3)]
+        streams = {np.random.default_rng(seed).bytes(8) for seed in seeds}
+        assert len(streams) == 63
+
+    def test_an_image_keeps_its_seed_wherever_it_comes(self):
+        """So that a view does not depend on the order: two plans of other batch sizes draw the same of an image."""
+        few, many = make(*[64] * 20, batch_size=2), make(*[64] * 20, batch_size=10)
+        for epoch in range(2):
+            one, two = ({slot.index: slot.seed for slot in slots(plan, epoch)} for plan in (few, many))
+            assert one == two
+
+    def test_geometries_are_drawn_anew(self):
+        plan = make(*[64] * 20)
+        drawn = [{slot.index: slot.geometry for slot in slots(plan, epoch)} for epoch in range(3)]
+        assert all(drawn[0][index] != drawn[1][index] != drawn[2][index] for index in range(20))
+
+    def test_one_may_be_asked_for_again(self):
+        """Whatever was asked for meanwhile: few epochs are kept."""
+        plan = make(*[64] * 8)
+        first = slots(plan, 0)
+        for epoch in (5, 3, 9):
+            assert slots(plan, epoch)
+        assert slots(plan, 0) == first
+
+
+class TestSuccessors:
+    def test_the_next_images_of_the_same_shape_come_first(self):
+        plan = make(*[32] * 8, *[96] * 8, batch_size=2, buckets=NESTED)
+        for step in (0, 5, 11):
+            shape = plan[step].shape
+            expected = [
+                slot for later in range(step + 1, step + 20) for slot in plan[later].slots if plan[later].shape == shape
+            ]
+            successors = plan.successors(step, limit=20)
+            assert [next(successors) for _ in range(len(expected))] == expected
+
+    def test_then_whatever_fits(self):
+        plan = make(*[32] * 8, *[96] * 8, batch_size=2, buckets=NESTED)
+        step = next(step for step in range(8) if plan[step].shape == (96, 96))
+        assert {slot.geometry.size for slot in plan.successors(step, limit=20)} == {(32, 32), (96, 96)}
+
+
+class TestShares:
+    @pytest.mark.parametrize("count", [1, 2, 4])
+    def test_of_processes_are_disjoint_and_complete(self, count):
+        side = tiny.SIDE
+        pictures = dataset([plain(side, side, (number, 0, 0)) for number in range(8)], [[]] * 8)
+        plan = make(*[side] * 8)
+        plan.draw = lambda rng: [Geometry((0, 0, side, side), (side, side))] * 8
+        loaders = [TrainLoader(plan, ViewMaker(pictures), 1, share=(index, count)) for index in range(count)]
+        for epoch in range(2):
+            steps = range(2 * epoch, 2 * epoch + 2)
+            seen = [record.image_id for step in steps for loader in loaders for record in loader[step].records]
+            assert sorted(seen) == list(range(10, 18))
+            # In the plan's order, process by process.
+            assert seen == [10 + slot.index for step in steps for slot in plan[step].slots]
+            # The pixels are those of the records.
+            pixels = [image[0, 0, 0] for step in steps for loader in loaders for image in loader[step].images]
+            assert pixels == [image_id - 10 for image_id in seen]
+
+
+class TestEvaluation:
+    def test_every_image_once_with_its_own_geometry(self):
+        geometries = [
+            Geometry((0, 0, index + 1, 1), (side, side)) for index, side in enumerate([96, 32, 64, 32, 96, 32, 32])
+        ]
+        plan = evaluation_plan(geometries, batch_size=2, buckets=NESTED)
+        assert [(batch.shape, [slot.index for slot in batch.slots]) for batch in plan] == [
+            ((32, 32), [1, 3]),
+            ((32, 32), [5, 6]),
+            ((64, 64), [2]),
+            ((96, 96), [0, 4]),
+        ]
+        assert all(slot.geometry == geometries[slot.index] for batch in plan for slot in batch.slots)
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 5])
+    def test_shares_are_disjoint_and_complete(self, count):
+        plan = evaluation_plan([Geometry((0, 0, 8, 8), (8, 8))] * 9, batch_size=2, buckets=[(32, 32)])
+        shares = [EvaluationLoader(None, plan, 2, share=(index, count)).plan for index in range(count)]
+        seen = [slot.index for share in shares for batch in share for slot in batch.slots]
+        assert sorted(seen) == list(range(9))
+
+
+class TestFromAConfig:
+    def plan(self, seed=0, **augmentation):
+        config = tiny.config()
+        config.train.update(seed=seed, batch_size=3)
+        config.augmentation.update(flip=0.5, crop=0.5, **augmentation)
+        return make_plan(config, dataset([plain(48, 60, (0, 0, 0))] * 12, [[]] * 12))
+
+    def test_seed_and_batch_size_are_those_of_the_config(self):
+        one, again, other = self.plan(), self.plan(), self.plan(seed=7)
+        assert (one.steps_per_epoch, len(one[0].slots)) == (4, 3)
+        assert [one[step] for step in range(9)] == [again[step] for step in range(9)]
+        assert indices(one, 0) != indices(other, 0)
+        assert {slot.seed[0] for slot in slots(other, 0)} == {7}
+
+    def test_the_kind_of_augmentation_is_that_of_the_config(self):
+        assert all(slot.geometry.content is None for slot in slots(self.plan(), 0))
+        large_scale = self.plan(kind="lsj", lsj={"side": 64})
+        assert all(slot.geometry.size == (64, 64) and slot.geometry.content for slot in slots(large_scale, 0))
+
+    def test_flips_and_crops_are_others_in_each_epoch(self):
+        plan = self.plan()
+        drawn = [[slot.geometry for slot in sorted(slots(plan, epoch), key=lambda slot: slot.index)] for epoch in range(2)]
+        assert [geometry.flip for geometry in drawn[0]] != [geometry.flip for geometry in drawn[1]]
+        assert [geometry.window for geometry in drawn[0]] != [geometry.window for geometry in drawn[1]]

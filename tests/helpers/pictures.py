@@ -1,0 +1,95 @@
+"""Data sets of a few pictures in memory, whose pixels and objects tests choose."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from hpr_jax.data.dataset import Classes, Dataset, Record, Records
+from hpr_jax.data.masks import parse_segmentation
+
+# The category ids have gaps, and do not count from 0.
+CLASSES = Classes(("cup", "pen", "hat"), (2, 5, 9))
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An encoded image of a data set."""
+
+    data: bytes
+    name: str = "picture"
+    exif: bool = True
+
+    def read(self) -> bytes:
+        return self.data
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """RGB pixels `[h, w, 3]`, without loss."""
+    return cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1].tobytes()
+
+
+def plain(height: int, width: int, colour: Sequence[int]) -> np.ndarray:
+    """An image of one RGB colour."""
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def rectangle(box: Sequence[float], height: int, width: int):
+    """The mask that fills an xyxy box of an image."""
+    left, top, right, bottom = map(float, box)
+    return parse_segmentation([[left, top, right, top, right, bottom, left, bottom]], height, width)
+
+
+def dataset(
+    images: Sequence[np.ndarray],
+    boxes: Sequence[Sequence[Sequence[float]]],
+    labels: Sequence[Sequence[int]] | None = None,
+    *,
+    masks: bool = False,
+    classes: Classes = CLASSES,
+    encoded: Sequence[bytes] | None = None,
+) -> Dataset:
+    """Images (RGB) with the ids 10, 11, ... and their xyxy boxes; labels count from 0 in each image by default.
+
+    Args:
+      masks: whether objects have masks, which fill their boxes.
+      encoded: files of the images, where a PNG will not do.
+    """
+    labels = [range(len(some)) for some in boxes] if labels is None else labels
+    records = [
+        Record(
+            image_id=10 + number,
+            image=None,
+            height=image.shape[0],
+            width=image.shape[1],
+            boxes=np.array(some, np.float32).reshape(-1, 4),
+            labels=np.array(numbers, np.int32),
+            masks=tuple(rectangle(box, *image.shape[:2]) for box in some) if masks else (),
+        )
+        for number, (image, some, numbers) in enumerate(zip(images, boxes, labels, strict=True))
+    ]
+    pictures = [Picture(data, f"{number}.png") for number, data in enumerate(encoded or map(png, images))]
+    packed = Records.pack(records, pictures, with_masks=masks)
+    return Dataset("pictures", "0" * 64, lambda: ground_truth(records, classes), classes, packed)
+
+
+def ground_truth(records: Sequence[Record], classes: Classes) -> dict:
+    """The records in COCO form."""
+    annotations = []
+    for record in records:
+        for (left, top, right, bottom), label in zip(record.boxes.tolist(), record.labels):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record.image_id,
+                    "category_id": classes.category_ids[label],
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": (right - left) * (bottom - top),
+                    "iscrowd": 0,
+                }
+            )
+    images = [{"id": r.image_id, "file_name": f"{r.image_id}", "height": r.height, "width": r.width} for r in records]
+    categories = [{"id": number, "name": name} for number, name in zip(classes.category_ids, classes.names)]
+    return {"images": images, "annotations": annotations, "categories": categories}

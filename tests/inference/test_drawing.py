@@ -1,0 +1,119 @@
+"""Pictures show the colours that were given, and boxes where they are."""
+
+import sys
+import types
+
+import contact_sheet as script
+import cv2
+import numpy as np
+import pytest
+import supervision as sv
+from pictures import BLUE, GREEN, RED, dataset, plain
+
+from hpr_jax.data.images import read_image
+from hpr_jax.inference.drawing import contact_sheet, draw, write_image
+from hpr_jax.inference.image_detector import Detections
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
+NOTHING = np.zeros((0, 4)), np.zeros(0, int), []
+
+
+class TestWriting:
+    def test_a_png_is_read_back_equal(self, tmp_path):
+        write_image(tmp_path / "new/x.png", COLOURS)
+        np.testing.assert_array_equal(read_image(tmp_path / "new/x.png"), COLOURS)
+        # As others read it, whose order of channels is theirs.
+        np.testing.assert_array_equal(cv2.imread(str(tmp_path / "new/x.png"))[..., ::-1], COLOURS)
+
+    @pytest.mark.parametrize("colour", [RED, GREEN, BLUE])
+    def test_a_jpeg_has_its_colour(self, tmp_path, colour):
+        write_image(tmp_path / "x.jpg", plain(32, 32, colour))
+        np.testing.assert_allclose(read_image(tmp_path / "x.jpg"), plain(32, 32, colour), atol=4)
+
+    def test_what_cannot_be_written(self, tmp_path):
+        (tmp_path / "x.png").mkdir()
+        with pytest.raises(OSError, match=r"x\.png could not be written"):
+            write_image(tmp_path / "x.png", COLOURS)
+
+
+class TestDrawing:
+    def test_without_boxes_the_image_stays(self):
+        picture = draw(COLOURS, *NOTHING)
+        np.testing.assert_array_equal(picture, COLOURS)
+        assert not np.shares_memory(picture, COLOURS)
+
+    def test_boxes_have_the_colours_of_their_labels(self):
+        """In RGB, at their four sides; pixels further away stay as they are."""
+        image = plain(200, 300, (10, 60, 110))
+        picture = draw(image, np.array([[40, 50, 120, 150], [180, 60, 260, 160]]), np.array([0, 2]), ["a", "b"])
+        for (left, top, right, bottom), label in (((40, 50, 120, 150), 0), ((180, 60, 260, 160), 2)):
+            colour = sv.ColorPalette.DEFAULT.by_idx(label).as_rgb()
+            assert len(set(colour)) == 3
+            middle = (left + right) // 2, (top + bottom) // 2
+            assert tuple(picture[middle[1], left]) == tuple(picture[middle[1], right]) == colour
+            assert tuple(picture[top, right - 5]) == tuple(picture[bottom, middle[0]]) == colour
+            assert tuple(picture[middle[1], middle[0]]) == (10, 60, 110)
+        assert tuple(picture[100, 150]) == tuple(picture[190, 290]) == (10, 60, 110)
+        assert np.all(image == (10, 60, 110))
+
+    def test_captions_stand_at_their_boxes(self):
+        """Two drawings that differ in the second caption differ at the second box alone."""
+        image, boxes, labels = (
+            plain(200, 300, (0, 0, 0)),
+            np.array([[40, 50, 120, 150], [180, 60, 260, 160]]),
+            np.array([0, 1]),
+        )
+        one, other = draw(image, boxes, labels, ["cup", "cup"]), draw(image, boxes, labels, ["cup", "hat"])
+        rows, columns = np.nonzero((one != other).any(axis=-1))
+        assert len(rows)
+        assert columns.min() > 170
+        assert rows.max() < 70
+
+
+class TestContactSheets:
+    def test_images_stand_in_rows_in_their_colours(self):
+        """Scaled to a height of 20, with margins of 4; the shorter row ends in white."""
+        sheet = contact_sheet([[plain(40, 40, RED), plain(10, 20, GREEN)], [plain(20, 20, BLUE)]], height=20)
+        assert sheet.shape == (56, 76, 3)
+        for (top, left), width, colour in (((4, 4), 20, RED), ((4, 32), 40, GREEN), ((32, 4), 20, BLUE)):
+            assert np.all(sheet[top : top + 20, left : left + width] == colour)
+        covered = np.zeros(sheet.shape[:2], bool)
+        covered[4:24, 4:24] = covered[4:24, 32:72] = covered[32:52, 4:24] = True
+        assert np.all(sheet[~covered] == 255)
+
+    def test_of_what_is_written(self, tmp_path):
+        write_image(tmp_path / "sheet.png", np.ascontiguousarray(contact_sheet([[COLOURS]], height=24)))
+        np.testing.assert_array_equal(read_image(tmp_path / "sheet.png")[4:28, 4:36], COLOURS)
+
+
+def test_predictions_stand_beside_the_truth(monkeypatch, tmp_path):
+    """Red images of 40 x 80 on a sheet that is 320 pixels high: everything is eight times as large, and in RGB."""
+    pictures = dataset([plain(40, 80, RED)] * 2, [[[10, 5, 20, 15]], [[0, 0, 40, 20]]], labels=[[1], [2]])
+    drawn = []
+
+    def find(image, threshold):
+        assert threshold == 0.25
+        return Detections(image, np.float32([[30, 10, 40, 30]]), np.float32([0.751]), np.array([0]), ["cup"], [2])
+
+    def draw(image, boxes, labels, captions):
+        drawn.append((np.asarray(boxes).tolist(), labels.tolist(), captions, image[0, 0].tolist()))
+        return image
+
+    find.config, find.classes = types.SimpleNamespace(data=None), pictures.classes
+    monkeypatch.setattr("hpr_jax.load", lambda workdir: find, raising=False)
+    monkeypatch.setattr(script, "load_dataset", lambda data, split, classes: pictures)
+    monkeypatch.setattr(script, "draw", draw)
+    output = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["contact_sheet", str(tmp_path), "--threshold", "0.25", "--output", str(output)])
+    script.main()
+    predicted = ([[240, 80, 320, 240]], [0], ["cup 0.75"], [255, 0, 0])
+    assert drawn == [
+        predicted,
+        ([[80, 40, 160, 120]], [1], ["pen"], [255, 0, 0]),
+        predicted,
+        ([[0, 0, 320, 160]], [2], ["hat"], [255, 0, 0]),
+    ]
+    sheet = read_image(output)
+    # Four pictures of 640 x 320 in one row.
+    assert sheet.shape == (328, 4 * 648, 3)
+    assert sheet[100, 1000].tolist() == [255, 0, 0]

@@ -1,0 +1,183 @@
+"""From an image to boxes in its own pixels, and to what predict writes: with a detector whose findings are known."""
+
+import json
+import types
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from pictures import BLUE, CLASSES, GREEN, RED, plain, png
+
+from hpr_jax.data.dataset import Classes
+from hpr_jax.inference.image_detector import Detections, ImageDetector
+from hpr_jax.inference.predict import predict
+
+
+class Found:
+    """In place of a compiled detector: these boxes, in pixels of the padded input; keeps what it was given."""
+
+    def __init__(self, *boxes, scores=None, labels=None, valid=None):
+        count = len(boxes)
+        self.arrays = (
+            np.array(boxes, np.float32).reshape(1, -1, 4),
+            np.array([scores or np.linspace(0.9, 0.5, count)], np.float32),
+            np.array([labels or [number % 3 for number in range(count)]], np.int32),
+            np.array([valid or [True] * count]),
+        )
+
+    def __call__(self, state, images, sizes):
+        self.images, self.sizes = images, sizes
+        return self.arrays
+
+
+def detector(found, side=64, max_side=64, canvas=0, classes=CLASSES):
+    config = tiny.config()
+    config.evaluate.update(side=side, max_side=max_side, canvas=canvas)
+    made = ImageDetector(nnx.Module(), classes, config)
+    made._detect = found
+    return made
+
+
+class TestBoxesInPixelsOfTheImage:
+    @pytest.mark.parametrize(
+        ("shape", "settings", "box", "expected"),
+        [
+            # Portrait: 100 x 80 becomes 64 x 51.
+            ((100, 80), {}, (0, 0, 51, 64), (0, 0, 80, 100)),
+            ((100, 80), {}, (25.5, 16, 51, 32), (40, 25, 80, 50)),
+            # Landscape: 51 x 64.
+            ((80, 100), {}, (0, 0, 64, 51), (0, 0, 100, 80)),
+            ((80, 100), {}, (16, 25.5, 32, 51), (25, 40, 50, 80)),
+            # Made larger: 16 x 32 becomes 32 x 64.
+            ((16, 32), {}, (8, 4, 64, 32), (4, 2, 32, 16)),
+            # The shorter side becomes 40: 40 x 80.
+            ((20, 40), {"side": 40, "max_side": 100}, (10, 10, 80, 40), (5, 5, 40, 20)),
+            # On a canvas the image is at the top left, and what lies beyond it is clipped.
+            ((100, 80), {"canvas": 96}, (0, 0, 51, 64), (0, 0, 80, 100)),
+            ((100, 80), {"canvas": 96}, (25.5, 32, 96, 96), (40, 50, 80, 100)),
+            ((80, 100), {"canvas": 96}, (32, 25.5, 96, 96), (50, 40, 100, 80)),
+        ],
+    )
+    def test_known_places(self, shape, settings, box, expected):
+        result = detector(Found(box), **settings)(plain(*shape, RED), 0.0)
+        assert result.boxes.dtype == np.float32
+        np.testing.assert_allclose(result.boxes, [expected], rtol=1e-5, atol=1e-4)
+
+    def test_of_a_turned_photograph(self, tmp_path):
+        """Stored 80 x 100, to be seen 100 x 80: boxes are those of what is seen."""
+        tiny.write_turned(tmp_path / "turned.jpg", plain(80, 100, RED), 6)
+        result = detector(Found((0, 0, 51, 64), (25.5, 0, 51, 32)))(tmp_path / "turned.jpg", 0.0)
+        assert result.image.shape == (100, 80, 3)
+        np.testing.assert_allclose(result.boxes, [(0, 0, 80, 100), (40, 0, 80, 50)], atol=1e-4)
+
+    def test_of_several_images_are_each_ones_own(self):
+        results = detector(Found((0, 0, 32, 32)))([plain(64, 64, RED), plain(128, 128, RED)], 0.0)
+        assert [result.boxes.tolist() for result in results] == [[[0, 0, 32, 32]], [[0, 0, 64, 64]]]
+
+
+class TestInput:
+    @pytest.mark.parametrize("canvas", [0, 96])
+    def test_is_rgb_at_the_top_left_of_a_multiple_of_128(self, tmp_path, canvas):
+        """Left half red, right half blue: from an array, from a file, and from its name."""
+        image = np.concatenate([plain(100, 40, RED), plain(100, 40, BLUE)], axis=1)
+        (tmp_path / "x.png").write_bytes(png(image))
+        for source in (image, tmp_path / "x.png", str(tmp_path / "x.png")):
+            found = Found((0, 0, 9, 9))
+            result = detector(found, canvas=canvas)(source, 0.0)
+            np.testing.assert_array_equal(result.image, image)
+            assert found.images.shape == (1, 128, 128, 3)
+            assert found.images.dtype == np.uint8
+            assert found.sizes.tolist() == [[canvas or 64, canvas or 51]]
+            assert found.images[0, 63, 0].tolist() == list(RED)
+            assert found.images[0, 63, 50].tolist() == list(BLUE)
+            assert np.all(found.images[0, 64:canvas, :canvas] == 114)
+            assert not found.images[0, canvas or 64 :].any()
+            assert not found.images[0, :, canvas or 51 :].any()
+
+
+class TestWhatIsKept:
+    def test_scores_from_the_threshold_on(self):
+        made = detector(Found(*[(0, 0, 9, 9)] * 4, scores=[0.75, 0.5, 0.25, 0.125]))
+        image = plain(64, 64, RED)
+        for threshold, count in ((0.0, 4), (0.125, 4), (0.25, 3), (0.5, 2), (0.51, 1), (0.75, 1), (0.76, 0)):
+            assert len(made(image, threshold)) == len(made(image, 0.0).above(threshold)) == count, threshold
+        assert made(image).scores.tolist() == [0.75, 0.5]
+
+    def test_everything_of_a_detection_stays_together(self):
+        boxes = [(0, 0, 9, 9), (1, 1, 8, 8), (2, 2, 7, 7), (3, 3, 6, 6)]
+        found = Found(*boxes, scores=[0.75, 0.5, 0.25, 0.125], labels=[2, 0, 1, 2], valid=[True, False, True, True])
+        result = detector(found)(plain(64, 64, RED), 0.25)
+        assert result.boxes.tolist() == [[0, 0, 9, 9], [2, 2, 7, 7]]
+        assert result.scores.tolist() == [0.75, 0.25]
+        assert result.labels.tolist() == [2, 1]
+        assert result.names == ["hat", "pen"]
+        assert result.category_ids == [9, 5]
+
+    def test_names_and_ids_are_those_of_the_labels_whatever_their_order(self):
+        classes = Classes(("hat", "cup", "pen"), (9, 2, 5))
+        result = detector(Found(*[(0, 0, 9, 9)] * 3, labels=[0, 1, 2]), classes=classes)(plain(64, 64, RED), 0.0)
+        assert (result.names, result.category_ids) == (["hat", "cup", "pen"], [9, 2, 5])
+
+    def test_pictures_name_and_place_what_was_found(self, monkeypatch):
+        drawn = []
+        monkeypatch.setattr("hpr_jax.inference.image_detector.draw", lambda *arguments: drawn.append(arguments) or "picture")
+        image = plain(64, 64, RED)
+        result = detector(Found((0, 0, 9, 9), (8, 8, 32, 16), scores=[0.751, 0.5], labels=[1, 2]))(image, 0.0)
+        assert result.draw() == "picture"
+        ((pixels, boxes, labels, captions),) = drawn
+        np.testing.assert_array_equal(pixels, image)
+        assert boxes.tolist() == [[0, 0, 9, 9], [8, 8, 32, 16]]
+        assert labels.tolist() == [1, 2]
+        assert captions == ["pen 0.75", "hat 0.50"]
+
+
+class TestPredict:
+    @pytest.fixture
+    def loaded(self, monkeypatch):
+        """What predict loads, and how it is called; it finds two objects in every image."""
+        calls = types.SimpleNamespace(loads=[], images=[], thresholds=[])
+
+        def find(image, threshold):
+            calls.images.append(image)
+            calls.thresholds.append(threshold)
+            boxes = np.array([[1.234, 2.345, 30.5, 40], [0, 0, 80, 100]], np.float32)
+            return Detections(image, boxes, np.float32([0.87654, 0.5]), np.array([2, 0]), ["hat", "cup"], [9, 2])
+
+        monkeypatch.setattr(
+            "hpr_jax.inference.predict.load", lambda *args, **settings: calls.loads.append((args, settings)) or find
+        )
+        return calls
+
+    def test_boxes_scores_and_classes_are_written(self, loaded, tmp_path):
+        (tmp_path / "x.png").write_bytes(png(plain(100, 80, GREEN)))
+        tiny.write_turned(tmp_path / "y.jpg", plain(80, 100, RED), 6)
+        predict(tmp_path / "run", [tmp_path / "x.png", tmp_path / "y.jpg"], tmp_path / "out", 0.25, [("a.b", "1")], "config")
+        assert loaded.loads == [((tmp_path / "run",), {"overrides": {"a.b": "1"}, "config": "config"})]
+        assert loaded.thresholds == [0.25, 0.25]
+        content = json.loads((tmp_path / "out/predictions.json").read_text())
+        assert content["skipped"] == []
+        for entry, file in zip(content["images"], ("x.png", "y.jpg"), strict=True):
+            assert entry == {
+                "file": str(tmp_path / file),
+                "picture": str(tmp_path / f"out/{file[0]}.jpg"),
+                "width": 80,
+                "height": 100,
+                "detections": [
+                    {"box": [1.23, 2.35, 30.5, 40.0], "score": 0.8765, "category_id": 9, "name": "hat"},
+                    {"box": [0.0, 0.0, 80.0, 100.0], "score": 0.5, "category_id": 2, "name": "cup"},
+                ],
+            }
+
+    def test_the_network_sees_rgb_and_so_does_the_reader(self, loaded, monkeypatch, tmp_path):
+        for name, colour in (("red", RED), ("blue", BLUE), ("mixed", (200, 120, 40))):
+            (tmp_path / f"{name}.png").write_bytes(png(plain(40, 40, colour)))
+        # Nothing drawn, so that colours can be compared.
+        monkeypatch.setattr(Detections, "draw", lambda self: self.image)
+        names = ("red", "blue", "mixed")
+        predict(tmp_path, [tmp_path / f"{name}.png" for name in names], tmp_path / "out", 0.5)
+        assert [image[20, 20].tolist() for image in loaded.images] == [list(RED), list(BLUE), [200, 120, 40]]
+        for name, image in zip(names, loaded.images):
+            written = cv2.imread(str(tmp_path / f"out/{name}.jpg"))[..., ::-1]
+            np.testing.assert_allclose(written, image, atol=4)

@@ -1,0 +1,285 @@
+"""What the training loop gives to a step and to evaluation, and what it writes where: with steps and precisions as scripted.
+
+There is no detector: a state is a single parameter, which counts the steps.
+"""
+
+import json
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from flax import nnx
+from workdirs import lines
+
+from hpr_jax.evaluation.evaluator import EvaluationResult
+from hpr_jax.runtime.devices import data_mesh, replicate
+from hpr_jax.training.run import train
+from hpr_jax.training.state import TrainState, initial_state
+from hpr_jax.weights.checkpoint import read_meta
+
+SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 4, "warmup_factor": 0.5, "milestones": (3,), "gamma": 0.1}
+RATES = (0.5, 0.625, 0.75, 0.0875)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Replaces the detector's state, steps and evaluation, and keeps what they are given.
+
+    After step n the parameter is n, its average -n, and the numbers are n (loss), 10 n (gradient's norm) and 100 n (a term);
+    the precision of the k-th evaluation is the k-th of `precisions`.
+    """
+    seen = types.SimpleNamespace(rates=[], settings=[], evaluated=[], precisions=iter([0.5] * 99), mesh=None)
+
+    def initial_state(config, num_classes, mesh, weights):
+        def parameter():
+            return nnx.State({"count": nnx.Param(jnp.zeros(2))})
+
+        seen.mesh = mesh
+        average = parameter() if config.train.ema_decay else None
+        frozen = nnx.State({"frozen": nnx.Variable(jnp.ones(2))})
+        return None, replicate(mesh, TrainState(np.int32(0), parameter(), frozen, {"moments": jnp.zeros(2)}, average))
+
+    class Step:
+        compilations = 7
+
+        def __call__(self, state, batch, rate):
+            number = int(jax.device_get(state.step)) + 1
+            seen.rates.append(rate)
+            counts = {name: np.sum(count) for name, count in jax.device_get(batch.counts).items()}
+
+            def filled(tree, value):
+                return jax.tree.map(lambda _: replicate(seen.mesh, np.full(2, value, np.float32)), tree)
+
+            params, average = filled(state.params, number), filled(state.average, -number)
+            state = state.replace(step=replicate(seen.mesh, np.int32(number)), params=params, average=average)
+            return state, {"loss": number, "gradient_norm": 10 * number, "layer_0/class": 100 * number, **counts}
+
+    class ScriptedEvaluator:
+        compilations = 3
+
+        def __init__(self, config, dataset, graph):
+            seen.evaluated_on = dataset
+
+        def run(self, state):
+            seen.evaluated.append(float(nnx.to_pure_dict(state)["count"][0]))
+            precision = next(seen.precisions)
+            # Another number that falls where AP rises.
+            metrics = {"AP": precision, "AP50": 1 - precision}
+            return EvaluationResult(metrics, {"cup": {"AP": precision, "AP50": precision}}, [])
+
+    monkeypatch.setattr("hpr_jax.training.run.initial_state", initial_state)
+    monkeypatch.setattr("hpr_jax.training.run.make_train_step", lambda *settings: seen.settings.append(settings) or Step())
+    monkeypatch.setattr("hpr_jax.training.run.Evaluator", ScriptedEvaluator)
+    return seen
+
+
+def settings(coco, **others):
+    config = tiny.config(coco)
+    config.optimizer.update(SCHEDULE)
+    config.train.update(steps=4, log_every=1, checkpoint_every=100, evaluate_every=100)
+    config.train.update(others)
+    return config
+
+
+def stored(checkpoint):
+    """The arrays of a checkpoint."""
+    items = {name: ocp.args.StandardRestore() for name in ("model", "training") if (checkpoint / name).is_dir()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(checkpoint.resolve(), args=ocp.args.Composite(**items))
+
+
+class TestLearningRates:
+    def test_steps_take_the_rates_that_are_logged(self, scripted, coco, tmp_path):
+        train(settings(coco), tmp_path)
+        assert scripted.rates == pytest.approx(RATES)
+        assert [line["learning_rate"] for line in lines(tmp_path) if "loss" in line] == pytest.approx(RATES)
+
+    def test_a_run_that_goes_on_takes_the_next_ones(self, scripted, coco, tmp_path):
+        for steps in (2, 4):
+            train(settings(coco, steps=steps), tmp_path, accept_changes=True)
+        assert scripted.rates == pytest.approx(RATES)
+        assert [line["learning_rate"] for line in lines(tmp_path) if "loss" in line] == pytest.approx(RATES)
+
+
+class TestWhatIsWritten:
+    def test_numbers_are_those_of_their_steps(self, scripted, coco, tmp_path):
+        """The loss is the mean since the last line."""
+        train(settings(coco, steps=6, log_every=3), tmp_path)
+        found = [line for line in lines(tmp_path) if "loss" in line]
+        assert [(line["step"], line["loss"]) for line in found] == [(1, 1.0), (3, 2.5), (6, 5.0)]
+        assert [line["gradient_norm"] for line in found] == [10, 30, 60]
+        assert [line["term/layer_0/class"] for line in found] == [100, 300, 600]
+        assert [line["compilations"] for line in found] == [10] * 3
+        assert all(line["images_per_second"] > 0 and line["data_wait"] >= 0 for line in found)
+        names = {
+            "step",
+            "loss",
+            "learning_rate",
+            "gradient_norm",
+            "images_per_second",
+            "data_wait",
+            "compilations",
+            "reports",
+        }
+        assert all(line.keys() == names | {"term/layer_0/class"} for line in found)
+
+    def test_reports_are_counted(self, scripted, coco, tmp_path, caplog):
+        """Each image has two boxes or none, and there is room for one."""
+        config = settings(coco, steps=3)
+        config.data.max_boxes = 1
+        train(config, tmp_path)
+        said = [message for message in caplog.messages if "has 2 boxes, the batch has room for 1" in message]
+        assert len(said) == [line["reports"] for line in lines(tmp_path) if "loss" in line][-1] > 0
+        assert said[-1].endswith(f"({len(said)} such reports so far)")
+
+    def test_precisions_are_written_under_their_names(self, scripted, coco, tmp_path, caplog):
+        scripted.precisions = iter([0.25, 0.375])
+        with caplog.at_level("INFO", "hpr_jax"):
+            metrics = train(settings(coco, evaluate_every=2), tmp_path)
+        assert [line for line in lines(tmp_path) if "val/AP" in line] == [
+            {"step": 2, "val/AP": 0.25, "val/AP50": 0.75},
+            {"step": 4, "val/AP": 0.375, "val/AP50": 0.625},
+        ]
+        assert metrics == {"AP": 0.375, "AP50": 0.625}
+        assert "step 2: AP 0.2500, AP50 0.7500" in caplog.messages
+        assert len(scripted.evaluated_on) == 3
+
+    def test_checkpoints_come_at_their_steps(self, scripted, coco, tmp_path):
+        train(settings(coco, steps=7, checkpoint_every=2, keep_checkpoints=3), tmp_path)
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6", "7"]
+        for step in (4, 6, 7):
+            content, meta = stored(tmp_path / f"checkpoints/{step}"), read_meta(tmp_path / f"checkpoints/{step}")
+            assert content.model["count"].tolist() == [step] * 2
+            assert content.model["frozen"].tolist() == [1, 1]
+            assert content.training["step"] == meta.step == step
+            assert meta.classes.category_ids == (2, 5, 9)
+            assert meta.config["train"]["steps"] == 7
+
+
+class TestWhatIsEvaluated:
+    @pytest.mark.parametrize(("decay", "sign"), [(0.0, 1), (0.9, -1)])
+    def test_the_average_where_there_is_one(self, scripted, coco, tmp_path, decay, sign):
+        """It is evaluated, kept as the best, and what a checkpoint's detector is; training goes on from the parameters."""
+        scripted.precisions = iter([0.25, 0.5])
+        train(settings(coco, evaluate_every=2, ema_decay=decay), tmp_path)
+        assert scripted.evaluated == [2 * sign, 4 * sign]
+        assert stored(tmp_path / "best/4").model["count"].tolist() == [4 * sign] * 2
+        content = stored(tmp_path / "checkpoints/4")
+        assert content.model["count"].tolist() == [4 * sign] * 2
+        assert "params" not in content.training if sign > 0 else content.training["params"]["count"].tolist() == [4, 4]
+
+    def test_a_run_that_is_over_is_evaluated_once_more(self, scripted, coco, tmp_path):
+        for _ in range(2):
+            train(settings(coco, ema_decay=0.9), tmp_path)
+        assert scripted.evaluated == [-4, -4]
+
+
+class TestTheBest:
+    def best(self, tmp_path):
+        (path,) = (tmp_path / "best").iterdir()
+        meta = read_meta(path)
+        assert stored(path).model["count"].tolist() == [meta.step] * 2
+        return path.name, meta.step, meta.metrics["AP"]
+
+    def test_is_that_of_the_highest_ap(self, scripted, coco, tmp_path):
+        """Neither the last one nor the one of another number; of equal ones the first."""
+        scripted.precisions = iter([0.25, 0.75, 0.75, 0.5])
+        train(settings(coco, evaluate_every=1), tmp_path)
+        assert self.best(tmp_path) == ("2", 2, 0.75)
+
+    @pytest.mark.parametrize(("precision", "expected"), [(0.5, ("2", 2, 0.75)), (0.875, ("4", 4, 0.875))])
+    def test_is_known_to_a_run_that_goes_on(self, scripted, coco, tmp_path, precision, expected):
+        scripted.precisions = iter([0.75, precision])
+        for steps in (2, 4):
+            train(settings(coco, steps=steps), tmp_path, accept_changes=True)
+        assert self.best(tmp_path) == expected
+
+
+class TestSettingsReachTheirParts:
+    def test_of_the_step(self, scripted, coco, tmp_path):
+        config = settings(coco, seed=5, ema_decay=0.75, accumulation_steps=2)
+        config.optimizer.update(clip_norm=0.5, weight_decay=0.25, backbone_multiplier=0.125)
+        train(config, tmp_path)
+        ((_, criterion, optimizer, seed, decay, parts, mesh),) = scripted.settings
+        assert (seed, decay, parts, mesh.size) == (5, 0.75, 2, jax.device_count())
+        assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.backbone_multiplier) == (0.5, 0.25, 0.125)
+        assert dict(criterion.branch_weights).keys() == {"regional_attention", "dynamic_conv"}
+
+    def test_of_the_loader(self, scripted, coco, tmp_path, monkeypatch):
+        found = []
+
+        def batches(loader, start, stop, threads, workers):
+            found.append((loader, start, stop, threads, workers))
+            return types.SimpleNamespace(__next__=None, close=lambda: None)
+
+        config = settings(coco, steps=2)
+        train(config, tmp_path)
+        config.data.update(threads=3, workers=2)
+        monkeypatch.setattr("hpr_jax.training.run.train_batches", batches)
+        train(config, tmp_path)
+        ((loader, *others),) = found
+        assert others == [2, 2, 3, 2]
+        assert loader.max_boxes == 4
+        assert (loader.plan.batch_size, loader.plan.seed) == (2, 0)
+        assert loader.places == slice(0, 2)
+
+    def test_of_what_a_checkpoint_says_of_its_run(self, scripted, coco, tmp_path):
+        train(settings(coco, steps=0, epochs=1, evaluate_every=1, seed=3), tmp_path)
+        meta = read_meta(tmp_path / "checkpoints/3")
+        # Six images in batches of two.
+        assert (meta.config["train"]["steps"], meta.config["train"]["epochs"]) == (3, 0)
+        assert meta.config["optimizer"]["milestones"] == [9]
+        assert meta.config["train"]["seed"] == 3
+        assert meta.run["progress"] == {"losses": [], "reports": 0}
+        assert json.loads(json.dumps(meta.run)) == meta.run
+        assert meta.run["data"].keys() == {"training split", "validation split"}
+
+
+class Module(nnx.Module):
+    """In place of a detector."""
+
+    def __init__(self):
+        self.trained, self.frozen = nnx.Param(jnp.arange(3.0)), nnx.Variable(jnp.ones(2))
+
+
+class TestInitialStates:
+    def made(self, monkeypatch, weights=None, **settings):
+        """The state, and what the detector and its weights were made of."""
+        calls = []
+
+        def random_detector(model, num_classes, *, compute, seed):
+            calls.append((model.channels, num_classes, compute.dtype, seed))
+            return Module()
+
+        monkeypatch.setattr("hpr_jax.training.state.random_detector", random_detector)
+        monkeypatch.setattr("hpr_jax.training.state.load_initial_weights", lambda detector, path: calls.append(path))
+        config = tiny.config()
+        config.train.update(settings)
+        graph, state = initial_state(config, 7, data_mesh(jax.devices()[:1]), weights)
+        return graph, state, calls
+
+    def test_the_average_begins_as_a_copy_of_the_parameters(self, monkeypatch):
+        _, state, _ = self.made(monkeypatch, ema_decay=0.9)
+        trained, average = state.params["trained"], state.average["trained"]
+        assert trained[...].tolist() == average[...].tolist() == [0, 1, 2]
+        # A step overwrites the parameters.
+        assert trained[...].unsafe_buffer_pointer() != average[...].unsafe_buffer_pointer()
+        assert nnx.to_pure_dict(state.frozen)["frozen"].tolist() == [1, 1]
+        assert int(state.step) == 0
+        assert self.made(monkeypatch)[1].average is None
+
+    def test_is_that_of_the_config(self, monkeypatch):
+        graph, state, calls = self.made(monkeypatch, seed=5)
+        assert calls == [(16, 7, "float32", 5)]
+        assert isinstance(nnx.merge(graph, state.params, state.frozen), Module)
+        moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.size == 3]
+        assert [moment.tolist() for moment in moments] == [[0, 0, 0]] * 2
+
+    def test_initial_weights_are_those_of_the_given_file(self, monkeypatch):
+        *_, calls = self.made(monkeypatch, weights=Path("weights.pth"))
+        assert calls[1:] == [Path("weights.pth")]
