@@ -1,4 +1,4 @@
-"""The mode that prints what a detector costs, before there is data or a device to run it."""
+"""Prints what a detector costs: parameters, FLOPs, shapes and memory. Needs neither data nor the device."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -20,15 +20,17 @@ from hpr_jax.analysis.costs import (
 )
 from hpr_jax.data.build import wants_masks
 from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.errors import UserError
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
 from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
-# Room for ground-truth boxes where config.data.max_boxes leaves it to the data (the fullest image of COCO has 93), and again
-# for as many pasted ones.
+# Assumed room for ground-truth boxes in a view where config.data.max_boxes leaves it to the data; COCO's fullest image has
+# 93. Where objects are pasted, there is room for as many again.
 MAX_BOXES = 100
 
+# What is printed below the table of parameters and FLOPs, and below the tables of shapes.
 COUNTED = """\
 GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
 weighted sums over sampled features among them; gathers, norms, activations and the selection of queries do not count. Box
@@ -47,17 +49,19 @@ def describe(
     """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
 
     Args:
-      config: None for a checkpoint's own; else in its place, and its model must be the same.
-      num_classes: of a detector from a config alone.
+      config: of the detector; None takes the checkpoint's. With a checkpoint, the model must be the checkpoint's.
+      num_classes: number of classes of a detector without a checkpoint.
       checkpoint: a checkpoint's directory or a run's workdir, or None.
       overrides: settings (dotted key, text) in place of a checkpoint's.
 
     Raises:
-      UserError: nothing to describe, or settings that no detector or run can have.
+      UserError: there is nothing to describe, or no detector or run can have these settings.
     """
     if checkpoint is not None:
         meta = read_meta(checkpoint)
         config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
+    if config is None:
+        raise UserError("There is nothing to describe; give a config or a checkpoint.")
     check(config)
     make_criterion(config)
     detector = abstract_detector(config.model, num_classes, config.compute)
@@ -83,7 +87,7 @@ def describe(
 
 
 def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    """The first column is flush left, the others right."""
+    """Prints rows of texts in columns: the first column is aligned left, the others right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:
@@ -93,8 +97,9 @@ def _print_table(rows: Iterable[Sequence[str]]) -> None:
 def _print_parts(parts: Sequence[Part], image: Shape) -> None:
     rows = [("module", "parameters", "trained", "frozen", "GFLOPs")]
     for part in [*parts, total(parts)]:
-        counts = (f"{count:,}" for count in (part.trained + part.frozen, part.trained, part.frozen))
-        rows.append((f"  {part.name}" if part.within else part.name, *counts, f"{part.flops / 1e9:,.3f}"))
+        name = f"  {part.name}" if part.within else part.name
+        everything = part.trained + part.frozen
+        rows.append((name, f"{everything:,}", f"{part.trained:,}", f"{part.frozen:,}", f"{part.flops / 1e9:,.3f}"))
     _print_table(rows)
     print(COUNTED.format(*image))
 
@@ -111,6 +116,7 @@ def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[S
 
 
 def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
+    """Prints an estimate of memory in bytes by what it is for; where XLA tells the temporaries, also the sum."""
     backend = jax.default_backend()
     print(f"\nMemory of {what}, on {backend}:", flush=True)
     try:
