@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
       UserError: there is no such file or variant, the file cannot be loaded, or an override is wrong.
     """
     path, variant = _find(spec)
-    module = _load(path)
+    module = load_module(path)
     variants = getattr(module, "VARIANTS", None)
     if variant and variants is not None and variant not in variants:
         raise UserError(f"{path} has no variant {variant!r}; {suggestion(variant, variants)}")
@@ -48,7 +49,7 @@ def config_name(spec: str) -> str:
     """A name for runs of a config, from its file and its variant, like `ddq_r50_1x`; raises as `load_config` does."""
     path, variant = _find(spec)
     if not variant:
-        parameter = inspect.signature(_load(path).get_config).parameters.get("variant")
+        parameter = inspect.signature(load_module(path).get_config).parameters.get("variant")
         default = parameter.default if parameter else None
         variant = default if isinstance(default, str) else ""
     return f"{path.stem}_{variant}" if variant else path.stem
@@ -68,8 +69,12 @@ def _find(spec: str) -> tuple[Path, str]:
     raise UserError(f"There is no config file {name}; {suggestion(name, known)}")
 
 
-def _load(path: Path) -> Any:
-    """The module of a config file; it has a function `get_config`."""
+def load_module(path: Path) -> Any:
+    """The module of a config file.
+
+    Raises:
+      UserError: the file is no Python file, cannot be loaded, or has no function `get_config`.
+    """
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"The config file {path} is no Python file; its name must end in .py.")
@@ -122,20 +127,23 @@ def _key_suggestion(key: str, known: list[str]) -> str:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-    """The value that a text means, in the type of the old value; raises as `override` does."""
+    """The value that a text means, in the type of the old value, if there is one; raises as `override` does."""
     if isinstance(old, str):
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if isinstance(old, tuple):
+    if old is None:
+        return value
+    names = key in NAME_LISTS or (isinstance(old, tuple | list) and any(isinstance(item, str) for item in old))
+    if isinstance(old, tuple | list):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
         items = value if isinstance(value, tuple | list) else (value,)
-        wanted = str if key in NAME_LISTS else int | float
+        wanted = str if names else int | float
         if all(isinstance(item, wanted) and not isinstance(item, bool) for item in items):
-            return tuple(items)
+            return type(old)(items)
     elif isinstance(old, bool):
         if isinstance(value, bool):
             return value
@@ -143,9 +151,13 @@ def _parse(key: str, text: str, old: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    kind = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(old)]
-    kind = "a list of names" if key in NAME_LISTS else kind
+        try:
+            return float(value)
+        except OverflowError:
+            # A whole number that no float can hold; `hpr_jax.settings.check` refuses infinity.
+            return math.inf if value > 0 else -math.inf
+    kind = {bool: "True or False", int: "a whole number", float: "a number"}.get(type(old), "a list of numbers")
+    kind = "a list of names" if names else kind
     raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
 
 

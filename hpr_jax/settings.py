@@ -38,7 +38,7 @@ class Setting:
     def bounds(self) -> str:
         """The bounds in words, like `at least 0 and below 1`; '' if there are none."""
         parts = [
-            f"{words} {bound:g}"
+            f"{words} {bound}"
             for words, bound in (
                 ("at least", self.at_least),
                 ("above", self.above),

@@ -1,5 +1,6 @@
 """What all tests share: the CPU, quick compilation, compiled programs kept between runs, and fixtures."""
 
+import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,20 @@ SLOWEST_FILES = ("test_resuming.py", "test_training.py", "test_devices.py")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
+
+
+@pytest.fixture
+def restored_log():
+    """Undoes what a test does to the log: it sends the log to the console or to a file, and away from pytest."""
+    loggers = [logging.getLogger(name) for name in ("hpr_jax", "absl")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before):
+        for handler in [handler for handler in logger.handlers if handler not in handlers]:
+            handler.close()
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")
