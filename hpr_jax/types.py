@@ -1,4 +1,4 @@
-"""What models and losses exchange. All boxes are normalised cxcywh, relative to an image's valid area."""
+"""The types that models and losses exchange. All boxes are normalised cxcywh, relative to an image's valid area."""
 
 import flax.struct
 import jax
@@ -6,12 +6,12 @@ import jax
 
 @flax.struct.dataclass
 class Targets:
-    """Ground truth, padded to N boxes an image; the real boxes come first.
+    """Ground truth. It is padded to N boxes for each image; the real boxes stand first.
 
     Attributes:
       boxes: `[B, N, 4]`.
       labels: int32 `[B, N]`, class indices.
-      valid: bool `[B, N]`, false where padded.
+      valid: bool `[B, N]`, false for padding.
       sizes: int32 `[B, 2]`, valid (height, width) of each image in pixels.
     """
 
@@ -23,16 +23,16 @@ class Targets:
 
 @flax.struct.dataclass
 class DenoisingQueries:
-    """Noisy copies of the ground truth in D fixed slots (DINO, Zhang et al. 2023, section 3.3).
+    """Noisy copies of the ground truth (DINO, Zhang et al. 2023, section 3.3), in a fixed number D of slots.
 
     Attributes:
       labels: int32 `[B, D]`, noisy class indices.
       boxes: `[B, D, 4]`, noisy reference boxes.
-      target: int32 `[B, D]`, index of the box that a slot is a copy of.
-      group: int32 `[B, D]`; slots of a group see one another.
-      used: bool `[B, D]`, false for slots that no group fills: nothing attends to them, no loss counts them.
+      target: int32 `[B, D]`, index of the ground-truth box that a slot is a copy of.
+      group: int32 `[B, D]`, number of the slot's group, whose slots see one another; -1 for unused slots.
+      used: bool `[B, D]`, false for slots that no group fills: no query sees them, and they enter no loss.
       object: bool `[B, D]`, true for copies of a real box; other used slots are trained as background.
-      positive: bool `[B, D]`, true for the copies that shall find their box.
+      positive: bool `[B, D]`, true for copies that are trained to find their box.
     """
 
     labels: jax.Array
@@ -46,11 +46,12 @@ class DenoisingQueries:
 
 @flax.struct.dataclass
 class Predictions:
-    """Class logits `[..., Q, K]`, boxes `[..., Q, 4]`, and which queries count, bool `[..., Q]`.
+    """What a head predicts from queries. The leading axes are the batch, or layers and batch.
 
     Attributes:
-      logits, boxes: leading axes (layers and) batch.
-      valid: the same leading axes.
+      logits: of the classes, `[..., Q, K]`.
+      boxes: `[..., Q, 4]`.
+      valid: bool `[..., Q]`, false for queries that enter no loss and no detection.
     """
 
     logits: jax.Array
@@ -63,9 +64,9 @@ class BranchPredictions:
     """Predictions of all decoder layers from one branch (the primary one or an auxiliary one), by kind of query.
 
     Attributes:
-      matching: of the queries that are matched with the ground truth.
-      denoising: of the denoising queries, or None.
-      dense: of the dense queries, or None.
+      matching: of the matching queries, `[layers, B, M, ...]`.
+      denoising: of the denoising queries, `[layers, B, D, ...]`, or None.
+      dense: of the dense queries, `[layers, B, Q, ...]`, or None.
     """
 
     matching: Predictions
@@ -75,7 +76,7 @@ class BranchPredictions:
 
 @flax.struct.dataclass
 class Intermediates:
-    """For whoever studies refiners.
+    """What the detector computes on its way to the predictions, for studies of refiners.
 
     Attributes:
       memory: `[B, S, C]`, output of the encoder.
@@ -83,10 +84,10 @@ class Intermediates:
       level_sizes: int32 `[B, L, 2]`, valid (height, width) of each level.
       initial_content: `[B, Q, C]`, queries in front of the first decoder layer.
       reference_boxes: `[layers + 1, B, Q, 4]`, in front of each layer, and behind the last.
-      hidden: `[layers, B, Q, C]`, primary branch behind each layer.
-      normed: the same behind the norm that the heads read.
+      hidden: `[layers, B, Q, C]`, queries behind each layer.
+      normed: `[layers, B, Q, C]`, the same behind the norm that the heads of the primary branch read.
       branch_hidden, branch_normed: `[layers, branches, B, Q, C]`, the same for the auxiliary branches.
-      attention_mask: bool `[layers, B, M, M]`, which matching queries see which, in each layer.
+      attention_mask: bool `[layers, B, M, M]`, whether the selection of distinct queries lets a matching query see another.
     """
 
     memory: jax.Array
@@ -107,10 +108,10 @@ class Outputs:
 
     Attributes:
       primary: predictions of the primary branch.
-      branches: name of each auxiliary branch -> its predictions.
-      proposals: of the encoder, for the initial queries.
-      dense_proposals: of the encoder, for the dense queries, or None.
-      intermediates: hidden states and masks.
+      branches: predictions of the auxiliary branches, by the names of their refiners.
+      proposals: that the matching queries come from, `[B, M, ...]`.
+      dense_proposals: that the dense queries come from, `[B, Q, ...]`, or None.
+      intermediates: what was computed on the way.
     """
 
     primary: BranchPredictions

@@ -1,4 +1,5 @@
-"""Pallas kernels for NVIDIA GPUs, on the Triton backend. They import nothing but JAX, and know nothing of detectors.
+"""Pallas kernels for NVIDIA GPUs, on the Triton backend. They know nothing of detectors.
 
-What calls them, differentiates them, and chooses between them and plain XLA is in `hpr_jax.ops`.
+`hpr_jax.ops` calls them, differentiates them, and chooses between them and plain XLA.
+May import JAX, and nothing else of the package.
 """

@@ -1,7 +1,8 @@
 """Multi-scale deformable sampling (Deformable DETR, Zhu et al. 2021, equation 3) and its gradients.
 
-A row is a (query, head); a program works on a block of rows of one image, with a row's channels side by side: a corner of a
-sampling point is one load of `width` neighbouring channels. Arithmetic is float32 whatever the type of `value`.
+A row is one head of one query. A program works on a block of rows of one image, and holds the channels of a row side by
+side: a corner (one of the four pixels around a sampling point) is one load of `width` neighbouring channels. The kernels
+compute in float32, whatever the type of `value`.
 
 Shapes: `value` `[B, S, H, D]`, `locations` `[B, Q, H, L, P, 2]`, `weights` `[B, Q, H, L, P]`, as in
 `hpr_jax.ops.deformable_sampling`; locations and weights are float32.
@@ -18,11 +19,13 @@ from jax.experimental.pallas import triton as plt
 from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two
 from hpr_jax.kernels.relaxed_add import relaxed_add
 
+# Largest number of channels D of a head.
 MAX_WIDTH = 128
-# Eight channels a thread: loads of 16 bytes, the widest there are.
+# A thread of the forward kernel handles eight channels: loads of 16 bytes (in bfloat16), the widest there are.
 FORWARD = Launch(num_warps=2, elements=8)
-# Four: additions of 16 bytes, the widest there are. With eight, every corner of bfloat16 would be handed from the threads
-# that loaded it to those that add it, through shared memory and two barriers.
+# A thread of the backward kernel handles four channels: additions of 16 bytes (in float32), the widest there are. With
+# eight, every corner in bfloat16 would move from the threads that loaded it to those that add it, through shared memory and
+# two barriers.
 BACKWARD = Launch(num_warps=2, elements=4)
 
 
@@ -35,7 +38,7 @@ def forward(
     launch: Launch = FORWARD,
     interpret: bool = False,
 ) -> jax.Array:
-    """-> `[B, Q, H, D]` in the type of `value`."""
+    """Weighted sums of sampled values: `[B, Q, H, D]` in the type of `value`."""
     batch, queries, heads, levels, points, _ = locations.shape
     width, rows = value.shape[-1], queries * heads
     block = launch.block(width)
@@ -61,7 +64,7 @@ def backward(
     launch: Launch = BACKWARD,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `value`, `locations` and `weights`, all float32, from that of the output, `[B, Q, H, D]`.
+    """Gradients of `value`, `locations` and `weights`, all float32, from the gradient of the output, `[B, Q, H, D]`.
 
     The gradient of `value` is summed in an order that changes from run to run, as in the original CUDA operator.
     """
@@ -84,7 +87,7 @@ def backward(
 
 
 def _flat(value, locations, weights):
-    """Tables of rows: `[B S H, D]`, `[B Q H, 2 L P]`, `[B Q H, L P]`."""
+    """The arrays as tables of rows: `[B * S * H, D]`, `[B * Q * H, 2 * L * P]`, `[B * Q * H, L * P]`."""
     batch, queries, heads, levels, points, _ = locations.shape
     rows, samples = batch * queries * heads, levels * points
     return value.reshape(-1, value.shape[-1]), locations.reshape(rows, 2 * samples), weights.reshape(rows, samples)
@@ -100,8 +103,8 @@ class _Geometry:
         self.samples = self.points * len(self.spatial_shapes)
 
     def indices(self):
-        """This program's rows and channels: row of the tables of queries `[block, 1]`, whether it exists, head, channel
-        `[1, D]`, whether both exist `[block, D]`."""
+        """What this program works on: rows of the tables of locations and weights, whether each exists, their heads,
+        `[block]` each; channels `[D]`; whether each pair of row and channel exists `[block, D]`."""
         within = pl.program_id(0) * self.block + jnp.arange(self.block)
         channel = jnp.arange(power_of_two(self.width))
         live = within < self.rows
@@ -109,7 +112,7 @@ class _Geometry:
         return row, live, within % self.heads, channel, live[:, None] & (channel < self.width)[None, :]
 
     def levels(self):
-        """Number, row of the value table where it starts in this image, height and width of each level."""
+        """Of each level its index, the row of the table of values where it starts in this image, its height and width."""
         start = 0
         for level, (height, width) in enumerate(self.spatial_shapes):
             yield level, (pl.program_id(1) * self.tokens + start) * self.heads, height, width
@@ -117,14 +120,15 @@ class _Geometry:
 
 
 def _corners(x, y, height, width):
-    """The four pixels around pixel coordinates: (row-major index, whether it is inside, its weight along x, along y)."""
+    """The four pixels around pixel coordinates: of each its row-major index, whether it is inside the map, and its weights
+    along x and along y."""
     x0, y0 = jnp.floor(x), jnp.floor(y)
     for dy, weight_y in ((0, 1.0 - (y - y0)), (1, y - y0)):
         for dx, weight_x in ((0, 1.0 - (x - x0)), (1, x - x0)):
             column, row = x0 + dx, y0 + dy
-            # Tested as floats: integers would overflow far outside.
+            # Compared as floats, since integers would overflow far outside.
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            # Zero outside, also where a location is not finite.
+            # Everything is zero outside, and where a location is not finite.
             pixel, *weights = (jnp.where(inside, x, 0.0) for x in (row * width + column, weight_x, weight_y))
             yield pixel.astype(jnp.int32), inside, *weights
 
@@ -156,34 +160,34 @@ def _forward(value, locations, weights, out, *, geometry):
 def _backward(value, locations, weights, gradient, _, grad_value, grad_locations, grad_weights, *, geometry):
     row, live, head, channel, exists = geometry.indices()
     gradient = plt.load(gradient.at[row[:, None], channel[None, :]], mask=exists, other=0).astype(jnp.float32)
-    # Gradients by sample are collected in registers and stored at once, row after row.
+    # The gradients of locations and weights are collected in registers, and stored together at the end.
     column = jnp.arange(power_of_two(geometry.samples))
     column2 = jnp.arange(2 * power_of_two(geometry.samples))
-    by_weight = jnp.zeros((geometry.block, column.size), jnp.float32)
-    by_location = jnp.zeros((geometry.block, column2.size), jnp.float32)
+    weight_sums = jnp.zeros((geometry.block, column.size), jnp.float32)
+    location_sums = jnp.zeros((geometry.block, column2.size), jnp.float32)
     for level, start, height, width in geometry.levels():
 
         def add_point(point, sums, level=level, start=start, height=height, width=width):
-            by_weight, by_location = sums
+            weight_sums, location_sums = sums
             sample = level * geometry.points + point
             x, y, weight = _sample(locations, weights, row, live, sample, height, width)
-            of_weight = of_x = of_y = jnp.zeros(geometry.block, jnp.float32)
+            weight_gradient = x_gradient = y_gradient = jnp.zeros(geometry.block, jnp.float32)
             for corner, (pixel, inside, weight_x, weight_y) in enumerate(_corners(x, y, height, width)):
                 place = ((start + pixel * geometry.heads + head)[:, None], channel[None, :])
                 mask = inside[:, None] & exists
                 loaded = plt.load(value.at[place], mask=mask, other=0).astype(jnp.float32)
                 product = jnp.sum(loaded * gradient, axis=1)
-                of_weight += weight_x * weight_y * product
-                of_x += (2 * (corner % 2) - 1) * weight_y * product
-                of_y += (2 * (corner // 2) - 1) * weight_x * product
+                weight_gradient += weight_x * weight_y * product
+                x_gradient += (2 * (corner % 2) - 1) * weight_y * product
+                y_gradient += (2 * (corner // 2) - 1) * weight_x * product
                 relaxed_add(grad_value, place, (weight * weight_x * weight_y)[:, None] * gradient, mask)
-            by_weight = jnp.where(column[None, :] == sample, of_weight[:, None], by_weight)
-            of_x, of_y = of_x * weight * width, of_y * weight * height
-            by_location = jnp.where(column2[None, :] == 2 * sample, of_x[:, None], by_location)
-            by_location = jnp.where(column2[None, :] == 2 * sample + 1, of_y[:, None], by_location)
-            return by_weight, by_location
+            weight_sums = jnp.where(column[None, :] == sample, weight_gradient[:, None], weight_sums)
+            x_gradient, y_gradient = x_gradient * weight * width, y_gradient * weight * height
+            location_sums = jnp.where(column2[None, :] == 2 * sample, x_gradient[:, None], location_sums)
+            location_sums = jnp.where(column2[None, :] == 2 * sample + 1, y_gradient[:, None], location_sums)
+            return weight_sums, location_sums
 
-        by_weight, by_location = jax.lax.fori_loop(0, geometry.points, add_point, (by_weight, by_location))
-    for ref, columns, sums in ((grad_weights, column, by_weight), (grad_locations, column2, by_location)):
+        weight_sums, location_sums = jax.lax.fori_loop(0, geometry.points, add_point, (weight_sums, location_sums))
+    for ref, columns, sums in ((grad_weights, column, weight_sums), (grad_locations, column2, location_sums)):
         mask = live[:, None] & (columns < ref.shape[1])[None, :]
         plt.store(ref.at[row[:, None], columns[None, :]], sums, mask=mask)

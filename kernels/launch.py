@@ -1,4 +1,4 @@
-"""What all kernels share: launch settings, and the call on the Triton backend of every supported JAX version."""
+"""What all kernels share: launch settings, and the call of the Triton backend in every supported JAX version."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,23 +12,23 @@ from hpr_jax.kernels.manual_axes import vary_alike
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How a table's rows are spread over threads.
+    """How the rows of a table are spread over threads.
 
     Attributes:
-      num_warps: warps of a program.
-      elements: neighbouring channels of a row that one thread handles, a power of two.
+      num_warps: number of warps (of 32 threads) of a program.
+      elements: number of neighbouring channels of a row that one thread handles, a power of two.
     """
 
     num_warps: int
     elements: int
 
     def block(self, width: int) -> int:
-        """Rows of `width` channels that a program works on, a power of two."""
+        """Number of rows, of `width` channels each, that a program works on; a power of two."""
         return max(32 * self.num_warps * self.elements // power_of_two(width), 1)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`: the only sizes that Triton knows."""
+    """The smallest power of two that is at least `n`. Triton knows no other sizes."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -42,11 +42,20 @@ def pallas_call(
     name: str,
     input_output_aliases: Mapping[int, int] | None = None,
 ) -> Callable[..., list[jax.Array]]:
-    """`pl.pallas_call` whose kernel sees whole arrays. Under `shard_map` the results vary over the axes that any argument
-    varies over."""
+    """`pl.pallas_call` of a kernel that sees all of each array.
 
-    def call(*arguments):
-        arguments = vary_alike(*arguments)
+    Under `shard_map` the results vary over the axes that any argument varies over.
+
+    Args:
+      out_shape: shape and type of each result.
+      grid: number of programs along each axis.
+      interpret: whether the kernel is interpreted, on any platform, instead of compiled.
+      name: of the kernel, in lowered programs.
+      input_output_aliases: argument that is overwritten -> result that takes its place.
+    """
+
+    def call(*arrays: jax.Array) -> list[jax.Array]:
+        arguments = vary_alike(*arrays)
         kind = jax.typeof(arguments[0]).manual_axis_type
         return pl.pallas_call(
             kernel,

@@ -1,12 +1,12 @@
-"""Addition into global memory, atomic and in no particular order.
+"""Addition into global memory that is atomic, but in no particular order.
 
 Pallas's own `atomic_add` has acquire-release semantics: a memory barrier and an invalidation of the L1 cache around every
 instruction. Sums of gradients need neither. With relaxed semantics the compiler emits plain reductions (`red.add`), four
-numbers wide from compute capability 9.0 on. Pallas has no public way to ask for them, so this is a primitive of its own,
-which lowers as `atomic_add` does and then changes the semantics of the operation; it is the one place here that uses
-private parts of JAX.
+numbers wide from compute capability 9.0 on. Pallas has no public way to ask for them, so `relaxed_add` is a primitive of its
+own, which lowers as `atomic_add` does and then changes the semantics of the operation. No other file here uses private parts
+of JAX.
 
-Its interpretation counts every addition, also those that several rows make to one place, and takes masks.
+Interpreted, it takes masks, and several additions to one place all count.
 """
 
 import jax
@@ -19,16 +19,23 @@ from jax._src.state import primitives as state_primitives
 from jax.extend.core import Primitive
 from jaxlib.mlir import ir
 
-# tt.atomic_rmw's code for relaxed semantics (Triton's enumeration MemSemantic).
+# The code of relaxed semantics in Triton's enumeration MemSemantic, as the operation tt.atomic_rmw takes it.
 RELAXED = 1
 
 relaxed_add_p = Primitive("relaxed_add")
 
 
 def relaxed_add(ref, index: tuple[jax.Array, ...], value: jax.Array, mask: jax.Array) -> None:
-    """`ref[index] += value` where `mask`: one index array per axis of `ref`, which broadcast to the shape of `value`."""
+    """`ref[index] += value` where `mask`.
+
+    Args:
+      ref: the reference of an array in global memory.
+      index: one array per axis of `ref`; together they broadcast to the shape of `value`.
+      value: what is added.
+      mask: bool, broadcasts to the shape of `value`.
+    """
     ref, transforms = state_primitives.get_ref_and_transforms(ref, index, "relaxed_add")
-    # A mask of another shape lowers, too, but to Triton code that does not parse.
+    # A mask of another shape would lower to Triton code that does not parse.
     mask = jnp.broadcast_to(mask, value.shape)
     flat, tree = jax.tree.flatten((ref, transforms, value, mask))
     relaxed_add_p.bind(*flat, args_tree=tree)
@@ -41,7 +48,7 @@ def _abstract_eval(*avals, args_tree):
 
 @discharge.register_discharge_rule(relaxed_add_p)
 def _interpret(*args, args_tree):
-    # What comes in front of the operands differs between JAX versions.
+    # JAX versions differ in what they pass in front of the operands.
     operands = args[-args_tree.num_leaves :]
     ref, (indexer,), value, mask = args_tree.unflatten(operands)
     old = ref[indexer.indices]

@@ -1,7 +1,7 @@
-"""Weighted sums of table rows, `out[n] = sum_k weights[n, k] * table[index[n, k]]`, and the gradient of the table.
+"""Weighted sums of a table's rows, `out[n] = sum_k weights[n, k] * table[index[n, k]]`, and the gradient of the table.
 
-XLA's form writes the gathered rows to memory and reads them again; the kernel keeps them in registers. Arithmetic is float32
-whatever the type of the table. Additions of weight zero are left out.
+XLA would write the gathered rows to memory and read them again; the kernel holds them in registers. It computes in float32,
+whatever the type of the table, and leaves out rows of weight zero.
 """
 
 import functools
@@ -14,22 +14,22 @@ from jax.experimental.pallas import triton as plt
 from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two
 from hpr_jax.kernels.relaxed_add import relaxed_add
 
-# Channels of one program; wider tables take several.
+# Number of channels that one program works on; wider tables take several programs.
 TILE = 256
-# Eight channels a thread: loads of 16 bytes, the widest there are.
+# A thread of the forward kernel handles eight channels: loads of 16 bytes (in bfloat16), the widest there are.
 FORWARD = Launch(num_warps=2, elements=8)
-# Four: additions of 16 bytes, the widest there are.
+# A thread of the backward kernel handles four channels: additions of 16 bytes (in float32), the widest there are.
 BACKWARD = Launch(num_warps=2, elements=4)
 
 
 def forward(
     table: jax.Array, index: jax.Array, weights: jax.Array, *, launch: Launch = FORWARD, interpret: bool = False
 ) -> jax.Array:
-    """Table `[R, C]`, index int32 and weights float32 `[N, K]` -> `[N, C]` in the type of the table."""
-    out, grid, tile = (len(index), table.shape[1]), *_grid(index, table.shape[1], launch)
+    """Weighted sums: table `[R, C]`, index int32 and weights float32 `[N, K]` -> `[N, C]` in the type of the table."""
+    grid, tile = _grid(index, table.shape[1], launch)
     (out,) = pallas_call(
         functools.partial(_forward, tile=tile, rows=len(index), terms=index.shape[1]),
-        out_shape=[(out, table.dtype)],
+        out_shape=[((len(index), table.shape[1]), table.dtype)],
         grid=grid,
         launch=launch,
         interpret=interpret,
@@ -47,7 +47,16 @@ def backward(
     launch: Launch = BACKWARD,
     interpret: bool = False,
 ) -> jax.Array:
-    """Gradient of the table, float32 `[rows, C]`, from that of the output, `[N, C]`; summed in no particular order."""
+    """Gradient of the table, from the gradient of the output; it is summed in no particular order.
+
+    Args:
+      rows: number of rows of the table.
+      index, weights: `[N, K]`.
+      gradient: `[N, C]`.
+
+    Returns:
+      float32 `[rows, C]`.
+    """
     channels = gradient.shape[1]
     grid, tile = _grid(index, channels, launch)
     zeros = jnp.zeros((rows, channels), jnp.float32)
@@ -64,14 +73,14 @@ def backward(
 
 
 def _grid(index, channels, launch):
-    """Programs over rows and over channels, and the (rows, channels) of each."""
+    """Numbers of programs along rows and along channels, and the tile (rows, channels) that each works on."""
     width = min(power_of_two(channels), TILE)
     block = launch.block(width)
     return (pl.cdiv(len(index), block), pl.cdiv(channels, width)), (block, width)
 
 
 def _place(tile, rows, channels):
-    """This program's rows `[block]`, which of them exist, channels `[width]`, and which pairs exist."""
+    """What this program works on: rows `[block]`, whether each exists, channels `[width]`, whether each pair exists."""
     row = pl.program_id(0) * tile[0] + jnp.arange(tile[0])
     channel = pl.program_id(1) * tile[1] + jnp.arange(tile[1])
     live = row < rows

@@ -1,13 +1,15 @@
-"""Kills a training run at random moments, starts it again each time, and compares its end with that of a run left alone:
-weights, optimizer, best checkpoint and metrics must be the same, bit for bit.
+"""Checks that a run which is killed and started again ends like one that was left alone, bit for bit.
+
+It kills a training run at random moments, starts it again each time, and compares weights, optimizer, best checkpoint and
+metrics at the end with those of an undisturbed run.
 
     python scripts/check_resume.py [--kills 20] [--seed 0] [--workdir runs/check_resume] [--config FILE.py[:VARIANT]]
         [--reference WORKDIR] [--seconds S] [--config.section.key=value ...]
 
-Every second kill waits for a checkpoint to be written, and comes in the midst of that. A run that ends before its kill is
-compared, deleted and begun anew. --reference is a finished run of the same config that was left alone, --seconds about how
-long one takes. Without --config it is `configs/ddq.py:demo` on drawn shapes, cut down to 60 steps. Exits with 1 if anything
-differs.
+Every second kill comes while a checkpoint is being written. A run that ends before its kill is compared, deleted and begun
+anew. --reference is a finished, undisturbed run of the same config; without it, the script makes one. --seconds is about
+how long such a run takes. Without --config, the run is `configs/ddq.py:demo` on drawn shapes, cut down to 60 steps. Exits
+with 1 if anything differs.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import orbax.checkpoint as ocp
 from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL
 
 ROOT = Path(__file__).resolve().parent.parent
+# Settings that cut the default run short.
 SHORT = (
     "train.steps=60",
     "train.checkpoint_every=4",
@@ -37,12 +40,12 @@ SHORT = (
     "train.log_every=7",
     "optimizer.milestones=(50,)",
 )
-# What depends on the process and its speed.
+# Columns of metrics.jsonl that depend on the process and its speed.
 VOLATILE = ("images_per_second", "data_wait", "compilations")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """All arrays of a checkpoint by name, and its meta data."""
+    """All arrays of a checkpoint by name, and its metadata as `meta`."""
     items = {"meta": ocp.args.JsonRestore(), "model": ocp.args.StandardRestore()}
     if (path / "training").is_dir():
         items["training"] = ocp.args.StandardRestore()
@@ -54,7 +57,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """What a run leaves behind, by name."""
+    """Everything that a run leaves behind and that must not depend on kills, by name."""
     found: dict[str, Any] = {}
     for folder in (LATEST, BEST):
         names = sorted(path.name for path in (workdir / folder).iterdir())
@@ -68,9 +71,9 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of what differs between two runs."""
+    """Names of what differs between two runs, as `read_run` returns them."""
 
-    def same(a, b):
+    def same(a: Any, b: Any) -> bool:
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         return a == b
@@ -81,7 +84,14 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 class Trial:
-    """Starts a run, and kills it."""
+    """Starts a run and kills it.
+
+    Args:
+      command: the command of a training run, without workdir.
+      workdir: of the run; the log goes beside it.
+      seconds: kills at a random moment come within this time after the start.
+      rng: chooses the moments.
+    """
 
     def __init__(self, command: list[str], workdir: Path, seconds: float, rng: random.Random):
         self.command, self.workdir, self.seconds, self.rng = command, workdir, seconds, rng
@@ -91,14 +101,21 @@ class Trial:
             return subprocess.Popen([*self.command, "--workdir", str(self.workdir)], stdout=output, stderr=output)
 
     def kill(self, *, while_writing: bool) -> str | None:
-        """Runs until the kill; returns where the run was then, or None if it ended before."""
+        """Starts the run and kills it.
+
+        Args:
+          while_writing: kills while a checkpoint is being written; otherwise at a random moment.
+
+        Returns:
+          Which checkpoints there were at the kill, or None if the run ended before.
+        """
         process = self.start()
         if while_writing:
             for _ in range(self.rng.randint(0, 2)):
                 self._wait(process, self._writes)
                 self._wait(process, lambda: not self._writes())
             self._wait(process, self._writes)
-            # A write of this size takes some tenths of a second.
+            # Writing a checkpoint of this size takes some tenths of a second.
             time.sleep(self.rng.uniform(0, 0.2))
         else:
             moment = time.monotonic() + self.rng.uniform(0, self.seconds)
@@ -114,12 +131,12 @@ class Trial:
         return f"checkpoints: {', '.join(names) or 'none'}"
 
     def _writes(self) -> bool:
-        """Whether the run is writing a checkpoint."""
+        """Whether a checkpoint is being written."""
         return any((self.workdir / LATEST).glob(f"*{PARTIAL}*"))
 
     @staticmethod
     def _wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
-        """Returns also when the process has ended."""
+        """Waits until the condition holds or the process has ended."""
         while process.poll() is None and not until():
             time.sleep(0.001)
 
@@ -133,7 +150,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/check_resume"))
     parser.add_argument("--config")
     parser.add_argument("--reference", type=Path)
-    parser.add_argument("--seconds", type=float, help="kills at any moment come before; default: what the reference took")
+    parser.add_argument("--seconds", type=float, help="latest moment of a kill; default: what the reference took")
     arguments, overrides = parser.parse_known_args()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     config = arguments.config
@@ -158,7 +175,7 @@ def main() -> None:
     else:
         times = [line.split(",")[0] for line in (reference / "train.log").read_text().splitlines() if line[:2] == "20"]
         first, last = (datetime.datetime.fromisoformat(times[place]) for place in (0, -1))
-        # And some seconds until the log begins.
+        # The log begins some seconds after the start.
         seconds = (last - first).total_seconds() + 5
     expected = read_run(reference)
 
@@ -167,7 +184,7 @@ def main() -> None:
     trial = Trial(command, killed, arguments.seconds or seconds, random.Random(arguments.seed))
     compared = 0
 
-    def compare():
+    def compare() -> None:
         nonlocal compared
         different = differences(expected, read_run(killed))
         if different:

@@ -1,11 +1,11 @@
-"""Plain detectors against HPR at equal steps, several seeds each: one table of average precision.
+"""Trains plain detectors and HPR for equally many steps, several seeds each, and prints a table of average precision.
 
     python scripts/compare_refiners.py [--workdir runs/compare] [--models ddq dino] [--seeds 3] [--steps 400]
         [--variant demo] [--data DIR]
 
-Every run is an ordinary training run in a folder of its own below the workdir. The script can be stopped at any time:
-started again it goes on where it was, leaves out what is finished, and prints the table of what there is after each run.
-Without --data it trains on drawn shapes.
+Every run is an ordinary training run in a folder of its own below the workdir. The script can be stopped at any time. When
+it is started again, it leaves out finished runs and goes on with the one that was stopped. After each run it prints the
+table of all finished runs. Without --data it trains on drawn shapes.
 """
 
 import argparse
@@ -16,15 +16,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"plain": ("--config.model.refiner.auxiliaries=()",), "HPR": ()}
+# Kinds of detectors, and the overrides that make them of a config.
+KINDS: dict[str, tuple[str, ...]] = {"plain": ("--config.model.refiner.auxiliaries=()",), "HPR": ()}
 
 
 def finished(folder: Path, steps: int) -> dict[str, float] | None:
-    """The numbers of a run that is through, else None."""
+    """AP, AP50 and images a second of a run that has made all steps, else None."""
     try:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (FileNotFoundError, json.JSONDecodeError):
-        # A run that was stopped may have left half a line; it goes on, and mends it.
+        # A run that was stopped may have left half a line, which it mends when it goes on.
         return None
     ends = [row for row in rows if row["step"] == steps and "val/AP" in row]
     if not ends:
@@ -33,8 +34,8 @@ def finished(folder: Path, steps: int) -> dict[str, float] | None:
     return {"AP": ends[-1]["val/AP"], "AP50": ends[-1]["val/AP50"], "speed": statistics.median(speeds)}
 
 
-def train(arguments, model: str, kind: str, seed: int, folder: Path) -> None:
-    """Starts a run, or goes on with it."""
+def train(arguments: argparse.Namespace, model: str, kind: str, seed: int, folder: Path) -> None:
+    """Starts a run, or goes on with one that was stopped."""
     steps = arguments.steps
     command = [sys.executable, "-m", "hpr_jax.main", "--config", f"{ROOT}/configs/{model}.py:{arguments.variant}"]
     command += ["--workdir", str(folder), f"--config.data.directory={arguments.data}", f"--config.train.seed={seed}"]
@@ -44,17 +45,17 @@ def train(arguments, model: str, kind: str, seed: int, folder: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def table(arguments) -> str:
-    """What is known so far, in Markdown."""
+def table(arguments: argparse.Namespace) -> str:
+    """A Markdown table of the finished runs."""
     lines = [
         f"| model | refiners | AP by seed, {arguments.steps} steps | mean AP | gain | mean AP50 | images/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for model in arguments.models:
-        means = {}
+        means: dict[str, float] = {}
         for kind in KINDS:
-            runs = [finished(folder_of(arguments, model, kind, seed), arguments.steps) for seed in range(arguments.seeds)]
-            runs = [run for run in runs if run]
+            folders = [run_folder(arguments, model, kind, seed) for seed in range(arguments.seeds)]
+            runs = [run for folder in folders if (run := finished(folder, arguments.steps))]
             if not runs:
                 continue
             means[kind] = statistics.mean(run["AP"] for run in runs)
@@ -65,7 +66,8 @@ def table(arguments) -> str:
     return "\n".join(lines)
 
 
-def folder_of(arguments, model: str, kind: str, seed: int) -> Path:
+def run_folder(arguments: argparse.Namespace, model: str, kind: str, seed: int) -> Path:
+    """The workdir of a run."""
     name = f"{arguments.variant}_{arguments.steps}_steps_of_{arguments.data.name}"
     return arguments.workdir / name / f"{model}_{kind}_{seed}"
 
@@ -86,7 +88,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for model in arguments.models:
             for kind in KINDS:
-                folder = folder_of(arguments, model, kind, seed)
+                folder = run_folder(arguments, model, kind, seed)
                 if finished(folder, arguments.steps) is None:
                     train(arguments, model, kind, seed, folder)
                     print(table(arguments), flush=True)

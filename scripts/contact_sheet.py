@@ -1,4 +1,4 @@
-"""A picture of predictions (left) beside the ground truth (right) on the first images of a run's validation split.
+"""Draws the first images of a run's validation split, each with predictions (left) and with its ground truth (right).
 
 python scripts/contact_sheet.py WORKDIR [--images 12] [--threshold 0.3] [--output WORKDIR/contact_sheet.jpg]
 """
@@ -17,7 +17,9 @@ from hpr_jax.data.images import read_annotated_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 
+# Images in a row, each of which is drawn twice.
 PER_ROW = 3
+# Height of each image in the picture, in pixels.
 HEIGHT = 320
 
 
@@ -37,7 +39,7 @@ def main() -> None:
         found = detector(image, arguments.threshold)
         captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores)]
         names = [dataset.classes.names[label] for label in record.labels]
-        # Drawn at the size of the sheet, where captions can be read.
+        # Boxes are drawn after resizing, so that captions can be read.
         scale = HEIGHT / record.height
         image = cv2.resize(image, (round(record.width * scale), HEIGHT), interpolation=cv2.INTER_LINEAR)
         pairs.append(

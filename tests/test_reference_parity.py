@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 from flax import nnx
+from loss_terms import loss_terms
 from reference import arrays, assert_close, sizes
 
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
@@ -41,11 +43,12 @@ def evaluation(model):
     return run(reference.detector(model), *reference.images())
 
 
-def twin_order(stages, expected, start=0):
-    """Which of our queries stands at each place of the reference: `[B, Q]`.
+def duplicate_order(stages, expected, start=0):
+    """Which of our queries corresponds to each query of the reference: `[B, Q]`.
 
-    Padded queries are identical, so which of them NMS keeps is arbitrary: here the first, in the reference whichever its
-    unstable sort put first. They are paired by what became of them; all others stay where they are.
+    Duplicate queries are identical, so which of them NMS selects is arbitrary: here the first one, in the reference the one
+    that its unstable sort put first. They are paired by the layers in which they are selected; all other queries correspond
+    to those at the same place.
     """
     content = np.asarray(stages.initial_content)
     count = stages.attention_mask.shape[-1]
@@ -56,9 +59,9 @@ def twin_order(stages, expected, start=0):
     theirs = np.stack([np.diagonal(expected[name], axis1=1, axis2=2) for name in diagonals], axis=-1)
     ours = np.diagonal(np.asarray(stages.attention_mask)[1:], axis1=2, axis2=3).transpose(1, 2, 0)
     for image in range(len(content)):
-        twins = np.flatnonzero(np.all(content[image, start : start + count] == 0, axis=-1))
-        fates = [sorted(twins, key=lambda query: tuple(kept[image, query])) for kept in (ours, theirs)]
-        order[image, start + np.array(fates[1], int)] = start + np.array(fates[0], int)
+        duplicates = np.flatnonzero(np.all(content[image, start : start + count] == 0, axis=-1))
+        paired = [sorted(duplicates, key=lambda query: tuple(selected[image, query])) for selected in (ours, theirs)]
+        order[image, start + np.array(paired[1], int)] = start + np.array(paired[0], int)
     return order
 
 
@@ -97,7 +100,7 @@ class TestEvaluation:
         @jax.jit
         def regions(detector):
             maps, map_sizes = detector.neck(*detector.backbone(images, image_sizes))
-            memory = flatten(maps, map_sizes, image_sizes).replace(tokens=stages.memory)
+            memory = dataclasses.replace(flatten(maps, map_sizes, image_sizes), tokens=stages.memory)
             return detector.refiner.regions(memory, stages.reference_boxes[0])
 
         size = sizes()["roi_output_size"]
@@ -107,7 +110,7 @@ class TestEvaluation:
 
     def test_decoder_layers(self, model):
         expected, stages = arrays(f"{model}_eval"), evaluation(model).intermediates
-        order = twin_order(stages, expected)
+        order = duplicate_order(stages, expected)
         for layer in range(sizes()["decoder_num_layers"]):
             hidden = reorder(stages.hidden[layer], order, axis=1)
             assert_close(hidden, expected[f"decoder_layer.{layer}.0"], OUTPUT)
@@ -118,7 +121,7 @@ class TestEvaluation:
 
     def test_selection_masks(self, model):
         expected, stages = arrays(f"{model}_eval"), evaluation(model).intermediates
-        order = twin_order(stages, expected)
+        order = duplicate_order(stages, expected)
         if model not in DISTINCT:
             assert np.asarray(stages.attention_mask).all()
             return
@@ -137,7 +140,7 @@ class TestEvaluation:
 def best(outputs, image_sizes):
     """The last layer's detections."""
     last = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
-    return detections(last, image_sizes, sizes()["max_per_image"])
+    return top_detections(last, image_sizes, sizes()["max_per_image"])
 
 
 def compare_detections(found, expected, prefix):
@@ -172,7 +175,7 @@ def ground_truth():
         scale = np.tile(image_sizes[i][::-1], 2).astype(np.float32)
         boxes[i, :n] = np.asarray(xyxy_to_cxcywh(jnp.asarray(inputs[f"gt_boxes_xyxy.{i}"].reshape(n, 4) / scale)))
         labels[i, :n], valid[i, :n] = inputs[f"gt_labels.{i}"], True
-    return Targets(*map(jnp.asarray, (boxes, labels, valid)), sizes=jnp.asarray(image_sizes, jnp.int32))
+    return Targets(jnp.asarray(boxes), jnp.asarray(labels), jnp.asarray(valid), jnp.asarray(image_sizes, jnp.int32))
 
 
 def denoising_count(model):
@@ -217,13 +220,13 @@ def make_criterion(model):
 def training(model):
     """Outputs, loss terms and gradients of one step."""
     criterion = make_criterion(model)
-    graph, params, rest = nnx.split(reference.detector(model), nnx.Param, ...)
+    graph, params, rest = tiny.split_parameters(reference.detector(model))
 
     @jax.jit
     def step(params, rest, images, image_sizes, denoising, targets):
         def loss(params):
             outputs = nnx.merge(graph, params, rest)(images, image_sizes, denoising=denoising, train=True)
-            terms = criterion(outputs, targets, denoising)
+            terms = loss_terms(criterion, outputs, targets, denoising)
             return sum(jnp.sum(term) for term in terms.values()), (outputs, terms)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -255,7 +258,7 @@ class TestTraining:
         expected, (_, outputs, _, _) = arrays(f"{model}_train"), training(model)
         stages = outputs.intermediates
         start = denoising_count(model)
-        order = twin_order(stages, expected, start)
+        order = duplicate_order(stages, expected, start)
         assert_close(stages.initial_content, expected["pre_decoder.decoder.query"], OUTPUT)
         assert_close(reorder(stages.normed, order, axis=2), expected["decoder.0"], OUTPUT)
         assert_close(reorder(stages.reference_boxes, order, axis=2), expected["decoder.1"], OUTPUT)
@@ -314,8 +317,8 @@ class TestPadding:
 
     def test_stages_and_detections(self, model):
         expected = arrays(f"{model}_padding")
-        images = [value for name, value in expected.items() if name.startswith("image.")]
-        images, image_sizes = reference.padded(images, *sizes()["padded_size_hw"])
+        originals = [value for name, value in expected.items() if name.startswith("image.")]
+        images, image_sizes = reference.padded(originals, *sizes()["padded_size_hw"])
         outputs = run(reference.detector(model), images, image_sizes)
         stages, found = outputs.intermediates, best(outputs, image_sizes)
         memory, level_sizes = np.asarray(stages.memory), np.asarray(stages.level_sizes)
@@ -329,9 +332,9 @@ class TestPadding:
 def border_evaluation(model):
     """The images of the border case, padded into one batch: outputs and sizes."""
     inputs = arrays("border_inputs")
-    image_sizes = inputs["image_sizes_hw"]
-    images = [inputs[f"image.{image}"] for image in range(len(image_sizes))]
-    images, image_sizes = reference.padded(images, *image_sizes.max(axis=0))
+    height, width = inputs["image_sizes_hw"].max(axis=0)
+    originals = [inputs[f"image.{image}"] for image in range(len(inputs["image_sizes_hw"]))]
+    images, image_sizes = reference.padded(originals, height, width)
     return run(reference.detector(model), images, image_sizes), image_sizes
 
 

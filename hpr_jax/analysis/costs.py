@@ -15,9 +15,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from hpr_jax.analysis.flops import product_flops
-from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.augmentation.geometry import evaluation_geometries
 from hpr_jax.data.build import make_plan
-from hpr_jax.data.dataset import Classes, Dataset, Record, Records
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.loading.buckets import Shape, choose_buckets, smallest_bucket
 from hpr_jax.inference.detect import make_detect
 from hpr_jax.losses.build import make_criterion
@@ -32,7 +32,7 @@ from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
 from hpr_jax.types import Targets
 
-# (height, width) of common photographs, and how many of a thousand have it: about as in COCO, by assumption.
+# Sizes (height, width) of common photographs, and how many of a thousand have each: assumed, close to COCO.
 PHOTOGRAPHS = {
     (480, 640): 290,
     (427, 640): 220,
@@ -48,11 +48,14 @@ PHOTOGRAPHS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Parameters of a module (how many numbers), and its floating-point operations for one image.
+class ModuleCost:
+    """Parameters of a module, and its floating-point operations for one image.
 
     Attributes:
-      within: the part that this one belongs to, or "".
+      name: of the module, or of several that are counted together.
+      trained, frozen: how many numbers its variables have.
+      flops: twice its multiply-adds.
+      within: name of the module that it is a part of, or "".
     """
 
     name: str
@@ -64,9 +67,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class StaticShapes:
-    """What a bucket makes of the detector's static sizes, for one image.
+    """The static sizes that a detector has for one image of a bucket.
 
     Attributes:
+      image: (height, width) of the bucket.
       levels: (height, width) of each level of the feature pyramid.
       matching, denoising, dense: numbers of queries.
     """
@@ -79,42 +83,45 @@ class StaticShapes:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all levels."""
         return sum(h * w for h, w in self.levels)
 
 
 def _trace(function: Callable, *inputs: Any) -> tuple[int, Any]:
-    """FLOPs and abstract outputs of a function of abstract inputs; what the outputs do not depend on does not count."""
+    """FLOPs and abstract outputs of a function of abstract inputs. Operations that no output depends on do not count."""
     jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*inputs)
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
     return product_flops(needed), outputs
 
 
-def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def _array(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """An abstract array. Its type is Any, as it takes the place of arrays."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _elements(tree: Any) -> int:
+def _num_elements(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _bytes(tree: Any) -> int:
+def _num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _part(name: str, modules: Iterable[nnx.Module | None], flops: int, within: str = "") -> Part:
+def _cost(name: str, modules: Iterable[nnx.Module | None], flops: int, within: str = "") -> ModuleCost:
+    """The cost of several modules together; None stands for a module that the detector lacks."""
     modules = [module for module in modules if module is not None]
-    trained = sum(_elements(nnx.state(module, nnx.Param)) for module in modules)
-    everything = sum(_elements(nnx.state(module)) for module in modules)
-    return Part(name, trained, everything - trained, flops, within)
+    trained = sum(_num_elements(nnx.state(module, nnx.Param)) for module in modules)
+    everything = sum(_num_elements(nnx.state(module)) for module in modules)
+    return ModuleCost(name, trained, everything - trained, flops, within)
 
 
-def parts_of(detector: Detector, shape: Shape, primary: str = "primary") -> list[Part]:
-    """Parameters, and FLOPs of the detections in one image, module by module.
+def module_costs(detector: Detector, shape: Shape, primary: str = "primary") -> list[ModuleCost]:
+    """Parameters of each module, and the FLOPs that it takes to detect objects in one image.
 
     Args:
       detector: may be abstract.
       shape: (height, width) of the image.
-      primary: name of the refiner's primary path.
+      primary: name of the primary refiner, for the table.
     """
     sizes = _array(1, 2, dtype=jnp.int32)
     backbone, (maps, map_sizes) = _trace(lambda m, *x: m(*x, None), detector.backbone, _array(1, *shape, 3), sizes)
@@ -124,15 +131,15 @@ def parts_of(detector: Detector, shape: Shape, primary: str = "primary") -> list
     def initial(query_init, memory):
         matching, _ = query_init(memory, with_dense=False)
         # The logits of the chosen are the losses'.
-        return matching.content, matching.proposals.boxes, matching.twins
+        return matching.content, matching.proposals.boxes, matching.duplicates
 
-    query_init, (content, boxes, twins) = _trace(initial, detector.query_init, memory)
+    query_init, (content, boxes, duplicates) = _trace(initial, detector.query_init, memory)
     count = content.shape[1]
     queries = DecoderInput(
         content=content,
         reference_boxes=boxes,
         mask=_array(1, count, count, dtype=bool),
-        twins=twins,
+        duplicates=duplicates,
         num_denoising=0,
         num_matching=count,
         num_dense=0,
@@ -141,94 +148,112 @@ def parts_of(detector: Detector, shape: Shape, primary: str = "primary") -> list
     heads, _ = _trace(
         lambda m, hidden, boxes: m.predict(hidden, boxes[:-1], 0), detector.heads, decoded.hidden, decoded.reference_boxes
     )
-    inside = _refiner_parts(detector.refiner, queries, memory, refiner, primary)
+    inside = _refiner_costs(detector.refiner, queries, memory, refiner, primary)
     return [
-        _part("backbone", [detector.backbone], backbone),
-        _part("neck", [detector.neck], neck),
-        _part("encoder", [detector.encoder], encoder),
-        _part("query_init", [detector.query_init], query_init),
-        _part("denoiser", [detector.denoiser], 0),
-        _part("refiner", [detector.refiner], sum(part.flops for part in inside)),
+        _cost("backbone", [detector.backbone], backbone),
+        _cost("neck", [detector.neck], neck),
+        _cost("encoder", [detector.encoder], encoder),
+        _cost("query_init", [detector.query_init], query_init),
+        _cost("denoiser", [detector.denoiser], 0),
+        _cost("refiner", [detector.refiner], sum(cost.flops for cost in inside)),
         *inside,
-        _part("heads", [detector.heads], heads),
-        _part("branch_heads", [detector.branch_heads], 0),
+        _cost("heads", [detector.heads], heads),
+        _cost("branch_heads", [detector.branch_heads], 0),
     ]
 
 
-def total(parts: Sequence[Part]) -> Part:
-    """The sum of the parts."""
-    parts = [part for part in parts if not part.within]
-    return Part("total", *(sum(getattr(part, field) for part in parts) for field in ("trained", "frozen", "flops")))
+def total(costs: Sequence[ModuleCost]) -> ModuleCost:
+    """The sum of the costs of all modules."""
+    outer = [cost for cost in costs if not cost.within]
+    return ModuleCost("total", *(sum(getattr(cost, field) for cost in outer) for field in ("trained", "frozen", "flops")))
 
 
-def _refiner_parts(refiner: HybridRefiner, queries: DecoderInput, memory: Pyramid, flops: int, primary: str) -> list[Part]:
-    """The paths of the refiner, their merges, and the rest; `flops` are those of all that the refiner computes."""
+def _refiner_costs(
+    refiner: HybridRefiner, queries: DecoderInput, memory: Pyramid, flops: int, primary: str
+) -> list[ModuleCost]:
+    """The costs of the refiner's paths, of their merges, and of the rest.
+
+    Args:
+      flops: of everything that the refiner computes.
+      primary: name of the primary refiner.
+    """
     layers = refiner.layers
-    single: RefinerLayer = jax.eval_shape(lambda layers: layer(layers, 0), layers)
+    one_layer: RefinerLayer = jax.eval_shape(lambda layers: layer(layers, 0), layers)
     depth = jax.tree.leaves(layers)[0].shape[0]
     content, mask, boxes = queries.content, queries.mask, queries.reference_boxes
     roi_align, regions = _trace(lambda m, *x: m.regions(*x), refiner, memory, boxes)
     surroundings = Surroundings(memory, boxes, regions)
 
     def path_flops(path):
-        """Of a path's parts in all layers, in the order of MERGE_POINTS."""
+        """FLOPs of a path in all layers: of its self-attention, interaction and FFN, in the order of MERGE_POINTS."""
         attention, _ = _trace(lambda m, x, mask: m.self_attention(x, x, mask), path.attention, content, mask)
         interaction, _ = _trace(lambda m, x, around: m(x, x, around), path.interaction, content, surroundings)
         ffn, _ = _trace(lambda m, x: m(x), path.ffn, content)
-        return [depth * part for part in (attention, interaction, ffn)]
+        return [depth * count for count in (attention, interaction, ffn)]
 
-    paths = [single.primary, *single.auxiliaries]
+    paths = [one_layer.primary, *one_layer.auxiliaries]
     computed = [path_flops(path) for path in paths]
-    # What auxiliary paths do behind the last merge is for their branches alone, which only training reads.
-    merged = [getattr(single, f"merge_{point}") is not None for point in MERGE_POINTS]
-    read = max((place + 1 for place, here in enumerate(merged) if here), default=0)
-    used = [sum(computed[0]), *(sum(parts[:read]) for parts in computed[1:])]
-    needing = [path.interaction.needs_regions for path in paths]
-    sampling = depth * roi_align * any(needing)
-    sampling_used = sampling * (needing[0] or read > MERGE_POINTS.index("interaction"))
+    # Behind the last merge, auxiliary paths compute for their branches alone, which detections do not depend on.
+    merged = [getattr(one_layer, f"merge_{point}") is not None for point in MERGE_POINTS]
+    num_merged = max((place + 1 for place, is_merged in enumerate(merged) if is_merged), default=0)
+    used = [sum(computed[0]), *(sum(counts[:num_merged]) for counts in computed[1:])]
+    needs_regions = [path.interaction.needs_regions for path in paths]
+    sampling = depth * roi_align * any(needs_regions)
+    sampling_used = sampling * (needs_regions[0] or num_merged > MERGE_POINTS.index("interaction"))
 
     names = [f"{primary} (primary)", *refiner.branches]
     rest = [refiner.position, refiner.norm, refiner.branch_norms]
     return [
-        *(_part(*row, "refiner") for row in zip(names, ([p] for p in (layers.primary, *layers.auxiliaries)), used)),
-        _part("merges", [getattr(layers, f"merge_{point}") for point in MERGE_POINTS], 0, "refiner"),
-        _part("RoIAlign", [], sampling_used, "refiner"),
-        _part("positions, box offsets, norms", rest, flops - sampling - sum(map(sum, computed)), "refiner"),
+        *(
+            _cost(name, [path], count, "refiner")
+            for name, path, count in zip(names, (layers.primary, *layers.auxiliaries), used)
+        ),
+        _cost("merges", [getattr(layers, f"merge_{point}") for point in MERGE_POINTS], 0, "refiner"),
+        _cost("RoIAlign", [], sampling_used, "refiner"),
+        _cost("positions, box offsets, norms", rest, flops - sampling - sum(map(sum, computed)), "refiner"),
     ]
 
 
 def photographs(at_least: int = 1) -> Dataset:
-    """A data set of photographs of common sizes, which has sizes alone; `at_least` so many."""
+    """A data set without images or objects: sizes of at least so many photographs, in the proportions of PHOTOGRAPHS."""
     sizes = [size for size, count in PHOTOGRAPHS.items() for _ in range(count)]
     sizes *= -(-at_least // len(sizes))
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-    records = (Record(index, None, height, width, *nothing) for index, (height, width) in enumerate(sizes))
+    records = (ImageAnnotations(index, height, width, *nothing) for index, (height, width) in enumerate(sizes))
     return Dataset("photographs", "", dict, Classes((), ()), Records.pack(records, images=()))
 
 
 def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:
-    """Buckets of evaluation, smallest first, and the share of photographs in each."""
+    """Buckets of evaluation, smallest first, and the share of common photographs in each."""
     settings = config.evaluate
-    sizes = [g.size for g in whole(photographs().sizes, settings.side, settings.max_side, settings.canvas)]
+    sizes = [g.size for g in evaluation_geometries(photographs().sizes, settings.side, settings.max_side, settings.canvas)]
     return _shares(choose_buckets(np.array(sizes), settings.buckets), sizes)
 
 
 def training_buckets(config: ConfigDict) -> dict[Shape, float]:
-    """Buckets of training, smallest first, and the share of images in each in one epoch."""
+    """Buckets of training, smallest first, and the share of images in each in one epoch on common photographs."""
     plan = make_plan(config, photographs(config.train.batch_size))
     return _shares(plan.buckets, [geometry.size for geometry in plan.draw(np.random.default_rng(config.train.seed))])
 
 
 def _shares(buckets: Sequence[Shape], sizes: Sequence[Shape]) -> dict[Shape, float]:
+    """The share of the sizes that is padded to each bucket."""
     used = [smallest_bucket(buckets, size) for size in sizes]
     return {bucket: used.count(bucket) / len(used) for bucket in buckets}
 
 
 def static_shapes(detector: Detector, image: Shape, max_boxes: int | None = None) -> StaticShapes:
-    """Sizes for one image of (height, width) `image`; in training if there is room for `max_boxes` boxes."""
+    """The static sizes that a detector has for one image.
+
+    Args:
+      detector: may be abstract.
+      image: (height, width).
+      max_boxes: room for ground-truth boxes in training; None for evaluation.
+    """
 
     def run(detector, images, sizes, targets):
-        memory = flatten(*detector.neck(*detector.backbone(images, sizes, None)), sizes)
+        maps, map_sizes = detector.neck(*detector.backbone(images, sizes, None))
+        memory = flatten(maps, map_sizes, sizes)
         matching, dense = detector.query_init(memory, with_dense=targets is not None)
         drawn = None
         if targets is not None and detector.denoiser is not None:
@@ -242,6 +267,7 @@ def static_shapes(detector: Detector, image: Shape, max_boxes: int | None = None
 
 
 def _targets(batch: int, max_boxes: int) -> Targets:
+    """Abstract ground truth."""
     return Targets(
         boxes=_array(batch, max_boxes, 4),
         labels=_array(batch, max_boxes, dtype=jnp.int32),
@@ -251,17 +277,22 @@ def _targets(batch: int, max_boxes: int) -> Targets:
 
 
 def inference_memory(config: ConfigDict, detector: Detector, image: Shape) -> dict[str, int]:
-    """Bytes of what inference on one batch of (height, width) `image` keeps in memory, by what it is."""
+    """Bytes that inference takes for one batch of images of (height, width) `image`, by what they hold."""
     graph, state = nnx.split(detector)
     batch = config.evaluate.batch_size
     inputs = _array(batch, *image, 3, dtype=jnp.uint8), _array(batch, 2, dtype=jnp.int32)
     detect = make_detect(graph, config.evaluate.detections)
-    return {"parameters": _bytes(state), "batch": _bytes(inputs), **compiled_memory(detect, state, *inputs)}
+    return {"parameters": _num_bytes(state), "batch": _num_bytes(inputs), **compiled_memory(detect, state, *inputs)}
 
 
 def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_boxes: int) -> dict[str, int]:
-    """The same of one training step."""
-    graph, params, frozen = nnx.split(detector, nnx.Param, ...)
+    """Bytes that a training step takes for images of (height, width) `image`, by what they hold.
+
+    Args:
+      max_boxes: room for ground-truth boxes in each view.
+    """
+    graph, everything = nnx.split(detector)
+    params, frozen = nnx.split_state(everything, nnx.Param, ...)
     optimizer, settings = make_optimizer(config), config.train
     moments = jax.eval_shape(optimizer.init, params)
     average = params if settings.ema_decay else None
@@ -270,7 +301,7 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     images = _array(views, settings.batch_size, *image, 3, dtype=jnp.uint8)
     targets = jax.tree.map(lambda x: _array(views, settings.batch_size, *x.shape[1:], dtype=x.dtype), _targets(1, max_boxes))
     batch, part = DeviceBatch(images=images, targets=targets), _array(dtype=jnp.int32)
-    parts, variables = settings.accumulation_steps, state.replace(optimizer=None, average=None)
+    parts, variables = settings.accumulation_steps, dataclasses.replace(state, optimizer=None, average=None)
     step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, parts=parts)
     forward = jax.eval_shape(step.forward, variables, batch, part)
     assigned = [_array(*request.cost.shape[:3], dtype=jnp.int32) for request in forward.requests]
@@ -284,17 +315,25 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
         compiled_memory(step.update, state, gradients, 0.0),
     )
     return {
-        "parameters": _bytes((params, frozen, average)),
-        "optimizer moments": _bytes(moments),
-        "batch": _bytes(batch),
-        "gradients": _bytes(gradients) * min(parts, 2),
-        "kept for the backward pass": _bytes(forward),
+        "parameters": _num_bytes((params, frozen, average)),
+        "optimizer moments": _num_bytes(moments),
+        "batch": _num_bytes(batch),
+        "gradients": _num_bytes(gradients) * min(parts, 2),
+        "saved for the backward pass": _num_bytes(forward),
         **({"temporaries": max(program["temporaries"] for program in programs)} if all(programs) else {}),
     }
 
 
-def compiled_memory(function: Callable, *inputs: Any) -> dict[str, int]:
-    """Bytes of the results that do not replace inputs, and of all temporaries, as XLA plans them; {} if it does not tell."""
+def compiled_memory(function: jax.stages.Wrapped, *inputs: Any) -> dict[str, int]:
+    """Bytes that XLA plans for a compiled function: `results` that do not overwrite inputs, and `temporaries`.
+
+    Args:
+      function: jitted.
+      inputs: may be abstract.
+
+    Returns:
+      An empty dict if the backend does not tell.
+    """
     memory = function.lower(*inputs).compile().memory_analysis()
     if memory is None:
         return {}

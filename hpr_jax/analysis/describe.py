@@ -1,4 +1,4 @@
-"""Prints what a detector costs: parameters, FLOPs, shapes and memory. Needs neither data nor the device."""
+"""Prints what a detector costs, before there is data or a device to run it on."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -8,11 +8,11 @@ import jax
 from ml_collections import ConfigDict
 
 from hpr_jax.analysis.costs import (
-    Part,
+    ModuleCost,
     StaticShapes,
     evaluation_buckets,
     inference_memory,
-    parts_of,
+    module_costs,
     static_shapes,
     total,
     training_buckets,
@@ -26,15 +26,16 @@ from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
 from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
-# Assumed room for ground-truth boxes in a view where config.data.max_boxes leaves it to the data; COCO's fullest image has
-# 93. Where objects are pasted, there is room for as many again.
+# Room for ground-truth boxes, assumed where config.data.max_boxes leaves it to the data: the fullest image of COCO has 93.
+# Copy-paste needs twice as much.
 MAX_BOXES = 100
 
-# What is printed below the table of parameters and FLOPs, and below the tables of shapes.
+# What the table of parameters and FLOPs counts, by the image's size.
 COUNTED = """\
 GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
 weighted sums over sampled features among them; gathers, norms, activations and the selection of queries do not count. Box
 offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
+# What the tables of shapes assume, by the room for boxes and where it comes from.
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
 Queries: matching + denoising + dense ones; {0} boxes a view at most ({1})."""
@@ -49,13 +50,13 @@ def describe(
     """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
 
     Args:
-      config: of the detector; None takes the checkpoint's. With a checkpoint, the model must be the checkpoint's.
-      num_classes: number of classes of a detector without a checkpoint.
+      config: of the detector; with a checkpoint it stands in for the checkpoint's own, and its model must be the same.
+      num_classes: of a detector without a checkpoint.
       checkpoint: a checkpoint's directory or a run's workdir, or None.
       overrides: settings (dotted key, text) in place of a checkpoint's.
 
     Raises:
-      UserError: there is nothing to describe, or no detector or run can have these settings.
+      UserError: there is neither config nor checkpoint, or no detector or run can have these settings.
     """
     if checkpoint is not None:
         meta = read_meta(checkpoint)
@@ -68,7 +69,7 @@ def describe(
     evaluation = evaluation_buckets(config)
     training = training_buckets(config)
     largest = list(evaluation)[-1]
-    _print_parts(parts_of(detector, largest, config.model.refiner.primary), largest)
+    _print_costs(module_costs(detector, largest, config.model.refiner.primary), largest)
 
     max_boxes = config.data.max_boxes or MAX_BOXES * (1 + wants_masks(config))
     _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
@@ -87,19 +88,18 @@ def describe(
 
 
 def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Prints rows of texts in columns: the first column is aligned left, the others right."""
+    """Prints rows as a table, whose first column is aligned left, the others right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:
         print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:])), sep="  ")
 
 
-def _print_parts(parts: Sequence[Part], image: Shape) -> None:
-    rows = [("module", "parameters", "trained", "frozen", "GFLOPs")]
-    for part in [*parts, total(parts)]:
-        name = f"  {part.name}" if part.within else part.name
-        everything = part.trained + part.frozen
-        rows.append((name, f"{everything:,}", f"{part.trained:,}", f"{part.frozen:,}", f"{part.flops / 1e9:,.3f}"))
+def _print_costs(costs: Sequence[ModuleCost], image: Shape) -> None:
+    rows: list[tuple[str, ...]] = [("module", "parameters", "trained", "frozen", "GFLOPs")]
+    for cost in [*costs, total(costs)]:
+        counts = (f"{count:,}" for count in (cost.trained + cost.frozen, cost.trained, cost.frozen))
+        rows.append((f"  {cost.name}" if cost.within else cost.name, *counts, f"{cost.flops / 1e9:,.3f}"))
     _print_table(rows)
     print(COUNTED.format(*image))
 
@@ -116,7 +116,6 @@ def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[S
 
 
 def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
-    """Prints an estimate of memory in bytes by what it is for; where XLA tells the temporaries, also the sum."""
     backend = jax.default_backend()
     print(f"\nMemory of {what}, on {backend}:", flush=True)
     try:

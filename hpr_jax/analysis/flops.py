@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced function."""
+"""Counts the floating-point operations of a traced function."""
 
 import math
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Twice the multiply-adds of all matrix products and convolutions in a jaxpr and those inside it.
+    """Twice the multiply-adds of all matrix products and convolutions in a jaxpr and in the jaxprs inside it.
 
-    The body of a scan counts as often as it runs, the dearest branch of a conditional counts, and the body of a while loop
-    counts once, as nothing says how often it runs; the detector's while loops have no products.
+    The body of a scan counts as often as it runs. Of a conditional, the branch with the most operations counts. The body of
+    a while loop counts once, since a jaxpr does not tell how often it runs; the detector's while loops have no products.
     """
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
@@ -33,7 +33,7 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
     """The jaxprs among an equation's parameters: of loops, branches, and functions that are called."""
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            # Closed ones hold theirs in an attribute.
+            # A closed jaxpr holds its jaxpr in an attribute.
             item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):
                 yield item

@@ -18,8 +18,8 @@ def start(*, distributed: bool = False) -> None:
     enable_compilation_cache()
     return_memory_of_compiling()
     if distributed:
-        from hpr_jax.runtime.devices import join_processes, leads
+        from hpr_jax.runtime.devices import is_main_process, join_processes
 
         join_processes()
-        if not leads():
+        if not is_main_process():
             log_to_console(logging.WARNING)

@@ -1,5 +1,15 @@
-"""Data sets by where they are kept: a COCO folder, or a TFDS directory."""
+"""The data of a config: its sections `data` and `augmentation` are read here.
 
+To add a format in which data sets are stored, for example YOLO's:
+
+1. Write `sources/yolo.py` with two functions. `is_yolo(directory, *names)` says whether a directory has the format, and
+   `load_yolo(directory, *names, classes, masks=...)` reads a split as a `Dataset`; `names` are settings of the split. The
+   easiest way is to turn annotations into entries of COCO's form and to have `sources.coco.parse_entries` check them.
+2. Add a line to `FORMATS`: `Format(is_yolo, load_yolo, ("images", "annotations"))` gives the two functions the settings
+   `config.data.train_images` and `train_annotations`, or `val_images` and `val_annotations`.
+"""
+
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -15,71 +25,97 @@ from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.loading.buckets import Shape, choose_buckets
 from hpr_jax.data.loading.plan import TrainPlan
-from hpr_jax.data.sources.coco import load_coco
-from hpr_jax.data.sources.tfds import load_tfds
+from hpr_jax.data.sources.coco import is_coco, load_coco
+from hpr_jax.data.sources.tfds import find_below, is_tfds, load_tfds
 from hpr_jax.errors import UserError
 
-# What TFDS writes into each of its directories.
-_TFDS_FILE = "dataset_info.json"
+log = logging.getLogger("hpr_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format in which data sets are stored.
+
+    Attributes:
+      is_format: (directory, *names) -> whether a directory has this format.
+      load: (directory, *names, classes, masks=bool) -> a split; see `load_coco`.
+      settings: settings of the section `data` that the names come from, without the prefix `train_` or `val_`.
+    """
+
+    is_format: Callable[..., bool]
+    load: Callable[..., Dataset]
+    settings: tuple[str, ...]
+
+    def names(self, settings: Mapping[str, Any], split: str) -> list[str]:
+        """The names of the split "train" or "val"."""
+        return [settings[f"{split}_{name}"] for name in self.settings]
+
+
+# A directory is read in the first format that it has.
+FORMATS = (
+    Format(is_tfds, load_tfds, ("split",)),
+    Format(is_coco, load_coco, ("images", "annotations")),
+)
 
 
 def load_dataset(settings: Mapping[str, Any], split: str, classes: Classes | None = None, *, masks: bool = False) -> Dataset:
-    """The whole split "train" or "val".
+    """Reads all annotations of the split "train" or "val".
 
     Args:
       settings: section `data` of a config.
-      classes: those of the training split or a checkpoint; the data set's own when None.
+      classes: classes of the training split or a checkpoint, which the split's must be. None: the split's are taken.
       masks: whether to read masks, too.
 
     Raises:
       UserError: there is no such data set, or its annotations are not as they should be.
     """
     directory = Path(settings["directory"])
-    if (directory / _TFDS_FILE).is_file():
-        return load_tfds(directory, settings[f"{split}_split"], classes, masks=masks)
-    images, annotations = settings[f"{split}_images"], settings[f"{split}_annotations"]
-    if not (directory / annotations).exists():
-        # As for `tfds.load`, the folder above may have been given.
-        for pattern in ("*", "*/*", "*/*/*"):
-            for file in directory.glob(f"{pattern}/{_TFDS_FILE}"):
-                raise UserError(f"{directory} has TFDS directories below it; set --config.data.directory={file.parent}.")
-    return load_coco(directory, images, annotations, classes, masks=masks)
+    for form in FORMATS:
+        names = form.names(settings, split)
+        if form.is_format(directory, *names):
+            return form.load(directory, *names, classes, masks=masks)
+    version = find_below(directory)
+    if version:
+        raise UserError(f"{directory} has TFDS directories below it; set --config.data.directory={version}.")
+    # Most data sets are COCO folders; the error says what of one is missing.
+    return load_coco(directory, settings[f"{split}_images"], settings[f"{split}_annotations"], classes, masks=masks)
 
 
 def load_training_data(config: ConfigDict) -> tuple[Dataset, Dataset]:
-    """The whole training and validation splits."""
+    """The training and the validation split, with all of their images."""
     train = load_dataset(config.data, "train", masks=wants_masks(config))
     return train, load_dataset(config.data, "val", train.classes)
 
 
-log = logging.getLogger("hpr_jax")
-
-
 def wants_masks(config: ConfigDict) -> bool:
-    """Whether training wants the masks of its data set."""
+    """Whether training uses the masks of its data set."""
     return config.augmentation.kind == "lsj" and config.augmentation.lsj.copy_paste
 
 
 def make_plan(config: ConfigDict, dataset: Dataset) -> TrainPlan:
-    """The batches of a run; its buckets suit the sizes of a trial epoch."""
+    """The batches of a run. Their buckets are chosen for the sizes that a trial epoch draws.
+
+    Raises:
+      UserError: the data set has fewer images than a batch.
+    """
     settings, sizes, batch_size = config.augmentation, dataset.sizes, config.train.batch_size
     if len(dataset) < batch_size:
         raise UserError(
             f"{dataset.name} has {len(dataset)} images to train on, fewer than config.train.batch_size "
             f"{batch_size}; lower it, or set --config.data.keep_empty=True if images without objects shall count."
         )
-    draw = functools.partial(_draw(settings), sizes, settings.to_dict())
+    draw = functools.partial(_draw_geometries(settings), sizes, settings.to_dict())
     trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
-    buckets = choose_buckets(trial, config.data.buckets, [] if settings.kind == "lsj" else _largest(settings, sizes))
+    buckets = choose_buckets(trial, config.data.buckets, [] if settings.kind == "lsj" else _largest_shapes(settings, sizes))
     return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed)
 
 
-def _draw(settings: ConfigDict) -> Callable[..., list[Geometry]]:
+def _draw_geometries(settings: ConfigDict) -> Callable[..., list[Geometry]]:
     return draw_large_scale if settings.kind == "lsj" else draw_weak
 
 
-def _largest(settings: ConfigDict, sizes: np.ndarray) -> list[Shape]:
-    """The largest sizes that any epoch can draw; crops come in both orientations."""
+def _largest_shapes(settings: ConfigDict, sizes: np.ndarray) -> list[Shape]:
+    """The largest shapes that any epoch can draw, for landscape and portrait images; crops can be either."""
     side, max_side = max(settings.sides), settings.max_side
     crops, landscape = settings.crop > 0, sizes[:, 0] <= sizes[:, 1]
     largest = [(min(side, max_side), max_side)] * bool(crops or landscape.any())
@@ -87,7 +123,7 @@ def _largest(settings: ConfigDict, sizes: np.ndarray) -> list[Shape]:
 
 
 def make_views(config: ConfigDict, dataset: Dataset) -> ViewMaker:
-    """How the views of an image are made; says if copy-paste cannot be had."""
+    """What makes the views of an image. Warns if objects cannot be pasted because masks are missing."""
     settings, draw_donor = config.augmentation, None
     if wants_masks(config):
         masked, count = dataset.count_masks()
@@ -105,7 +141,7 @@ def make_views(config: ConfigDict, dataset: Dataset) -> ViewMaker:
 
 
 def room_for_boxes(config: ConfigDict, dataset: Dataset, make_views: ViewMaker) -> int:
-    """Boxes that every view has room for."""
+    """The number of boxes that every view has room for: `config.data.max_boxes`, or enough for all if that is 0."""
     most = max(1, int(dataset.records.counts.max()))
     pasted = min(most, MAX_PASTED - 1) if make_views.draw_donor else 0
     return config.data.max_boxes or most + pasted

@@ -1,31 +1,29 @@
-"""What training and evaluation know of a data set, whatever its source."""
+"""A data set as training and evaluation know it, whatever form it is stored in."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from hpr_jax.data.images import EncodedImage
+from hpr_jax.data.images import EncodedImage, EncodedImages
 from hpr_jax.data.masks import Mask, PackedMasks
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """One image and its objects.
+class ImageAnnotations:
+    """What is annotated of one image. Crowds are no objects.
 
     Attributes:
-      image_id: as in the annotations.
-      image: knows its name, and reads its bytes.
-      height, width: in pixels, as annotated.
-      boxes: float32 xyxy `[n, 4]` in pixels, clipped to the image; crowds left out.
-      labels: int32 `[n]`, indices into the data set's classes.
-      masks: of the objects, None for those without; () where masks were not read.
-      crowds: masks of the crowds, where masks were read.
+      image_id: id of the image in the annotations.
+      height, width: annotated size of the image, in pixels.
+      boxes: boxes of the objects, float32 xyxy `[n, 4]` in pixels, clipped to the image.
+      labels: classes of the objects, int32 `[n]`, indices into the data set's classes.
+      masks: masks of the objects, None for those without; () if masks were not read.
+      crowds: masks of the crowds; () if masks were not read.
     """
 
     image_id: int
-    image: EncodedImage
     height: int
     width: int
     boxes: np.ndarray
@@ -35,21 +33,33 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Records(Sequence[Record]):
-    """Records, kept in a few arrays: a million small ones take a gigabyte, and half a minute to reach another process.
+class Record(ImageAnnotations):
+    """An image with its annotations."""
+
+    image: EncodedImage = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The records of a split, packed into a few arrays and made anew when asked for.
+
+    As separate objects, the million small arrays of a large data set would take a gigabyte, and sending them to another
+    process half a minute.
 
     Attributes:
-      images: of all records, in order.
-      image_ids: likewise.
-      sizes: (height, width), int64 `[M, 2]`.
-      starts: where the objects of each record begin, int64 `[M + 1]`.
-      boxes, labels: of all objects.
-      masks: of all objects, None where masks were not read.
-      crowd_starts, crowds: like `starts` and `masks`.
-      order: the records that are taken, and in which order: int64 `[K]`.
+      images: the images, `M` of them.
+      image_ids: their ids.
+      sizes: (height, width) of the images, int64 `[M, 2]`.
+      starts: where the objects of each image begin in `boxes`, `labels` and `masks`, int64 `[M + 1]`.
+      boxes: boxes of all objects, float32 `[n, 4]`.
+      labels: labels of all objects, int32 `[n]`.
+      masks: masks of all objects; None if masks were not read.
+      crowd_starts: where the crowds of each image begin in `crowds`, int64 `[M + 1]`.
+      crowds: masks of all crowds.
+      order: the images that are taken, in their order, as indices: int64 `[K]`.
     """
 
-    images: Sequence[EncodedImage]
+    images: EncodedImages
     image_ids: tuple[int, ...]
     sizes: np.ndarray
     starts: np.ndarray
@@ -63,10 +73,14 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.order)
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Record:
         place = self.order[index]
         height, width = self.sizes[place].tolist()
         objects = slice(self.starts[place], self.starts[place + 1])
+        crowds = self.crowds.between(self.crowd_starts[place], self.crowd_starts[place + 1])
         return Record(
             image_id=self.image_ids[place],
             image=self.images[place],
@@ -75,16 +89,16 @@ class Records(Sequence[Record]):
             boxes=self.boxes[objects],
             labels=self.labels[objects],
             masks=() if self.masks is None else self.masks.between(objects.start, objects.stop),
-            crowds=self.crowds.between(self.crowd_starts[place], self.crowd_starts[place + 1]),
+            crowds=tuple(mask for mask in crowds if mask is not None),
         )
 
     @property
     def counts(self) -> np.ndarray:
-        """Objects of each record: int64 `[K]`."""
+        """Number of objects of each record: int64 `[K]`."""
         return np.diff(self.starts)[self.order]
 
     def count_masks(self) -> int:
-        """Objects that have a mask."""
+        """Number of objects that have a mask."""
         if self.masks is None:
             return 0
         present = np.concatenate([[0], np.cumsum(self.masks.present())])
@@ -95,19 +109,24 @@ class Records(Sequence[Record]):
         return dataclasses.replace(self, order=self.order[which])
 
     @classmethod
-    def pack(cls, records: Iterable[Record], images: Sequence[EncodedImage], *, with_masks: bool = False) -> "Records":
-        """Keeps all of the records but their images, which `images` gives instead; it may be filled meanwhile."""
+    def pack(cls, annotations: Iterable[ImageAnnotations], images: EncodedImages, *, with_masks: bool = False) -> "Records":
+        """Packs the annotations of all images of a split.
+
+        Args:
+          images: their images; reading `annotations` may be what fills it.
+          with_masks: whether the annotations have masks.
+        """
         ids, sizes, counts, crowd_counts = [], [], [], []
         boxes, labels, masks, crowds = bytearray(), bytearray(), PackedMasks.Packer(), PackedMasks.Packer()
-        for record in records:
-            ids.append(record.image_id)
-            sizes.append((record.height, record.width))
-            counts.append(len(record.boxes))
-            crowd_counts.append(len(record.crowds))
-            boxes += record.boxes.tobytes()
-            labels += record.labels.tobytes()
-            masks.extend(record.masks)
-            crowds.extend(record.crowds)
+        for one in annotations:
+            ids.append(one.image_id)
+            sizes.append((one.height, one.width))
+            counts.append(len(one.boxes))
+            crowd_counts.append(len(one.crowds))
+            boxes += one.boxes.tobytes()
+            labels += one.labels.tobytes()
+            masks.extend(one.masks)
+            crowds.extend(one.crowds)
         return cls(
             images=images,
             image_ids=tuple(ids),
@@ -124,19 +143,24 @@ class Records(Sequence[Record]):
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The classes of a data set, in the order of their labels; category ids may have gaps."""
+    """The classes of a data set, in the order of their labels. Category ids may have gaps."""
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
     def as_set(self) -> set[tuple[int, str]]:
-        """Category ids and names, whatever their order."""
+        """Pairs of category id and name, to compare classes whatever their order."""
         return set(zip(self.category_ids, self.names))
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something in the annotations that cannot be, and is left out; reads as a sentence."""
+    """A box or mask that is left out because it is impossible; as a string, a sentence.
+
+    Attributes:
+      subject: names the annotation and what of it is impossible.
+      reason: says why, and completes the sentence.
+    """
 
     subject: str
     reason: str
@@ -150,12 +174,15 @@ class Dataset:
     """A split of a data set.
 
     Attributes:
-      name: for messages.
-      fingerprint: SHA-256 of all that decides training and evaluation but the pixels: ids, names and sizes of the images,
-        annotations, categories.
-      ground_truth: reads all annotations in COCO form, for an evaluator: crowds and impossible boxes, too; masks or not.
-      dropped: boxes that cannot be.
-      unmasked: masks that cannot be.
+      name: the name that messages give the split.
+      fingerprint: SHA-256 of everything but the pixels that training and evaluation depend on: ids, names and sizes of the
+        images, annotations, categories.
+      ground_truth: reads all annotations in COCO form, for an evaluator. Crowds and impossible boxes are among them, masks
+        may be missing.
+      classes: the classes that the labels refer to.
+      records: the images with their annotations.
+      dropped_boxes: objects that are left out because their box is impossible.
+      dropped_masks: masks that are left out because they are impossible; the objects stay.
     """
 
     name: str
@@ -163,23 +190,24 @@ class Dataset:
     ground_truth: Callable[[], dict[str, Any]]
     classes: Classes
     records: Records
-    dropped: tuple[Problem, ...] = ()
-    unmasked: tuple[Problem, ...] = ()
+    dropped_boxes: tuple[Problem, ...] = ()
+    dropped_masks: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
 
     @property
     def sizes(self) -> np.ndarray:
-        """(height, width) of every image: int64 `[M, 2]`."""
+        """(height, width) of every image that is taken: int64 `[K, 2]`."""
         return self.records.sizes[self.records.order]
 
     def count_masks(self) -> tuple[int, int]:
-        """How many objects have a mask, and how many there are."""
+        """How many objects have a mask, and how many objects there are."""
         return self.records.count_masks(), int(self.records.counts.sum())
 
     def subset(self, *, keep_empty: bool, min_side: int) -> "Dataset":
-        """Without images whose shorter side is below `min_side`, and without those that have no object unless kept."""
+        """The same without images whose shorter side is below `min_side` pixels, and, unless `keep_empty`, without images
+        that have no object."""
         keep = self.sizes.min(axis=1) >= min_side
         if not keep_empty:
             keep &= self.records.counts > 0

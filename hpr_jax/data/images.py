@@ -1,6 +1,7 @@
-"""Images: where they are stored, and how they are decoded."""
+"""Stored images: where their bytes are, and how they are decoded."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -9,35 +10,43 @@ import numpy as np
 
 
 class UnreadableImageError(Exception):
-    """An image that is missing, broken, or not the one that was annotated."""
+    """An image is missing or broken, or it is not the one that was annotated."""
 
 
 class OtherSizeError(UnreadableImageError):
-    """An image that can be read, but not of the annotated size."""
+    """An image can be decoded, but it has not the annotated size."""
 
 
 class EncodedImage(Protocol):
-    """An image as it is stored; little to send to another process.
+    """A stored image. It knows where its bytes are, and so is small enough to be sent to another process."""
 
-    Attributes:
-      name: for messages.
-      exif: whether its annotations refer to the image turned as its EXIF orientation says, where its size leaves that open.
-    """
+    @property
+    def name(self) -> str:
+        """The name that messages give the image."""
 
-    name: str
-    exif: bool
+    @property
+    def exif(self) -> bool:
+        """Whether to turn the image as its EXIF orientation says, unless only the image as stored has the annotated size."""
 
     def read(self) -> bytes:
         """The encoded image.
 
         Raises:
-          UnreadableImageError: there is none.
+          UnreadableImageError: the image is missing or its storage is damaged.
         """
+
+
+class EncodedImages(Protocol):
+    """The images of a split, by their position in it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> EncodedImage: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """An image that is a file of its own."""
+    """An image in a file of its own."""
 
     path: Path
     exif: ClassVar[bool] = True
@@ -53,6 +62,23 @@ class ImageFile:
             raise UnreadableImageError(f"{self.path}: {error.strerror}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """The image files of a split: names relative to a folder."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int, /) -> ImageFile:
+        return ImageFile(self.folder / self.names[index])
+
+    def __iter__(self) -> Iterator[ImageFile]:
+        return (self[index] for index in range(len(self)))
+
+
 def read_image(path: Path) -> np.ndarray:
     """Decodes a file to RGB uint8 `[h, w, 3]`, turned as its EXIF orientation says.
 
@@ -64,16 +90,16 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_annotated_image(image: EncodedImage, height: int, width: int) -> np.ndarray:
-    """Decodes an image like `read_image`, in the orientation that the annotations refer to.
+    """Reads and decodes an image to RGB uint8 `[height, width, 3]`, in the orientation that its annotations refer to.
 
     Raises:
-      UnreadableImageError: also when neither orientation has the annotated size.
+      UnreadableImageError: the image is missing, broken, or has the annotated size in no orientation.
     """
     return decode_annotated(image.read(), image, height, width)
 
 
 def decode_annotated(data: bytes, image: EncodedImage, height: int, width: int) -> np.ndarray:
-    """`read_annotated_image` of an image whose bytes were read."""
+    """Does what `read_annotated_image` does with `data`, the bytes of the image, which were read before."""
     pixels = _decode(data, image.name, turned=image.exif)
     if image.exif and pixels.shape[:2] != (height, width):
         # Some data sets are annotated on the pixels as stored, without the EXIF rotation.

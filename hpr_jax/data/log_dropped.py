@@ -1,4 +1,4 @@
-"""Tells what of a data set was dropped."""
+"""Log lines about the annotations of a data set that are left out."""
 
 import logging
 
@@ -8,9 +8,9 @@ log = logging.getLogger("hpr_jax")
 
 
 def log_dropped(dataset: Dataset) -> None:
-    """Counts and names the boxes and masks of a data set that cannot be."""
-    for what, sentences in (("boxes", dataset.dropped), ("masks", dataset.unmasked)):
-        if sentences:
-            log.warning("%d impossible %s dropped from %s:", len(sentences), what, dataset.name)
-        for sentence in sentences:
-            log.warning("  %s", sentence)
+    """Logs how many boxes and masks of a data set are impossible, and names each of them."""
+    for what, problems in (("boxes", dataset.dropped_boxes), ("masks", dataset.dropped_masks)):
+        if problems:
+            log.warning("%d impossible %s dropped from %s:", len(problems), what, dataset.name)
+        for problem in problems:
+            log.warning("  %s", problem)

@@ -1,6 +1,6 @@
-"""Masks of objects: COCO's segmentations (polygons, run lengths), checked, and drawn where they are needed.
+"""Masks of objects as they are annotated: COCO's segmentations, polygons or run lengths, checked and packed.
 
-A drawn mask is a `Region`, the part of a canvas that holds it: work grows with the objects, not with the canvas.
+`augmentation/drawn_masks.py` draws them into the pixels of a view.
 """
 
 import dataclasses
@@ -12,23 +12,25 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-# (left, top, right, bottom) in pixels.
-Patch = tuple[int, int, int, int]
-# Polygons `[k, 2]` of (x, y) in pixels, whose union is the mask; or COCO's compressed run lengths.
+# A mask as the union of polygons: of each the corners (x, y) in pixels, float32 `[k, 2]`.
 Polygons = tuple[np.ndarray, ...]
+# A mask as COCO's compressed run lengths: "size" is [height, width], "counts" are bytes.
 RunLengths = Mapping[str, Any]
+# An annotated mask.
 Mask = Polygons | RunLengths
 
 
 class MalformedMaskError(Exception):
-    """A segmentation that is no mask; says why, to be read behind 'its segmentation'."""
+    """A segmentation is no mask. The message says why, and completes a sentence that begins with 'its segmentation'."""
 
 
 def parse_segmentation(segmentation: Any, height: int, width: int) -> Mask:
-    """The mask of an annotation, in an image of this size; polygons without three corners are left out.
+    """The mask that a COCO annotation's `segmentation` describes, in an image of this size in pixels.
+
+    Polygons with fewer than three corners are left out.
 
     Raises:
-      MalformedMaskError: no mask is left.
+      MalformedMaskError: the segmentation is no mask, or no polygon is left.
     """
     if isinstance(segmentation, list):
         return _parse_polygons(segmentation, height, width)
@@ -52,7 +54,7 @@ def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
         right, bottom = np.abs(corners).max(axis=0).tolist()
         if not (math.isfinite(right) and math.isfinite(bottom)):
             continue
-        # pycocotools walks along every outline, and beyond its memory along endless ones.
+        # pycocotools walks along each outline pixel by pixel; far outside the image it would write beyond its memory.
         if right > 2 * width or bottom > 2 * height:
             raise MalformedMaskError("has a corner far outside its image")
         polygons.append(corners)
@@ -61,13 +63,14 @@ def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
     return tuple(polygons)
 
 
-def _parse_run_lengths(segmentation: dict, height: int, width: int) -> RunLengths:
-    size, counts = segmentation.get("size"), segmentation.get("counts")
+def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) -> RunLengths:
+    size: Any = segmentation.get("size")
+    counts: Any = segmentation.get("counts")
     if size != [height, width]:
         raise MalformedMaskError(f"has the size {size}, and its image is {[height, width]} pixels high and wide")
-    # pycocotools reads or writes beyond its memory when the lengths do not add up.
+    # Lengths that do not add up to the size would make pycocotools read or write beyond its memory.
     try:
-        lengths = _decompress(counts) if isinstance(counts, str) else [_whole(count) for count in counts]
+        lengths = _decompress(counts) if isinstance(counts, str) else [_whole_number(count) for count in counts]
     except (TypeError, ValueError, IndexError, OverflowError):
         raise MalformedMaskError("has counts that are no run lengths") from None
     if min(lengths, default=-1) < 0 or sum(lengths) != height * width:
@@ -75,16 +78,20 @@ def _parse_run_lengths(segmentation: dict, height: int, width: int) -> RunLength
     return coco_mask.frPyObjects({"size": size, "counts": lengths}, height, width)
 
 
-def _whole(count: Any) -> int:
+def _whole_number(count: Any) -> int:
     if int(count) != count:
         raise ValueError(count)
     return int(count)
 
 
 def _decompress(text: str) -> list[int]:
-    """COCO's compression of run lengths: little groups of five bits, from the fourth number on differences to the one but
-    last."""
-    lengths, place = [], 0
+    """Decodes COCO's compressed run lengths.
+
+    Each character holds five bits of a number, lowest bits first, and a bit that says whether more follow. From the fourth
+    number on, a number is the difference to the length two places before.
+    """
+    lengths: list[int] = []
+    place = 0
     while place < len(text):
         value = shift = 0
         more = True
@@ -102,13 +109,13 @@ def _decompress(text: str) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class PackedMasks:
-    """Masks, or None where there is none, in a few arrays.
+    """The masks of n objects in a few arrays; an object may have none.
 
     Attributes:
-      corners: of all polygons, float32 `[c, 2]`.
-      polygon_starts: where each polygon's corners begin, int64 `[p + 1]`.
-      mask_starts: where each mask's polygons begin, int64 `[n + 1]`.
-      run_lengths: the masks that are such, by index.
+      corners: corners of all polygons, float32 `[c, 2]`.
+      polygon_starts: where each polygon's corners begin in `corners`, int64 `[p + 1]`.
+      mask_starts: where each object's polygons begin in `polygon_starts`, int64 `[n + 1]`.
+      run_lengths: the masks that are run lengths, by the index of their object.
     """
 
     corners: np.ndarray
@@ -123,11 +130,11 @@ class PackedMasks:
         return tuple(self.corners[start:stop] for start, stop in itertools.pairwise(starts)) or None
 
     def between(self, start: int, stop: int) -> tuple[Mask | None, ...]:
-        """The masks from `start` to before `stop`."""
+        """The masks of the objects from `start` to before `stop`, None for those without."""
         return tuple(self[index] for index in range(start, stop))
 
     def present(self) -> np.ndarray:
-        """Where there is a mask: bool `[n]`."""
+        """Which objects have a mask: bool `[n]`."""
         has_mask = np.diff(self.mask_starts) > 0
         has_mask[list(self.run_lengths)] = True
         return has_mask
@@ -135,21 +142,23 @@ class PackedMasks:
     class Packer:
         """Packs masks one by one."""
 
-        def __init__(self):
-            self.corners, self.polygons, self.masks, self.run_lengths = bytearray(), [0], [0], {}
+        def __init__(self) -> None:
+            self.corners = bytearray()
+            self.polygon_starts, self.mask_starts = [0], [0]
+            self.run_lengths: dict[int, RunLengths] = {}
 
         def extend(self, masks: Iterable[Mask | None]) -> None:
-            """Adds masks."""
+            """Adds the masks of further objects."""
             for mask in masks:
                 if isinstance(mask, Mapping):
-                    self.run_lengths[len(self.masks) - 1] = mask
+                    self.run_lengths[len(self.mask_starts) - 1] = mask
                 elif mask is not None:
                     for polygon in mask:
                         self.corners += polygon.tobytes()
-                        self.polygons.append(self.polygons[-1] + len(polygon))
-                self.masks.append(len(self.polygons) - 1)
+                        self.polygon_starts.append(self.polygon_starts[-1] + len(polygon))
+                self.mask_starts.append(len(self.polygon_starts) - 1)
 
         def finish(self) -> "PackedMasks":
             """All masks that were added."""
             corners = np.frombuffer(bytes(self.corners), np.float32).reshape(-1, 2)
-            return PackedMasks(corners, np.array(self.polygons), np.array(self.masks), self.run_lengths)
+            return PackedMasks(corners, np.array(self.polygon_starts), np.array(self.mask_starts), self.run_lengths)

@@ -1,4 +1,4 @@
-"""Whether there is a data set at all, looked up before anything is imported or computed."""
+"""Whether there is a data set at all: a question that is answered before anything large is imported or computed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def missing_data(settings: Mapping[str, Any]) -> str | None:
-    """Why there is no data set to train on, as a part of a sentence; None if its directory is there.
+    """Why there is no data set to train on, as part of a sentence; None if its directory is there.
 
     Args:
       settings: section `data` of a config.

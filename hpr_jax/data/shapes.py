@@ -1,19 +1,21 @@
-"""A small COCO data set of coloured shapes, drawn the same at every call: JPEG images, boxes, polygons.
+"""A small data set of coloured shapes in COCO layout, which follows from a seed: JPEG images, boxes and polygons.
 
-Several classes, scales from 10 to 60 % of the image, overlaps, noisy backgrounds; category ids with gaps.
+Shapes have 10 to 60 % of the image's side and may overlap, backgrounds are noisy, and category ids have gaps.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
+# The category id of each kind of shape.
 CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7}
 
 
 def outline(kind: str, center: np.ndarray, radius: float, angle: float) -> np.ndarray:
-    """Corners of a shape, float `[n, 2]`."""
+    """Corners (x, y) of a shape, float64 `[n, 2]`; `radius` in pixels, `angle` in radians."""
     if kind == "star":
         turns, radii = np.arange(10) / 10, np.where(np.arange(10) % 2, 0.45, 1.0)
     else:
@@ -24,7 +26,7 @@ def outline(kind: str, center: np.ndarray, radius: float, angle: float) -> np.nd
 
 
 def draw_image(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
-    """A picture `[h, w, 3]` and its objects (kind, corners), in the order they were painted."""
+    """A picture, uint8 `[h, w, 3]`, and its objects (kind, corners), in the order in which they were painted."""
     coarse = rng.integers(40, 216, (4, 4, 3)).astype(np.uint8)
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float64)
     image += rng.normal(0, 8, image.shape)
@@ -42,20 +44,22 @@ def draw_image(rng: np.random.Generator, height: int, width: int) -> tuple[np.nd
 
 
 def visible_fraction(index: int, objects: list[tuple[str, np.ndarray]], height: int, width: int) -> float:
-    """How much of an object is neither painted over nor outside."""
+    """The fraction of an object that is neither painted over nor outside of the image."""
     index_map = np.zeros((height, width), np.uint8)
-    whole = np.zeros((3 * height, 3 * width), np.uint8)
-    cv2.fillPoly(whole, [np.rint(objects[index][1] + [width, height]).astype(np.int32)], 1)
+    # Large enough for what lies outside of the image, too.
+    uncovered = np.zeros((3 * height, 3 * width), np.uint8)
+    cv2.fillPoly(uncovered, [np.rint(objects[index][1] + [width, height]).astype(np.int32)], 1)
     for number, (_, corners) in enumerate(objects):
         cv2.fillPoly(index_map, [np.rint(corners).astype(np.int32)], number + 1)
-    return float(np.sum(index_map == index + 1) / max(np.sum(whole), 1))
+    return float(np.sum(index_map == index + 1) / max(np.sum(uncovered), 1))
 
 
 def make_split(directory: Path, name: str, count: int, side: int, rng: np.random.Generator) -> None:
     """Writes the images and the annotation file of one split."""
     folder = directory / name
     folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(1, count + 1):
         height, width = side, int(side * rng.choice([1.0, 0.8]))
         if rng.random() < 0.5:

@@ -1,5 +1,5 @@
 """The detections of a split, and their average precision.
 
-Detections are collected by `evaluator.py` and counted by `average_precision.py`.
+`evaluator.py` collects detections, and `average_precision.py` compares them with the ground truth.
 May import inference and all wings below it.
 """

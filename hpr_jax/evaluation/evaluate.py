@@ -1,4 +1,4 @@
-"""The command `evaluate`."""
+"""Evaluates a checkpoint on the validation split of its config."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from hpr_jax.data.build import load_dataset
 from hpr_jax.data.log_dropped import log_dropped
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
-from hpr_jax.runtime.devices import leads
+from hpr_jax.runtime.devices import is_main_process
 from hpr_jax.weights.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
 
 log = logging.getLogger("hpr_jax")
@@ -24,9 +24,12 @@ def evaluate(
 
     Args:
       checkpoint: a checkpoint's directory or a run's workdir.
-      output: folder for the files.
+      output: folder for the two files, which the main process alone writes.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
+
+    Raises:
+      UserError: there is no checkpoint or no data, or a setting is wrong.
     """
     meta = read_meta(checkpoint)
     config = checkpoint_config(meta, overrides, config)
@@ -34,14 +37,14 @@ def evaluate(
     dataset = load_dataset(config.data, "val", meta.classes)
     log_dropped(dataset)
     log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
-    if leads():
+    if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)
     result = Evaluator(config, dataset, graph).run(state)
     for name, value in result.metrics.items():
         log.info("%-10s %7.4f", name, value)
     log_table(result)
-    if not leads():
+    if not is_main_process():
         return result
     (output / "detections.json").write_text(json.dumps(result.detections))
     (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")

@@ -11,21 +11,27 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hpr_jax.data.augmentation.geometry import whole
+from hpr_jax.data.augmentation.geometry import evaluation_geometries
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.loading.batches import EvaluationLoader, evaluation_batches
 from hpr_jax.data.loading.buckets import choose_buckets
 from hpr_jax.data.loading.plan import evaluation_plan
 from hpr_jax.evaluation.average_precision import coco_average_precision, find_evaluator
 from hpr_jax.inference.detect import make_detect
-from hpr_jax.runtime.devices import agree, data_mesh, gather, leads, on_devices_of, spread
+from hpr_jax.runtime.devices import agree, data_mesh, gather, is_main_process, on_devices_of, shard
 
 log = logging.getLogger("hpr_jax")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """Average precision, and the detections it was computed from (COCO results format)."""
+    """Average precision, and the detections that it was computed from.
+
+    Attributes:
+      metrics: the twelve COCO numbers by name, as fractions.
+      per_class: `AP` and `AP50` by class name.
+      detections: in COCO's results format.
+    """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
@@ -33,12 +39,15 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Evaluates states of one detector on one split; compiled programs are kept between runs. Every process detects on a
-    share of the images with its own devices, and all have the result."""
+    """Evaluates states of one detector on one split of a data set.
+
+    It holds the compiled programs, one for each bucket, for later states. Every process detects objects in a share of the
+    images with its own devices, and every process gets the result.
+    """
 
     def __init__(self, config: ConfigDict, dataset: Dataset, graph: nnx.GraphDef):
         settings = config.evaluate
-        geometries = whole(dataset.sizes, settings.side, settings.max_side, settings.canvas)
+        geometries = evaluation_geometries(dataset.sizes, settings.side, settings.max_side, settings.canvas)
         buckets = choose_buckets(np.array([g.size for g in geometries]), settings.buckets)
         self.mesh = data_mesh(jax.local_devices())
         batch_size = settings.batch_size * self.mesh.size
@@ -51,33 +60,40 @@ class Evaluator:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
-        return self.detect._cache_size()
+        """Number of programs compiled so far."""
+        # A method of jitted functions that JAX's types leave out.
+        return self.detect._cache_size()  # type: ignore[attr-defined]
 
     def run(self, state: nnx.State) -> EvaluationResult:
-        """Detects on every image and computes AP; the state is on all devices of the process, or of all processes."""
+        """Detects objects in every image and computes AP.
+
+        Args:
+          state: of the detector, on all devices of this process or of all processes.
+        """
         state = on_devices_of(self.mesh, state)
         found: list[dict[str, Any]] = []
         batches = evaluation_batches(self.loader, self.threads)
-        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False, disable=not leads())
+        hidden = not is_main_process()
+        bar = tqdm(batches, total=len(self.loader), desc="evaluation", unit="batch", leave=False, disable=hidden)
         for batch, planned in zip(bar, self.loader.plan):
             for report in batch.reports:
                 log.warning("%s", report)
-            images, sizes = spread(self.mesh, (batch.images, batch.sizes))
-            arrays = jax.device_get(self.detect(state, images, sizes))
+            images, sizes = shard(self.mesh, (batch.images, batch.sizes))
+            boxes, scores, labels, valid = jax.device_get(self.detect(state, images, sizes))
             for place, record in enumerate(batch.records):
                 if record is not None:
                     height, width = planned.slots[place].geometry.resized
                     scale = np.array([record.width / width, record.height / height] * 2)
+                    scaled = boxes[place].astype(np.float64) * scale
                     found += _coco_results(
-                        record.image_id, self.dataset.classes, *(array[place] for array in arrays), scale=scale
+                        record.image_id, self.dataset.classes, scaled, scores[place], labels[place], valid[place]
                     )
-        # In the same order, however many processes there are.
+        # Sorted, so that the order does not depend on the number of processes.
         found = sorted(itertools.chain(*gather(found)), key=lambda one: one["image_id"])
 
         def average_precision():
             metrics, per_category = coco_average_precision(self.dataset.ground_truth(), found, self.evaluator)
-            # JSON, in which processes agree, has no numbers as keys.
+            # Pairs, since the result goes to other processes as JSON, where keys are text.
             return metrics, list(per_category.items())
 
         metrics, per_category = agree(average_precision)
@@ -89,9 +105,17 @@ class Evaluator:
         return EvaluationResult(metrics, {names[c]: numbers for c, numbers in per_category}, found)
 
 
-def _coco_results(image_id, classes: Classes, boxes, scores, labels, valid, scale) -> list[dict[str, Any]]:
-    boxes = boxes.astype(np.float64) * scale
-    boxes[:, 2:] -= boxes[:, :2]
+def _coco_results(
+    image_id: int, classes: Classes, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
+) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's results format.
+
+    Args:
+      boxes: float64 `[n, 4]`, xyxy in pixels of the image.
+      scores, labels: `[n]`.
+      valid: bool `[n]`; the others are left out.
+    """
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     return [
         {
             "image_id": image_id,
@@ -99,13 +123,13 @@ def _coco_results(image_id, classes: Classes, boxes, scores, labels, valid, scal
             "bbox": [round(float(side), 3) for side in box],
             "score": float(score),
         }
-        for box, score, label, real in zip(boxes, scores, labels, valid)
-        if real
+        for box, score, label, is_valid in zip(boxes, scores, labels, valid)
+        if is_valid
     ]
 
 
 def log_table(result: EvaluationResult) -> None:
-    """Logs AP by class."""
+    """Logs a table of AP and AP50 by class."""
     width = max(len(name) for name in ("class", *result.per_class))
     log.info("%-*s %7s %7s", width, "class", "AP", "AP50")
     for name, numbers in result.per_class.items():

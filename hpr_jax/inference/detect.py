@@ -1,4 +1,4 @@
-"""From padded batches to detections, compiled."""
+"""The compiled function from a padded batch of images to detections."""
 
 import functools
 
@@ -13,14 +13,25 @@ from hpr_jax.types import Predictions
 
 
 @functools.lru_cache(maxsize=8)
-def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
-    """Jitted: state, uint8 images, sizes -> boxes in pixels of the padded input, scores, labels, valid. A mesh splits the
-    images over its devices. Cached, so that runs in the same process share what is compiled."""
+def make_detect(graph: nnx.GraphDef, max_detections: int, mesh: Mesh | None = None) -> jax.stages.Wrapped:
+    """A jitted function that detects objects in a batch of images.
+
+    Its arguments are the detector's state, images uint8 `[B, H, W, 3]`, padded behind their valid sizes, and these sizes,
+    int32 `[B, 2]`, (height, width). It returns what `top_detections` does.
+
+    The function is cached by the arguments, so that users in one process share its compiled programs.
+
+    Args:
+      graph: of the detector.
+      max_detections: how many (query, class) pairs are taken of each image.
+      mesh: splits the images over its devices; None for JAX's default device.
+    """
 
     def detect(state, images, sizes):
         detector = nnx.merge(graph, state)
         outputs = detector(detector.normalize(images, sizes), sizes)
-        return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, count)
+        last_layer = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
+        return top_detections(last_layer, sizes, max_detections)
 
     if mesh is not None:
         specs = EVERYWHERE, split_at(0), split_at(0)
@@ -28,20 +39,23 @@ def make_detect(graph: nnx.GraphDef, count: int, mesh: Mesh | None = None):
     return jax.jit(detect)
 
 
-def detections(predictions: Predictions, sizes: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The `count` best (query, class) pairs of each image.
+def top_detections(
+    predictions: Predictions, sizes: jax.Array, max_detections: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The (query, class) pairs of each image with the highest scores.
 
     Args:
       predictions: of one layer, `[B, Q, ...]`.
       sizes: int32 `[B, 2]`, valid (height, width) in pixels.
+      max_detections: how many pairs to take.
 
     Returns:
-      boxes xyxy in pixels `[B, n, 4]`, scores `[B, n]` falling, labels int32 `[B, n]`, valid bool `[B, n]`, with
-      n = min(count, Q * K); fewer are valid when fewer pairs exist.
+      boxes `[B, n, 4]`, xyxy in pixels of the padded images; scores `[B, n]`, highest first; labels int32 `[B, n]`; valid
+      bool `[B, n]`, false for pairs of queries that do not exist. n = min(max_detections, Q * K).
     """
     batch, queries, classes = predictions.logits.shape
     scores = jnp.where(predictions.valid[..., None], jax.nn.sigmoid(predictions.logits), -1.0)
-    scores, index = jax.lax.top_k(scores.reshape(batch, -1), min(count, queries * classes))
+    scores, index = jax.lax.top_k(scores.reshape(batch, -1), min(max_detections, queries * classes))
     scale = whwh(sizes)[:, None]
     boxes = jnp.take_along_axis(predictions.boxes, (index // classes)[..., None], axis=1)
     boxes = jnp.clip(cxcywh_to_xyxy(boxes) * scale, 0.0, scale)

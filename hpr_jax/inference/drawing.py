@@ -7,27 +7,40 @@ import cv2
 import numpy as np
 import supervision as sv
 
-# OpenCV draws and writes BGR; supervision's colours follow it.
-_BGR = cv2.COLOR_RGB2BGR
-
 
 def draw(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """A copy of `image` with xyxy `boxes` `[n, 4]` in the colours of their `labels` `[n]`, and captions."""
+    """A copy of an image with boxes on it.
+
+    Args:
+      boxes: xyxy in pixels `[n, 4]`.
+      labels: int `[n]`; boxes of one label have one colour.
+      captions: text at each box.
+    """
     height, width = image.shape[:2]
-    picture = cv2.cvtColor(image, _BGR)
+    # supervision draws on BGR, as OpenCV does.
+    picture = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
     if len(boxes):
-        found = sv.Detections(xyxy=np.asarray(boxes, np.float32), class_id=np.asarray(labels, int))
+        detections = sv.Detections(xyxy=np.asarray(boxes, np.float32), class_id=np.asarray(labels, int))
         resolution = (width, height)
         thickness = max(1, sv.calculate_optimal_line_thickness(resolution) - 1)
         scale = min(sv.calculate_optimal_text_scale(resolution), 0.6)
-        picture = sv.BoxAnnotator(thickness=thickness).annotate(picture, found)
+        picture = sv.BoxAnnotator(thickness=thickness).annotate(picture, detections)
         label = sv.LabelAnnotator(text_scale=scale, text_thickness=1, text_padding=2)
-        picture = label.annotate(picture, found, labels=list(captions))
+        picture = label.annotate(picture, detections, labels=list(captions))
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 256, gap: int = 4) -> np.ndarray:
-    """Images in rows, all scaled to one height; rows are padded with white to the widest."""
+    """One picture of many images.
+
+    Args:
+      rows: images in rows.
+      height: to which each image is scaled, in pixels.
+      gap: white border around each image, in pixels.
+
+    Returns:
+      The rows below one another, padded with white to the widest.
+    """
     lines = []
     for row in rows:
         cells = [cv2.resize(cell, (round(cell.shape[1] * height / cell.shape[0]), height)) for cell in row]
@@ -40,7 +53,11 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 256, gap: 
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Writes an image in the format of the path's ending."""
+    """Writes an image in the format that the path's suffix names.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, _BGR)):
+    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
         raise OSError(f"{path} could not be written")

@@ -1,10 +1,11 @@
-"""The image files among paths that a user gave. Imports no JAX."""
+"""Finds the image files among paths that a user gave. Imports no JAX."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from hpr_jax.errors import UserError
 
+# Suffixes of the files in a folder that are taken for images.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -12,7 +13,7 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
     """The given files, and the image files directly inside given folders.
 
     Raises:
-      UserError: nothing given, a path that does not exist, or a folder without images.
+      UserError: no path is given, a path does not exist, or a folder holds no images.
     """
     if not inputs:
         raise UserError("predict needs images or folders of images.")

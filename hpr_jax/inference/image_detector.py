@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.config import load_config
-from hpr_jax.data.augmentation.geometry import Geometry, apply, whole
+from hpr_jax.data.augmentation.geometry import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
@@ -28,7 +29,7 @@ from hpr_jax.settings import check
 from hpr_jax.types import Outputs
 from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
 
-# Inputs are padded to multiples of this, so that pictures of similar shape share one compiled program.
+# Sides of padded inputs are multiples of this many pixels, so that images of similar shape share one compiled program.
 GRID = 128
 
 ImageLike = np.ndarray | str | Path
@@ -41,10 +42,10 @@ class Detections:
     Attributes:
       image: RGB uint8 `[h, w, 3]`.
       boxes: float32 xyxy `[n, 4]` in pixels of the image.
-      scores: float32 `[n]`.
+      scores: float32 `[n]`, between 0 and 1.
       labels: int32 `[n]`, class indices.
-      names: name of each label.
-      category_ids: of each label, as in the training annotations.
+      names: the class name of each detection.
+      category_ids: the category of each detection, as in the training annotations.
     """
 
     image: np.ndarray
@@ -58,7 +59,7 @@ class Detections:
         return len(self.scores)
 
     def above(self, threshold: float) -> "Detections":
-        """Those with at least this score."""
+        """The detections with at least this score."""
         keep = self.scores >= threshold
         where = np.flatnonzero(keep)
         return Detections(
@@ -71,17 +72,17 @@ class Detections:
         )
 
     def draw(self) -> np.ndarray:
-        """The image with boxes, names and scores."""
+        """The image with boxes, names and scores on it, RGB uint8 `[h, w, 3]`."""
         captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores)]
         return draw(self.image, self.boxes, self.labels, captions)
 
 
 class ImageDetector:
-    """A detector that takes images as they come.
+    """A detector that takes images of any size, from files or arrays.
 
     Args:
-      module: the Flax module; `jax` transformations and notebooks may use it directly.
-      classes: that it was trained on.
+      module: the Flax module, which notebooks may use directly, too.
+      classes: the classes that it was trained on.
       config: its config; the section `evaluate` gives the input size and the number of detections.
     """
 
@@ -91,15 +92,23 @@ class ImageDetector:
         self._detect = make_detect(graph, config.evaluate.detections)
         self._outputs = jax.jit(functools.partial(_all_outputs, graph))
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.3) -> Detections | list[Detections]:
+    @overload
+    def __call__(self, images: ImageLike, threshold: float = 0.3) -> Detections: ...
+
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...], threshold: float = 0.3) -> list[Detections]: ...
+
+    def __call__(
+        self, images: ImageLike | list[Any] | tuple[Any, ...], threshold: float = 0.3
+    ) -> Detections | list[Detections]:
         """Detects objects.
 
         Args:
-          images: a path, an RGB uint8 array `[h, w, 3]`, or a list of such.
-          threshold: lowest score to keep.
+          images: a path, an RGB uint8 array `[h, w, 3]`, or a list or tuple of such.
+          threshold: lowest score of the detections.
 
         Raises:
-          UserError: an image that cannot be read, or an array of another type or shape.
+          UserError: an image cannot be read, or an array is of another type or shape.
         """
         if isinstance(images, list | tuple):
             return [self(image, threshold) for image in images]
@@ -111,7 +120,7 @@ class ImageDetector:
         names, ids = self.classes.names, self.classes.category_ids
         found = Detections(
             image=image,
-            # On a canvas, boxes may reach out of the image.
+            # On a canvas larger than the image, boxes may reach beyond the image.
             boxes=np.clip(boxes[valid] * scale, 0, [width, height] * 2).astype(np.float32),
             scores=scores[valid],
             labels=labels[valid],
@@ -122,26 +131,32 @@ class ImageDetector:
 
     def outputs(self, image: ImageLike) -> Outputs:
         """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and
-        branch, memory, reference boxes, hidden states, attention masks. Boxes are cxcywh relative to the image."""
+        branch, memory, reference boxes, hidden states, attention masks. Boxes are cxcywh, relative to the image."""
         _, padded, sizes = self._prepare(_as_array(image))
         return self._outputs(self._state, padded, sizes)
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
+        """How an image `[h, w, 3]` is resized, the padded input uint8 `[1, H, W, 3]`, and its valid size int32 `[1, 2]`."""
         settings = self.config.evaluate
-        (geometry,) = whole(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
-        resized, _, _ = apply(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), geometry)
+        (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        resized = apply_to_image(image, geometry)
         height, width = (-(-side // GRID) * GRID for side in geometry.size)
         padded = np.zeros((1, height, width, 3), np.uint8)
         padded[0, : geometry.size[0], : geometry.size[1]] = resized
         return geometry, padded, np.array([geometry.size], np.int32)
 
 
-def _all_outputs(graph, state, images, sizes):
+def _all_outputs(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, sizes: jax.Array) -> Outputs:
     detector = nnx.merge(graph, state)
     return detector(detector.normalize(images, sizes), sizes)
 
 
 def _as_array(image: ImageLike) -> np.ndarray:
+    """The pixels of an image, RGB uint8 `[h, w, 3]`.
+
+    Raises:
+      UserError: it cannot be read, or is an array of another type or shape.
+    """
     if isinstance(image, str | Path):
         try:
             return read_image(Path(image))
@@ -161,17 +176,17 @@ def load(
     overrides: Mapping[str, object] | None = None,
     config: ConfigDict | None = None,
 ) -> ImageDetector:
-    """A detector from a checkpoint or run folder, or with random weights from a config file.
+    """Loads a detector from a checkpoint, or makes one with random weights from a config file.
 
     Args:
       source: a run's workdir, a checkpoint's directory, or `path.py[:variant]` of a config.
-      class_names: of a detector from a config; 80 numbered classes by default.
-      seed: of its random weights.
+      class_names: with a config, the names of the classes; 80 numbered classes by default.
+      seed: with a config, the seed of the random weights.
       overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
-      config: in place of a checkpoint's own; its model must be the same.
+      config: with a checkpoint, taken in place of its own config; the model must be the same.
 
     Raises:
-      UserError: nothing to load there, or a setting that does not exist.
+      UserError: there is nothing to load at `source`, or a setting does not exist.
     """
     settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
     if str(source).partition(":")[0].endswith(".py"):

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -25,12 +26,20 @@ def predict(
     overrides: Sequence[tuple[str, str]] = (),
     config: ConfigDict | None = None,
 ) -> None:
-    """Writes each picture with its detections, and `predictions.json` with boxes in pixels of the original images.
+    """Writes a picture of each image with its detections, and `predictions.json` with boxes in pixels of the images.
 
     Images that cannot be read are reported and skipped.
 
+    Args:
+      checkpoint: a checkpoint's directory or a run's workdir.
+      inputs: image files, and folders of images.
+      output: folder for the pictures and the JSON file.
+      threshold: lowest score of the detections.
+      overrides: settings (dotted key, text) in place of the checkpoint's.
+      config: in place of the checkpoint's; its model must be the same.
+
     Raises:
-      UserError: no checkpoint, no images, or not one readable image.
+      UserError: there is no checkpoint or no image, or no image can be read.
     """
     files = find_images(inputs)
     detector = load(checkpoint, overrides=dict(overrides), config=config)
@@ -56,7 +65,7 @@ def predict(
 
 
 def _picture_path(output: Path, file: Path, taken: set[Path]) -> Path:
-    """A name for the picture: the image's own, numbered where it is taken by another picture or an original."""
+    """A path for the picture of an image, named like the image; numbered if another picture or an image has that path."""
     path, number = output / f"{file.stem}.jpg", 1
     while path.resolve() in taken:
         number += 1
@@ -64,7 +73,8 @@ def _picture_path(output: Path, file: Path, taken: set[Path]) -> Path:
     return path
 
 
-def _entry(file: Path, picture: Path, found: Detections) -> dict:
+def _entry(file: Path, picture: Path, found: Detections) -> dict[str, Any]:
+    """What `predictions.json` says about an image."""
     height, width = found.image.shape[:2]
     return {
         "file": str(file),

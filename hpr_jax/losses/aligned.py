@@ -1,4 +1,4 @@
-"""The losses of Align DETR."""
+"""The loss of Align DETR's matching and denoising queries."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hpr_jax.losses.functions import sigmoid_cross_entropy
-from hpr_jax.losses.matched import BoxLoss, Terms, _is_label
+from hpr_jax.losses.matched import BoxLoss, Terms, is_class_of_box
 from hpr_jax.ops.boxes import iou, pixel_overlap
 from hpr_jax.types import Predictions, Targets
 
@@ -15,9 +15,10 @@ from hpr_jax.types import Predictions, Targets
 class AlignedMatchedLoss:
     """Cross entropy towards a blend of score and IoU (Align DETR, Cai et al. 2023, sections 3.2 and 3.3).
 
-    The queries of one box are ranked by the blend t = score^alpha IoU^(1 - alpha); rank r weighs exp(-r / tau), in the
-    class target and on the box terms. Everything is divided by the number of boxes in the batch, at least 1; for denoising
-    queries, which are not ranked, by the number of positive ones.
+    The target of a query for the class of its box is the blend t = score^alpha IoU^(1 - alpha). Matching queries of the same
+    box are ranked by t; rank r, from 0 on, has the weight exp(-r / tau), which multiplies target and box terms. Denoising
+    queries are not ranked. Terms are divided by the number of boxes in the batch, those of denoising queries by the number
+    of positive queries; both count as at least 1.
     """
 
     class_weight: float = 1.0
@@ -30,10 +31,10 @@ class AlignedMatchedLoss:
         self, predictions: Predictions, positive: jax.Array, index: jax.Array, targets: Targets, *, denoising: bool
     ) -> Terms:
         """See `MatchedLoss`."""
-        is_label = _is_label(predictions, positive, index, targets)
+        is_class = is_class_of_box(predictions, positive, index, targets)
         goal = jnp.take_along_axis(targets.boxes, index[..., None], axis=1)
         probability = jax.nn.sigmoid(predictions.logits)
-        score = jnp.sum(jnp.where(is_label, probability, 0.0), axis=-1)
+        score = jnp.sum(jnp.where(is_class, probability, 0.0), axis=-1)
         overlap = pixel_overlap(iou, predictions.boxes, goal, targets.sizes)
         blend = jax.lax.stop_gradient(jnp.maximum(score**self.alpha * overlap ** (1 - self.alpha), 0.01))
 
@@ -43,9 +44,9 @@ class AlignedMatchedLoss:
         count = jnp.sum(positive if denoising else targets.valid)
         count = jnp.maximum(count, 1).astype(jnp.float32)
 
-        goal_probability = jnp.where(is_label, (blend * weights)[..., None], 0.0)
-        # As published, gradients flow into the weight of negatives.
-        importance = jnp.where(is_label, 1.0, probability**self.gamma)
+        goal_probability = jnp.where(is_class, (blend * weights)[..., None], 0.0)
+        # As published, gradients flow through the weight of negatives, too.
+        importance = jnp.where(is_class, 1.0, probability**self.gamma)
         cross_entropy = importance * sigmoid_cross_entropy(predictions.logits, goal_probability)
         cross_entropy = jnp.where(predictions.valid[..., None], cross_entropy, 0.0)
         box_terms = self.boxes(predictions.boxes, index, weights, targets, count)
@@ -53,7 +54,8 @@ class AlignedMatchedLoss:
 
 
 def _rank(value: jax.Array, positive: jax.Array, index: jax.Array) -> jax.Array:
-    """How many positive queries of the same box have a larger value, or the same and a lower index: `[B, Q]`."""
+    """How many positive queries of the same box come before a query: those with a larger value, or with the same value and
+    a lower index. All are `[B, Q]`."""
     place = jnp.arange(value.shape[-1])
     larger = value[:, None, :] > value[:, :, None]
     earlier = (value[:, None, :] == value[:, :, None]) & (place[None, :] < place[:, None])

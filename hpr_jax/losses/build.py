@@ -1,4 +1,4 @@
-"""The losses of a config: the section `loss` is read here."""
+"""The losses of a config: its section `loss` is read here."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ def make_criterion(config: ConfigDict) -> Criterion:
     """The losses that a config asks for.
 
     Raises:
-      UserError: they do not suit the model.
+      UserError: the losses do not suit the model.
     """
     model, loss = config.model, config.loss
     criterion = Criterion(branch_weights=tuple((name, loss.branch_weight) for name in model.refiner.auxiliaries))

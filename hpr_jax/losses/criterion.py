@@ -1,7 +1,7 @@
-"""All loss terms of a detector.
+"""All loss terms of a detector; the loss is their sum.
 
-Terms are named `[branch/]kind/term`: kinds are `layer_i`, `proposals`, `denoising_i`, `dense_i` and `dense_proposals`;
-terms `class`, `l1` and `giou`; auxiliary branches prefix their name. The loss is the sum of all terms.
+A term is named `kind/term`, or `branch/kind/term` in an auxiliary branch. Kinds are `layer_i`, `proposals`, `denoising_i`,
+`dense_i` and `dense_proposals`, where i is the index of a layer; terms are `class`, `l1` and `giou`.
 """
 
 import dataclasses
@@ -12,21 +12,24 @@ import jax.numpy as jnp
 
 from hpr_jax.losses.dense import DenseLoss
 from hpr_jax.losses.matched import FocalMatchedLoss, MatchedLoss, Terms
-from hpr_jax.losses.matching import CostWeights, Request, assign, dense_cost, matching_cost
+from hpr_jax.losses.matching import CostWeights, Request, dense_cost, matching_cost
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Outputs, Predictions, Targets
 
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """What the terms are made of; the defaults are those of Deformable DETR and DINO.
+    """What the loss terms are made of. The defaults are those of Deformable DETR and DINO.
+
+    The matching stands between two steps: `requests` makes its problems on the device, the caller solves them on the host
+    (`matching.solve_on_host`), and `terms` takes the solutions.
 
     Attributes:
       branch_weights: (name, weight) of each auxiliary branch.
-      matched: loss of matched and denoising queries.
-      dense: loss of dense queries (DDQ).
-      costs: of the matching.
-      repeats: queries matched with one box, for each decoder layer; (): one in all of them.
-      proposal_repeats: the same for the encoder's proposals.
+      matched: loss of matching and denoising queries.
+      dense: loss of dense queries, which only DDQ has.
+      costs: weights of the matching cost.
+      repeats: number of queries that are matched with one box, for each decoder layer; (): one in every layer.
+      proposal_repeats: the same number for the encoder's proposals.
     """
 
     branch_weights: tuple[tuple[str, float], ...]
@@ -36,12 +39,8 @@ class Criterion:
     repeats: tuple[int, ...] = ()
     proposal_repeats: int = 1
 
-    def __call__(self, outputs: Outputs, targets: Targets, denoising: DenoisingQueries | None) -> Terms:
-        """-> scalars by name; those of dense queries are `[B]`, one value an image. Calls the host, also under jit."""
-        return self.terms(outputs, targets, denoising, assign(self.requests(outputs, targets), targets.valid))
-
     def requests(self, outputs: Outputs, targets: Targets) -> list[Request]:
-        """The matching problems: of the queries that are matched, and of dense ones if there are such."""
+        """The matching problems: a request for proposals and matching queries, and one for dense queries, if any."""
         matching, dense = _problems(outputs)
         layers, branches = len(outputs.primary.matching.logits), 1 + len(outputs.branches)
         repeats = (self.proposal_repeats, *(self.repeats or (1,) * layers) * branches)
@@ -54,20 +53,28 @@ class Criterion:
     def terms(
         self, outputs: Outputs, targets: Targets, denoising: DenoisingQueries | None, assigned: Sequence[jax.Array]
     ) -> Terms:
-        """The same as a call, with the solutions of `requests`: the index of each query's box or -1, int32 `[P, B, Q]`."""
+        """All loss terms by name: scalars, those of dense queries `[B]` with one value for each image.
+
+        Args:
+          outputs: what the detector computed.
+          targets: the ground truth.
+          denoising: the denoising queries that the detector was given, or None.
+          assigned: solutions of `requests`, for each the index of every query's box or -1, int32 `[P, B, Q]`.
+        """
         branches = {"": outputs.primary} | {f"{name}/": branch for name, branch in outputs.branches.items()}
         layers = len(outputs.primary.matching.logits)
         weights = [1.0, *(dict(self.branch_weights)[name] for name in outputs.branches)]
         matching, dense = _problems(outputs)
         terms: Terms = {}
 
-        def add(prefix, kind, values, weight):
-            """Spreads terms with a leading layer axis over names."""
+        def add(prefix: str, kind: str, values: Terms, weight: float) -> None:
+            """Adds weighted terms of all layers, `[layers, ...]`, one name for each layer."""
             for term, value in values.items():
                 for layer in range(layers):
                     terms[f"{prefix}{kind}_{layer}/{term}"] = weight * value[layer]
 
-        def of_branch(values, branch):
+        def of_branch(values: Terms, branch: int) -> Terms:
+            """The terms of one branch, `[layers, ...]`, of those of all problems, `[P, ...]`."""
             return {term: value[1 + branch * layers : 1 + (branch + 1) * layers] for term, value in values.items()}
 
         matched = jax.vmap(lambda p, a: self._matched_terms(p, a, targets))(matching, assigned[0])
@@ -84,22 +91,24 @@ class Criterion:
         return terms
 
     def _matched_terms(self, predictions: Predictions, assigned: jax.Array, targets: Targets) -> Terms:
-        """Terms of one layer: predictions `[B, Q, ...]`, box index or -1 `[B, Q]`."""
+        """Terms of one layer: predictions `[B, Q, ...]`, index of each query's box or -1 `[B, Q]` -> scalars."""
         return self.matched(predictions, assigned >= 0, jnp.maximum(assigned, 0), targets, denoising=False)
 
     def _denoising_terms(self, branch: BranchPredictions, denoising: DenoisingQueries, targets: Targets) -> Terms:
-        """Terms of all layers, `[layers]` each; pads of a group are trained as background."""
+        """Terms of all layers, each `[layers]`. Slots that only pad their group are trained as background."""
         positive, index = denoising.positive, denoising.target
         return jax.vmap(lambda p: self.matched(p, positive, index, targets, denoising=True))(branch.denoising)
 
 
 def _problems(outputs: Outputs) -> tuple[Predictions, Predictions | None]:
-    """Predictions of matching queries and of dense ones with an axis of problems: 0 is the encoder's, then come the layers
-    of each branch."""
+    """Predictions of matching queries and of dense ones, if any, with a leading axis of P problems: the first is that of the
+    encoder's proposals, then come the layers of the primary branch and of each auxiliary branch."""
     branches = [outputs.primary, *outputs.branches.values()]
     proposals, dense = jax.tree.map(lambda x: x[None], (outputs.proposals, outputs.dense_proposals))
     matching = _concatenate([proposals, *(branch.matching for branch in branches)])
-    return matching, None if dense is None else _concatenate([dense, *(branch.dense for branch in branches)])
+    if dense is None:
+        return matching, None
+    return matching, _concatenate([dense, *(branch.dense for branch in branches if branch.dense is not None)])
 
 
 def _concatenate(parts: list[Predictions]) -> Predictions:

@@ -1,4 +1,4 @@
-"""Bipartite matching: costs on the device, one host call a step, SciPy's solver on the host."""
+"""Bipartite matching of queries with boxes: costs are computed on the device, and SciPy solves all problems on the host."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +16,13 @@ from hpr_jax.types import Predictions, Targets
 
 @flax.struct.dataclass
 class Request:
-    """Matching problems of one shape: P problems (layers, branches) for each image.
+    """Matching problems of one shape: P problems, which are layers of branches, for each image.
 
     Attributes:
-      cost: `[P, B, Q, N]`.
+      cost: cost of matching a query with a box, `[P, B, Q, N]`.
       query_valid: bool `[P, B, Q]`; other queries stay unmatched.
-      repeats: static, for each problem: a box is matched with this many queries, or with as many as the queries suffice
-        for.
+      repeats: static, for each problem the number of queries that are matched with one box. It is lower if there are too few
+        queries for all boxes, but at least 1.
     """
 
     cost: jax.Array
@@ -32,7 +32,7 @@ class Request:
 
 @flax.struct.dataclass
 class CostWeights:
-    """Weights of the parts of a matching cost."""
+    """Weights of the three parts of a matching cost."""
 
     classes: float = 2.0
     l1: float = 5.0
@@ -40,66 +40,65 @@ class CostWeights:
 
 
 def focal_cost(logits: jax.Array, labels: jax.Array, *, alpha: float = 0.25, gamma: float = 2.0) -> jax.Array:
-    """Focal loss as the positive minus as the negative of each label: `[..., Q, K]`, `[..., N]` -> `[..., Q, N]`."""
+    """The class cost of Deformable DETR: focal loss of a query as a positive of a label, minus that as a negative.
+
+    Args:
+      logits: `[..., Q, K]`.
+      labels: classes of the boxes, int32 `[..., N]`.
+
+    Returns:
+      `[..., Q, N]`.
+    """
     probability = jax.nn.sigmoid(logits)
-    negative = -jnp.log(1 - probability + 1e-12) * (1 - alpha) * probability**gamma
+    # The official code adds 1e-12 in the logarithms. XLA would fold that into the 1 of the first, where float32 loses it.
+    negative = -jnp.log(jnp.maximum(1 - probability, 1e-12)) * (1 - alpha) * probability**gamma
     positive = -jnp.log(probability + 1e-12) * alpha * (1 - probability) ** gamma
     labels = jnp.broadcast_to(labels[..., None, :], (*logits.shape[:-1], labels.shape[-1]))
     return jnp.take_along_axis(positive - negative, labels, axis=-1)
 
 
 def matching_cost(predictions: Predictions, targets: Targets, weights: CostWeights) -> jax.Array:
-    """DETR's matching cost with focal class cost, L1 on cxcywh: `[P, B, Q, ...]`, `[B, N, ...]` -> `[P, B, Q, N]`."""
+    """The matching cost of Deformable DETR: class cost, L1 distance of normalised cxcywh, generalised IoU in pixels.
+
+    Args:
+      predictions: `[P, B, Q, ...]`.
+      targets: `[B, N, ...]`.
+
+    Returns:
+      `[P, B, Q, N]`.
+    """
     cost = weights.classes * focal_cost(predictions.logits, _per_problem(predictions, targets.labels))
     cost += weights.l1 * _l1_cost(predictions.boxes, targets.boxes)
     return cost + weights.giou * _giou_cost(predictions.boxes, targets)
 
 
 def dense_cost(predictions: Predictions, targets: Targets, weights: CostWeights) -> jax.Array:
-    """DDQ's cost for dense queries. As published it applies the sigmoid twice, and takes L1 on xyxy."""
+    """DDQ's matching cost of dense queries. Shapes are those of `matching_cost`.
+
+    As published, the class cost applies the sigmoid twice, and the L1 distance is that of xyxy.
+    """
     probability = jax.nn.sigmoid(predictions.logits)
     cost = weights.classes * focal_cost(probability, _per_problem(predictions, targets.labels))
     cost += weights.l1 * _l1_cost(cxcywh_to_xyxy(predictions.boxes), cxcywh_to_xyxy(targets.boxes))
     return cost + weights.giou * _giou_cost(predictions.boxes, targets)
 
 
-def _per_problem(predictions, labels):
+def _per_problem(predictions: Predictions, labels: jax.Array) -> jax.Array:
+    """The labels `[B, N]` for each problem: `[P, B, N]`."""
     return jnp.broadcast_to(labels, (len(predictions.logits), *labels.shape))
 
 
-def _l1_cost(boxes, targets):
+def _l1_cost(boxes: jax.Array, targets: jax.Array) -> jax.Array:
+    """L1 distance of `[P, B, Q, 4]` and `[B, N, 4]`: `[P, B, Q, N]`."""
     return jnp.sum(jnp.abs(boxes[..., :, None, :] - targets[:, None, :, :]), axis=-1)
 
 
-def _giou_cost(boxes, targets):
+def _giou_cost(boxes: jax.Array, targets: Targets) -> jax.Array:
+    """Negative generalised IoU, in pixels, of cxcywh `[P, B, Q, 4]` with the boxes of the targets: `[P, B, Q, N]`."""
     scale = whwh(targets.sizes)[:, None, None]
     return -generalized_iou(
         cxcywh_to_xyxy(boxes)[..., :, None, :] * scale, cxcywh_to_xyxy(targets.boxes)[:, None, :, :] * scale
     )
-
-
-def assign(requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Array]:
-    """Solves all problems of a step in one host call.
-
-    Args:
-      target_valid: bool `[B, N]`, the real boxes of each image first.
-
-    Returns:
-      For each request the index of each query's box, or -1: int32 `[P, B, Q]`.
-    """
-    costs = [jax.lax.stop_gradient(request.cost) for request in requests]
-    shapes = [jax.ShapeDtypeStruct(cost.shape[:3], jnp.int32) for cost in costs]
-    repeats = tuple(request.repeats for request in requests)
-
-    def solve(costs, query_valid, target_valid):
-        return solve_on_host(
-            [np.asarray(cost) for cost in costs],
-            [np.asarray(valid) for valid in query_valid],
-            np.asarray(target_valid),
-            repeats,
-        )
-
-    return jax.pure_callback(solve, shapes, costs, [request.query_valid for request in requests], target_valid)
 
 
 def solve_on_host(
@@ -108,7 +107,17 @@ def solve_on_host(
     target_valid: np.ndarray,
     repeats: Sequence[Sequence[int]],
 ) -> list[np.ndarray]:
-    """Solves all problems with NumPy and SciPy; uses no JAX, so that callbacks may call it. See `assign`."""
+    """Solves all problems of a step, on threads. It uses no JAX, so that a callback from a device may call it.
+
+    Args:
+      costs: for each request the costs, `[P, B, Q, N]`.
+      query_valid: for each request, bool `[P, B, Q]`; other queries stay unmatched.
+      target_valid: bool `[B, N]`; the real boxes of an image come first.
+      repeats: for each request and problem the number of queries that are matched with one box; see `Request`.
+
+    Returns:
+      For each request the index of each query's box, or -1: int32 `[P, B, Q]`.
+    """
     counts = target_valid.sum(axis=1)
     results = [np.full(cost.shape[:3], -1, np.int32) for cost in costs]
     problems = [
@@ -119,12 +128,12 @@ def solve_on_host(
         if counts[image]
     ]
 
-    def solve(where):
+    def solve(where: tuple[int, int, int]) -> None:
         request, problem, image = where
         queries = np.flatnonzero(query_valid[request][problem, image])
         cost = costs[request][problem, image][queries, : counts[image]]
         if not np.isfinite(cost).all():
-            # For the loss check to report; the solver would raise.
+            # The solver would raise an error. The loss will not be finite either, which is what ends the run.
             cost = np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
         copies = max(min(repeats[request][problem], len(queries) // int(counts[image])), 1)
         rows, columns = linear_sum_assignment(np.repeat(cost, copies, axis=1) if copies > 1 else cost)

@@ -1,5 +1,5 @@
 """Flax NNX modules of the detectors.
 
-`build.py` reads the section `model` of a config; everything else takes explicit arguments.
+`build.py` alone reads configs, their sections `model` and `compute`; everything else takes explicit arguments.
 May import ops, kernels and types; never losses, data or weights.
 """

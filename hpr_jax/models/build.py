@@ -1,8 +1,24 @@
-"""From a config to a detector: the one file of the models that reads configs."""
+"""From a config to a detector. No other file of the models reads a config; this one reads its sections model and compute.
 
+A word in a config is the name of a file: `backbone.kind` in backbones/, `queries.kind` in queries/, and the names of
+refiners in refiner/.
+
+How to add a refiner, say `my_refiner`:
+
+1. Write refiner/my_refiner.py with a module for its interaction with the image, an `Interaction`. Its constructor takes
+   `SharedSettings`, then its own settings by keyword, then `rngs`.
+2. Import the module here, and add the line `"my_refiner": MyRefiner,` to `INTERACTIONS`.
+
+Then `refiner.primary` and `refiner.auxiliaries` can name it. If it has settings of its own, they are the section
+`refiner.my_refiner` (defaults in configs/common.py), which is passed to it as it is. A backbone is added in the same way, to
+`BACKBONES`; its settings are the section `backbone`. The table of settings.py, which checks configs before JAX is imported,
+lists the same words and each setting's range.
+"""
+
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,42 +27,49 @@ from flax import nnx
 from hpr_jax.errors import UserError
 from hpr_jax.models.backbones.resnet import ResNet
 from hpr_jax.models.backbones.swin import SwinTransformer
-from hpr_jax.models.detector import Detector
+from hpr_jax.models.detector import Backbone, Detector, QueryInit
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.neck import ChannelMapper
 from hpr_jax.models.queries.denoising import Denoiser
 from hpr_jax.models.queries.distinct import DistinctQueries
 from hpr_jax.models.queries.top import TopQueries
-from hpr_jax.models.refiner.deformable import DeformableRefiner
+from hpr_jax.models.refiner.deformable import DeformableInteraction
 from hpr_jax.models.refiner.dynamic_conv import DynamicConv
 from hpr_jax.models.refiner.global_attention import GlobalAttention
 from hpr_jax.models.refiner.hybrid import HybridRefiner, RegionSettings
-from hpr_jax.models.refiner.interaction import InteractionFactory
+from hpr_jax.models.refiner.interaction import Interaction, InteractionFactory, SharedSettings
 from hpr_jax.models.refiner.layer import RefinerLayer
-from hpr_jax.models.refiner.point import PointRefiner
+from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
-from hpr_jax.ops.dispatch import IMPLEMENTATIONS
+from hpr_jax.settings import DTYPES, OPERATIONS, REMAT
 
 Config = Mapping[str, Any]
 
-
-DTYPES = ("float32", "bfloat16")
-# Sampling and RoIAlign; `auto` takes the kernels on NVIDIA GPUs.
-OPERATIONS = ("auto", *IMPLEMENTATIONS)
-# Parts that can compute their inner values again in the backward pass.
-REMAT = ("backbone", "encoder", "refiner")
+# The interactions of the refiners that `config.model.refiner` can name.
+INTERACTIONS: dict[str, Callable[..., Interaction]] = {
+    "deformable": DeformableInteraction,
+    "dynamic_conv": DynamicConv,
+    "global_attention": GlobalAttention,
+    "point": PointInteraction,
+    "region_fc": RegionFC,
+    "regional_attention": RegionalAttention,
+}
+# The values of `config.model.backbone.kind`.
+BACKBONES: dict[str, Callable[..., Backbone]] = {"resnet": ResNet, "swin": SwinTransformer}
+# The values of `config.model.queries.kind`.
+QUERIES: dict[str, Callable[..., QueryInit]] = {"top": TopQueries, "distinct": DistinctQueries}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a detector computes, which says nothing of its weights: the `compute` section of a config.
+    """How a detector computes, whatever its weights: the section `compute` of a config.
 
     Attributes:
-      dtype: of activations, one of `DTYPES`.
-      operations: one of `OPERATIONS`.
-      remat: some of `REMAT`.
+      dtype: type of activations, one of `DTYPES`.
+      operations: how sampling and RoIAlign are computed, one of `OPERATIONS`; `auto` takes the kernels on NVIDIA GPUs.
+      remat: parts whose inner values the backward pass computes again, some of `REMAT`.
 
     Raises:
       UserError: a value that is none of these, or kernels where there is no GPU.
@@ -73,12 +96,13 @@ class Compute:
 
     @property
     def implementation(self) -> str | None:
+        """The argument of that name of sampling and RoIAlign."""
         return None if self.operations == "auto" else self.operations
 
 
 def random_detector(config: Config, num_classes: int, *, compute: Config | None = None, seed: int = 0) -> Detector:
-    """`build_detector` with random weights, compiled."""
-    # This generator's programs compile several times faster than the default one's.
+    """The detector of `build_detector` with random weights, drawn by a compiled program."""
+    # Programs that draw with this generator compile several times faster than with the default one.
     key = jax.random.key(seed, impl="rbg")
     return nnx.merge(*builder(config, num_classes, compute)(key))
 
@@ -86,51 +110,57 @@ def random_detector(config: Config, num_classes: int, *, compute: Config | None 
 def builder(
     config: Config, num_classes: int, compute: Config | None
 ) -> Callable[[jax.Array], tuple[nnx.GraphDef, nnx.State]]:
-    """Jitted: key -> `build_detector`'s detector, split. Not cached: at full size the program takes 200 MB, and a process
-    needs it once."""
+    """A compiled function from a random key to the detector of `build_detector`, split. It is not cached: at full size the
+    program takes 200 MB, and a process needs it once."""
     return jax.jit(lambda key: nnx.split(build_detector(config, num_classes, compute=compute, rngs=nnx.Rngs(key))))
 
 
 def build_detector(config: Config, num_classes: int, *, compute: Config | None = None, rngs: nnx.Rngs) -> Detector:
-    """Detector of the `model` section of a config, which computes as its `compute` section says.
+    """The detector that the section `model` of a config describes.
+
+    Args:
+      config: the section `model`.
+      num_classes: K.
+      compute: the section `compute`, which says how it computes; None: with the default values of `Compute`.
 
     Raises:
       UserError: a setting that names nothing known, or settings that do not fit one another.
     """
-    _check_counts(config)
-    compute = Compute(**(compute or {}))
+    computing = Compute(**(compute or {}))
     channels, levels, strides = config["channels"], config["levels"], config["refiner"]["region"]["strides"]
-    backbone = _backbone(config["backbone"], "backbone" in compute.remat, rngs)
+    backbone = _backbone(config["backbone"], "backbone" in computing.remat, rngs)
     if levels < len(backbone.out_channels) or levels != len(strides):
         raise UserError(
             f"config.model.levels is {levels}; it must be at least {len(backbone.out_channels)}, the maps of the backbone, "
             f"and the number of config.model.refiner.region.strides, {len(strides)}."
         )
-    neck = ChannelMapper(
-        backbone.out_channels,
-        channels,
-        config["levels"],
-        groups=config["neck"]["groups"],
-        bias=config["neck"]["bias"],
-        rngs=rngs,
-    )
-    encoder = Encoder(
-        layers=config["encoder"]["layers"],
-        channels=channels,
-        heads=config["heads"],
-        levels=config["levels"],
-        points=config["points"],
-        hidden=config["hidden"],
-        position_temperature=config["encoder"]["position_temperature"],
-        position_offset=config["encoder"]["position_offset"],
-        remat="encoder" in compute.remat,
-        implementation=compute.implementation,
-        rngs=rngs,
-    )
-    refiner = _refiner(config, compute, rngs)
+    with _section("neck"):
+        neck = ChannelMapper(
+            backbone.out_channels,
+            channels,
+            levels,
+            groups=config["neck"]["groups"],
+            bias=config["neck"]["bias"],
+            rngs=rngs,
+        )
+    with _section("heads"):
+        encoder = Encoder(
+            layers=config["encoder"]["layers"],
+            channels=channels,
+            heads=config["heads"],
+            levels=levels,
+            points=config["points"],
+            hidden=config["hidden"],
+            position_temperature=config["encoder"]["position_temperature"],
+            position_offset=config["encoder"]["position_offset"],
+            remat="encoder" in computing.remat,
+            implementation=computing.implementation,
+            rngs=rngs,
+        )
+    refiner = _refiner(config, computing, rngs)
     head = PredictionHead(channels, num_classes, rngs=rngs)
     distinct = config["queries"]["kind"] == "distinct"
-    # The official heads of all layers start as copies of one; DDQ's branches start from the primary branch's, too.
+    # As published, the heads of a branch's layers start as copies of one head; in DDQ it is the same head for all branches.
     branch_heads = [head if distinct else PredictionHead(channels, num_classes, rngs=rngs) for _ in refiner.branches]
     layers, denoising = config["refiner"]["layers"], config["denoising"]
     return Detector(
@@ -144,16 +174,29 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
         branch_heads=[DecoderHeads(branch_head, layers, with_dense=distinct) for branch_head in branch_heads],
         pixel_mean=config["pixel_mean"],
         pixel_std=config["pixel_std"],
-        dtype=compute.dtype,
+        dtype=computing.dtype,
     )
 
 
-def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> TopQueries | DistinctQueries:
+@contextlib.contextmanager
+def _section(key: str) -> Iterator[None]:
+    """Puts the name of a section or setting in front of what a module says about its arguments: modules know no config."""
+    try:
+        yield
+    except UserError as error:
+        # An inner section has been named already.
+        if str(error).startswith("config."):
+            raise
+        raise UserError(f"config.model.{key}: {error}") from error
+
+
+def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> QueryInit:
+    """The initial queries of the section `queries`; their heads start as copies of `head`."""
     queries, channels = config["queries"], config["channels"]
+    if queries["kind"] not in QUERIES:
+        raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are {' and '.join(QUERIES)}.")
     if queries["kind"] == "top":
         return TopQueries(_copy(head), channels, queries=queries["count"], rngs=rngs)
-    if queries["kind"] != "distinct":
-        raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are top and distinct.")
     for key in ("dense_ratio", "nms_threshold"):
         if key not in queries:
             raise UserError(f"config.model.queries.kind 'distinct' needs config.model.queries.{key}; see configs/ddq.py.")
@@ -168,31 +211,33 @@ def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> TopQuer
     )
 
 
-def interactions(config: Config, implementation: str | None = None) -> dict[str, InteractionFactory]:
-    """The refiners that settings can name, by name."""
-    channels, refiner, levels = config["channels"], config["refiner"], config["levels"]
-    size = refiner["region"]["output_size"]
-    return {
-        "deformable": lambda rngs: DeformableRefiner(
-            channels, config["heads"], levels, config["points"], implementation=implementation, rngs=rngs
-        ),
-        "dynamic_conv": lambda rngs: DynamicConv(channels, region_size=size, rngs=rngs, **refiner["dynamic_conv"]),
-        "regional_attention": lambda rngs: RegionalAttention(
-            channels, region_size=size, rngs=rngs, **refiner["regional_attention"]
-        ),
-        "global_attention": lambda rngs: GlobalAttention(channels, levels=levels, rngs=rngs, **refiner["global_attention"]),
-        "region_fc": lambda rngs: RegionFC(channels, region_size=size, rngs=rngs, **refiner["region_fc"]),
-        "point": lambda rngs: PointRefiner(channels, rngs=rngs),
-    }
+def _interaction(name: str, config: Config, compute: Compute) -> InteractionFactory:
+    """What makes the interaction of the refiner of that name."""
+    refiner = config["refiner"]
+    shared = SharedSettings(
+        channels=config["channels"],
+        heads=config["heads"],
+        levels=config["levels"],
+        points=config["points"],
+        region_size=refiner["region"]["output_size"],
+        implementation=compute.implementation,
+    )
+
+    def make(rngs: nnx.Rngs) -> Interaction:
+        with _section(f"refiner.{name}"):
+            return INTERACTIONS[name](shared, **refiner.get(name, {}), rngs=rngs)
+
+    return make
 
 
 def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
+    """The hybrid refiner of the section `refiner`."""
     refiner, channels = config["refiner"], config["channels"]
-    known = interactions(config, compute.implementation)
-    names = (refiner["primary"], *refiner["auxiliaries"])
+    primary, auxiliaries = refiner["primary"], tuple(refiner["auxiliaries"])
+    names = (primary, *auxiliaries)
     for name in names:
-        if name not in known:
-            raise UserError(f"config.model.refiner names the refiner {name!r}; known are {', '.join(sorted(known))}.")
+        if name not in INTERACTIONS:
+            raise UserError(f"config.model.refiner names the refiner {name!r}; known are {', '.join(sorted(INTERACTIONS))}.")
     if len(set(names)) != len(names):
         raise UserError(f"config.model.refiner names a refiner twice: {', '.join(names)}.")
     if refiner["merge_xavier"] and (refiner["merge_initial"] or refiner["merge"] != "learned_vector"):
@@ -201,10 +246,10 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
             "initial weights set --config.model.refiner.merge_xavier=False."
         )
 
-    def make_layer(rngs):
+    def make_layer(rngs: nnx.Rngs) -> RefinerLayer:
         return RefinerLayer(
-            known[names[0]],
-            [known[name] for name in names[1:]],
+            _interaction(primary, config, compute),
+            [_interaction(name, config, compute) for name in auxiliaries],
             channels,
             config["heads"],
             config["hidden"],
@@ -214,57 +259,40 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
             rngs=rngs,
         )
 
-    return HybridRefiner(
-        make_layer,
-        layers=refiner["layers"],
-        channels=channels,
-        branches=names[1:],
-        nms_threshold=config["queries"].get("nms_threshold"),
-        region=RegionSettings(
-            **{**refiner["region"], "strides": tuple(refiner["region"]["strides"])}, implementation=compute.implementation
-        ),
-        remat="refiner" in compute.remat,
-        rngs=rngs,
-    )
+    region = {**refiner["region"], "strides": tuple(refiner["region"]["strides"])}
+    with _section("refiner"):
+        return HybridRefiner(
+            make_layer,
+            layers=refiner["layers"],
+            channels=channels,
+            branches=auxiliaries,
+            nms_threshold=config["queries"].get("nms_threshold"),
+            region=RegionSettings(**region, implementation=compute.implementation),
+            remat="refiner" in compute.remat,
+            rngs=rngs,
+        )
 
 
-def _backbone(config: Config, remat: bool, rngs: nnx.Rngs) -> ResNet | SwinTransformer:
-    kinds = {"resnet": ResNet, "swin": SwinTransformer}
-    if config["kind"] not in kinds:
-        raise UserError(f"config.model.backbone.kind is {config['kind']!r}; known are {', '.join(kinds)}.")
-    make, settings = kinds[config["kind"]], {key: value for key, value in config.items() if key != "kind"}
+def _backbone(config: Config, remat: bool, rngs: nnx.Rngs) -> Backbone:
+    """The backbone of the section `backbone`, all of whose settings but `kind` are passed to it."""
+    if config["kind"] not in BACKBONES:
+        raise UserError(f"config.model.backbone.kind is {config['kind']!r}; known are {', '.join(BACKBONES)}.")
+    make, settings = BACKBONES[config["kind"]], {key: value for key, value in config.items() if key != "kind"}
+    # Flax modules hide the signature of their constructor from `inspect.signature(make)`.
+    known = inspect.signature(inspect.getattr_static(make, "__init__")).parameters
     for key in settings:
-        if key == "remat" or key not in inspect.signature(make.__init__).parameters:
+        if key == "remat" or key not in known:
             raise UserError(f"config.model.backbone.{key} does not suit the kind {config['kind']!r}; see configs/common.py.")
-    return make(rngs=rngs, remat=remat, **settings)
+    with _section("backbone"):
+        return make(rngs=rngs, remat=remat, **settings)
 
 
-def _check_counts(config: Config) -> None:
-    """Sizes below one."""
-    refiner = config["refiner"]
-    sections = {
-        "": config,
-        "encoder.": config["encoder"],
-        "queries.": config["queries"],
-        "refiner.": refiner,
-        **{f"refiner.{key}.": value for key, value in refiner.items() if hasattr(value, "items")},
-    }
-    counts = ("channels", "heads", "levels", "points", "hidden", "layers", "count", "samples")
-    for prefix, section in sections.items():
-        for key in (*counts, "output_size", "sampling_ratio", "temperature", "position_temperature"):
-            if key in section and section[key] <= 0:
-                raise UserError(f"config.model.{prefix}{key} is {section[key]}; it must be at least 1.")
-    denoising = config["denoising"]
-    if denoising["queries"] < 0 or denoising["views_per_chunk"] < 1:
-        raise UserError("config.model.denoising.queries must be at least 0, and views_per_chunk at least 1.")
-
-
-def _copy(module):
+def _copy(module: PredictionHead) -> PredictionHead:
     return jax.tree.map(lambda leaf: leaf.copy(), module)
 
 
 def abstract_detector(
     model_config: Mapping[str, Any], num_classes: int, compute: Mapping[str, Any] | None = None
 ) -> Detector:
-    """A detector of shapes without values, to be filled."""
+    """The detector of `build_detector` with shapes instead of values, which are filled in later."""
     return nnx.eval_shape(lambda: build_detector(model_config, num_classes, compute=compute, rngs=nnx.Rngs(0)))

@@ -1,53 +1,87 @@
-"""The detector: one composition for all base models."""
+"""The detector: one composition of modules for all base detectors."""
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.encoder import Encoder
-from hpr_jax.models.heads import DecoderHeads
+from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.neck import ChannelMapper
-from hpr_jax.models.pyramid import flatten
+from hpr_jax.models.pyramid import Pyramid, flatten
 from hpr_jax.models.queries.denoising import Denoiser
 from hpr_jax.models.queries.proposals import InitialQueries
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
-from hpr_jax.models.refiner.selection import counted, distinct_attention
+from hpr_jax.models.refiner.selection import distinct_attention, valid_queries
 from hpr_jax.ops.padding import zero_padding
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Intermediates, Outputs, Predictions
+
+# Kinds of queries, in the order in which they stand in the decoder.
+DENOISING, MATCHING, DENSE = range(3)
+
+
+class Backbone(Protocol):
+    """Maps normalised images `[B, H, W, 3]` and their valid sizes `[B, 2]` to feature maps `[B, h, w, C]` and their valid
+    sizes. What the padding of the images holds does not matter to it.
+
+    Attributes:
+      out_channels: C of each map.
+    """
+
+    out_channels: tuple[int, ...]
+
+    def __call__(
+        self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]: ...
+
+
+class QueryInit(Protocol):
+    """Makes the matching queries from the memory, and, if asked for and where there are such, the dense ones.
+
+    Attributes:
+      head: scores the proposals that matching queries come from.
+    """
+
+    head: PredictionHead
+
+    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]: ...
 
 
 class Detector(nnx.Module):
     """Backbone, neck, encoder, initial queries, refiner and heads.
 
     Args:
-      backbone: images, sizes and keys or None -> feature maps and their valid sizes.
-      query_init: memory -> matching queries and dense ones or None.
-      denoiser: or None for training without denoising queries.
-      heads: of the primary branch; branch_heads: of each auxiliary branch.
-      pixel_mean, pixel_std: of RGB values in 0..255.
-      dtype: of what lies between the images and the heads. Boxes, predictions and parameters are float32.
+      backbone: see `Backbone`.
+      query_init: makes the initial queries, see `QueryInit`.
+      denoiser: None: training has no denoising queries.
+      heads: of the primary branch.
+      branch_heads: of each auxiliary branch.
+      pixel_mean, pixel_std: of RGB values in 0..255, for each channel.
+      dtype: of activations between the images and the heads. Boxes, predictions and parameters are float32.
     """
 
     def __init__(
         self,
         *,
-        backbone: nnx.Module,
+        backbone: Backbone,
         neck: ChannelMapper,
         encoder: Encoder,
-        query_init: nnx.Module,
+        query_init: QueryInit,
         denoiser: Denoiser | None,
         refiner: HybridRefiner,
         heads: DecoderHeads,
         branch_heads: list[DecoderHeads],
-        pixel_mean: tuple[float, float, float],
-        pixel_std: tuple[float, float, float],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
         dtype: jax.typing.DTypeLike = jnp.float32,
     ):
         self.backbone = backbone
         self.neck = neck
         self.encoder = encoder
         self.query_init = query_init
-        self.denoiser = nnx.data(denoiser)
+        self.denoiser: Denoiser | None = nnx.data(denoiser)
         self.refiner = refiner
         self.heads = heads
         self.branch_heads = nnx.List(branch_heads)
@@ -55,7 +89,8 @@ class Detector(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """RGB images `[B, H, W, 3]` in 0..255 (uint8 or float) -> zero mean and unit variance, zero where padded."""
+        """Normalises RGB images `[B, H, W, 3]` in 0..255 (uint8 or float) to zero mean and unit variance, with zeros outside
+        of their valid sizes `[B, 2]`: float32 `[B, H, W, 3]`."""
         images = (images.astype(jnp.float32) - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
         return zero_padding(images, sizes)
 
@@ -71,13 +106,13 @@ class Detector(nnx.Module):
         """Runs the detector.
 
         Args:
-          images: normalised `[B, H, W, 3]`, padded at the right and bottom.
+          images: normalised `[B, H, W, 3]`, padded at the right and at the bottom.
           sizes: int32 `[B, 2]`, valid (height, width) in pixels.
-          denoising: queries from `denoiser.draw`, in training.
-          train: with the dense queries that only losses read.
-          keys: `[B]`, for what is random in training (drop path); None: nothing is.
+          denoising: queries from `denoiser.draw`, in training; None: there are none.
+          train: whether there are dense queries, which only losses read.
+          keys: `[B]`, a key for each image, for what is random in training (drop path); None: nothing is random.
         """
-        maps, map_sizes = self.neck(*self.backbone(zero_padding(images, sizes).astype(self.dtype), sizes, keys))
+        maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
         memory = self.encoder(flatten(maps, map_sizes, sizes))
         matching, dense = self.query_init(memory, with_dense=train)
         queries = self._decoder_input(denoising, matching, dense)
@@ -85,7 +120,7 @@ class Detector(nnx.Module):
 
         normed = self.refiner.norm(decoded.hidden)
         branch_normed = [norm(decoded.branches[:, i]) for i, norm in enumerate(self.refiner.branch_norms)]
-        valid = self._valid(denoising, dense, counted(decoded.kept) & matching.proposals.valid)
+        valid = _valid(denoising, dense, valid_queries(decoded.selected) & matching.proposals.valid)
         references = decoded.reference_boxes[:-1]
 
         def predict(heads, hidden):
@@ -109,7 +144,7 @@ class Detector(nnx.Module):
                 normed=normed,
                 branch_hidden=decoded.branches,
                 branch_normed=jnp.stack(branch_normed, axis=1) if branch_normed else decoded.branches,
-                attention_mask=jax.vmap(distinct_attention)(decoded.kept),
+                attention_mask=jax.vmap(distinct_attention)(decoded.selected),
                 spatial_shapes=memory.spatial_shapes,
             ),
         )
@@ -117,55 +152,59 @@ class Detector(nnx.Module):
     def _decoder_input(
         self, denoising: DenoisingQueries | None, matching: InitialQueries, dense: InitialQueries | None
     ) -> DecoderInput:
-        """Joins the kinds of queries. Denoising ones see their own group and the matching ones; matching ones see
-        matching ones; dense ones see dense ones."""
+        """Joins the kinds of queries. Denoising queries see their own group and the matching queries, matching queries see
+        matching queries, and dense queries see dense queries."""
         batch, num_matching, _ = matching.content.shape
-        content, boxes = [matching.content], [matching.proposals.boxes]
-        # Per query: its kind, its group within the kind, and whether others may see it.
-        kind = [jnp.ones((batch, num_matching), jnp.int32)]
-        group = [jnp.zeros((batch, num_matching), jnp.int32)]
-        visible = [matching.proposals.valid]
+        contents, boxes = [matching.content], [matching.proposals.boxes]
+        # For each query its kind, its group within the kind, and whether other queries may see it: `[B, Q]` each.
+        kinds = [jnp.full((batch, num_matching), MATCHING, jnp.int32)]
+        groups = [jnp.zeros((batch, num_matching), jnp.int32)]
+        visibles = [matching.proposals.valid]
         num_denoising = num_dense = 0
         if denoising is not None:
+            assert self.denoiser is not None, "denoising queries need a denoiser"
             num_denoising = denoising.used.shape[1]
-            content.insert(0, self.denoiser.embed(denoising).astype(self.dtype))
+            contents.insert(0, self.denoiser.embed(denoising).astype(self.dtype))
             boxes.insert(0, denoising.boxes)
-            kind.insert(0, jnp.zeros_like(denoising.group))
-            group.insert(0, denoising.group)
-            visible.insert(0, denoising.used)
+            kinds.insert(0, jnp.full_like(denoising.group, DENOISING))
+            groups.insert(0, denoising.group)
+            visibles.insert(0, denoising.used)
         if dense is not None:
             num_dense = dense.content.shape[1]
-            content.append(dense.content)
+            contents.append(dense.content)
             boxes.append(dense.proposals.boxes)
-            kind.append(jnp.full((batch, num_dense), 2))
-            group.append(jnp.zeros((batch, num_dense), jnp.int32))
-            visible.append(dense.proposals.valid)
-        kind, group, visible = (jnp.concatenate(parts, axis=1) for parts in (kind, group, visible))
+            kinds.append(jnp.full((batch, num_dense), DENSE, jnp.int32))
+            groups.append(jnp.zeros((batch, num_dense), jnp.int32))
+            visibles.append(dense.proposals.valid)
+        kind, group, visible = (jnp.concatenate(parts, axis=1) for parts in (kinds, groups, visibles))
         same = (kind[:, :, None] == kind[:, None, :]) & (group[:, :, None] == group[:, None, :])
-        denoising_sees_matching = (kind[:, :, None] == 0) & (kind[:, None, :] == 1)
+        denoising_sees_matching = (kind[:, :, None] == DENOISING) & (kind[:, None, :] == MATCHING)
         return DecoderInput(
-            content=jnp.concatenate(content, axis=1),
+            content=jnp.concatenate(contents, axis=1),
             reference_boxes=jnp.concatenate(boxes, axis=1),
             mask=(same | denoising_sees_matching) & visible[:, None, :],
-            twins=matching.twins,
+            duplicates=matching.duplicates,
             num_denoising=num_denoising,
             num_matching=num_matching,
             num_dense=num_dense,
         )
 
-    @staticmethod
-    def _valid(denoising, dense, counted_matching):
-        layers = len(counted_matching)
-        parts = [counted_matching]
-        if denoising is not None:
-            parts.insert(0, jnp.broadcast_to(denoising.used, (layers, *denoising.used.shape)))
-        if dense is not None:
-            valid = dense.proposals.valid
-            parts.append(jnp.broadcast_to(valid, (layers, *valid.shape)))
-        return jnp.concatenate(parts, axis=-1)
+
+def _valid(denoising: DenoisingQueries | None, dense: InitialQueries | None, matching_valid: jax.Array) -> jax.Array:
+    """Which queries of all kinds are valid, bool `[layers, B, Q]`, given the valid matching queries `[layers, B, M]`."""
+    layers = len(matching_valid)
+    parts = [matching_valid]
+    if denoising is not None:
+        parts.insert(0, jnp.broadcast_to(denoising.used, (layers, *denoising.used.shape)))
+    if dense is not None:
+        valid = dense.proposals.valid
+        parts.append(jnp.broadcast_to(valid, (layers, *valid.shape)))
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _by_kind(predictions: Predictions, queries: DecoderInput) -> BranchPredictions:
+    """Splits predictions of all queries `[layers, B, Q, ...]` by the kind of the queries."""
+
     def part(start, stop):
         return Predictions(
             logits=predictions.logits[:, :, start:stop],

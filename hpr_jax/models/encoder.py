@@ -1,5 +1,7 @@
 """Deformable transformer encoder over the flattened feature pyramid (Zhu et al. 2021, section 4.1)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,23 +24,24 @@ class EncoderLayer(nnx.Module):
         self.norm2 = layer_norm(channels, rngs=rngs)
 
     def __call__(self, pyramid: Pyramid, position: jax.Array, centers: jax.Array) -> Pyramid:
-        x = self.attention(
-            pyramid.tokens,
-            position,
-            pyramid.tokens,
-            pyramid.valid,
-            pyramid.spatial_shapes,
-            pyramid.level_sizes,
-            centers,
-        )
-        return pyramid.replace(tokens=self.norm2(self.ffn(self.norm1(x))))
+        """Refines the tokens once.
+
+        Args:
+          position: encodings of the tokens' positions, `[B, S, C]`.
+          centers: where the tokens look, `[B, S, 2]`, see `pixel_centers`.
+        """
+        x = self.attention(pyramid.tokens, position, pyramid, centers)
+        return dataclasses.replace(pyramid, tokens=self.norm2(self.ffn(self.norm1(x))))
 
 
 class Encoder(nnx.Module):
-    """Stack of encoder layers with learned level embeddings added to the sine positions.
+    """A stack of encoder layers. The positions of tokens are sine encodings plus a learned embedding of the level.
 
     Args:
-      remat: compute a layer's inner values again in the backward pass.
+      layers: number of layers.
+      hidden: number of channels inside the FFNs.
+      position_temperature, position_offset: of the sine encodings, see `map_encoding`.
+      remat: whether the backward pass computes a layer's inner values again.
       implementation: of `deformable_sampling`.
     """
 
@@ -65,7 +68,7 @@ class Encoder(nnx.Module):
         self.position_temperature, self.position_offset, self.remat = position_temperature, position_offset, remat
 
     def __call__(self, pyramid: Pyramid) -> Pyramid:
-        """Refines the tokens; the result's tokens are the memory. Padded tokens hold arbitrary finite values."""
+        """Refines the tokens; the result is the memory. Its padded tokens hold arbitrary finite values."""
         position = self._position(pyramid)
         centers = pixel_centers(pyramid)
 
@@ -75,6 +78,7 @@ class Encoder(nnx.Module):
         return jax.lax.scan(rematerialized(step) if self.remat else step, pyramid, self.layers)[0]
 
     def _position(self, pyramid: Pyramid) -> jax.Array:
+        """Encodings of the tokens' positions, `[B, S, C]`."""
         channels = pyramid.tokens.shape[-1]
         encodings = []
         for level, (height, width) in enumerate(pyramid.spatial_shapes):

@@ -1,6 +1,6 @@
-"""Small building blocks: linear layers with the official initialisation, FFN, MLP, norms, stacks of equal layers.
+"""Small building blocks: linear layers with the official initialisation, FFN, MLP, norms, convolution, stacks of layers.
 
-Everything computes in the type of its input, float32 or bfloat16; parameters are float32.
+Each block computes in the type of its input, float32 or bfloat16; parameters are float32.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,24 @@ from jax.ad_checkpoint import checkpoint_name
 from hpr_jax.errors import UserError
 from hpr_jax.ops.chunks import by_chunks
 from hpr_jax.ops.convolution import convolution
-from hpr_jax.ops.layer_norm import _normalized, _normalized_backward, _normalized_forward, normalized
-from hpr_jax.ops.linear import _affine, _affine_backward, affine
-from hpr_jax.ops.padding import valid_mask, zero_padding
+from hpr_jax.ops.layer_norm import normalized
+from hpr_jax.ops.linear import affine
+from hpr_jax.ops.padding import valid_mask
 
 T = TypeVar("T", bound=nnx.Module)
 
-# Of a feed-forward network at once: their hidden values stay in a CPU's caches.
+# Number of rows per chunk of a feed-forward network, chosen so that a chunk's hidden values fit a CPU's cache.
 ROWS = 2048
+# The name, in JAX's checkpoint policies, of what `rematerialized` saves.
+SAVED = "saved"
 
 
 class Frozen(nnx.Variable):
-    """A tensor that no optimizer sees: running statistics, and weights of frozen stages."""
+    """A variable that is not trained: running statistics, and weights of frozen stages."""
 
 
 def freeze(module: nnx.Module) -> None:
-    """Turns every parameter below `module` into a `Frozen` one, in place."""
+    """Turns every parameter of `module`, and of the modules in it, into a `Frozen` variable, in place."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
@@ -37,45 +39,45 @@ def freeze(module: nnx.Module) -> None:
                     setattr(node, name, Frozen(value.get_value()))
 
 
-def kept(x: jax.Array) -> jax.Array:
-    """Marks what `rematerialized` keeps: the small result of a large computation."""
-    return checkpoint_name(x, "kept")
+def saved(x: jax.Array) -> jax.Array:
+    """Marks a value that `rematerialized` saves for the backward pass: the small result of a large computation."""
+    return checkpoint_name(x, SAVED)
 
 
 def rematerialized(function: Callable) -> Callable:
-    """`function`, whose backward pass computes its inner values again, but not those that are marked as `kept`."""
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("kept"))
+    """`function`, whose backward pass computes its inner values again, except those that are marked as `saved`."""
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
 
 
 def uniform(bound: float) -> nnx.Initializer:
-    """Uniform in [-bound, bound]."""
+    """Initialiser that draws uniformly from [-bound, bound]."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-_affine.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel, bias)), _affine_backward)
-
-
 class Linear(nnx.Linear):
-    """Linear layer that computes in the type of its input, whatever that of its parameters."""
+    """Linear layer that computes in the type of its input, whatever the type of its parameters."""
 
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-        """`[..., in]` -> `[..., out]`, or some columns of that."""
+        """`[..., in]` -> `[..., out]`, or only these columns of the result."""
         bias = None if self.bias is None else self.bias[columns]
         return affine(x, self.kernel[:, columns], bias)
 
 
-class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation with scale and bias, in float32; the result has the type of its input."""
+class LayerNorm(nnx.Module):
+    """Layer normalisation with scale and bias. It computes in float32; the result has the type of its input."""
+
+    def __init__(self, channels: int, *, epsilon: float, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (channels,), jnp.float32))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (channels,), jnp.float32))
+        self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., C]` -> `[..., C]`."""
         return normalized(x, self.scale[...], self.bias[...], self.epsilon)
 
 
-_normalized.defvjp(_normalized_forward, _normalized_backward)
-
-
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer | None = None) -> Linear:
-    """Linear layer initialised as PyTorch does by default, or with another kernel (bias as by default)."""
+    """Linear layer initialised as PyTorch does by default; `kernel_init` replaces the default of the kernel alone."""
     default = uniform(inputs**-0.5)
     return Linear(inputs, outputs, rngs=rngs, kernel_init=kernel_init or default, bias_init=default)
 
@@ -86,45 +88,53 @@ def xavier_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> Linear:
 
 
 def layer_norm(channels: int, *, rngs: nnx.Rngs) -> LayerNorm:
+    """Layer normalisation with the epsilon of all official layers."""
     return LayerNorm(channels, epsilon=1e-5, rngs=rngs)
 
 
 class FeedForward(nnx.Module):
-    """x + W2 relu(W1 x)."""
+    """A feed-forward network with its residual: x + W2 relu(W1 x)."""
 
     def __init__(self, channels: int, hidden: int, *, rngs: nnx.Rngs):
         self.expand = xavier_linear(channels, hidden, rngs=rngs)
         self.contract = xavier_linear(hidden, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., C]` -> `[..., C]`."""
         rows = x.reshape(-1, x.shape[-1])
-        return x + kept(by_chunks(lambda rows: self.contract(jax.nn.relu(self.expand(rows))), ROWS, rows)).reshape(x.shape)
+        refined = by_chunks(lambda rows: self.contract(jax.nn.relu(self.expand(rows))), ROWS, rows)
+        return x + saved(refined).reshape(x.shape)
 
 
 class MLP(nnx.Module):
-    """Linear layers with ReLU between them, `sizes` from input to output."""
+    """Linear layers with ReLU between them; `sizes` are the numbers of channels, from the input to the output."""
 
     def __init__(self, *sizes: int, rngs: nnx.Rngs, make: Callable[..., Linear] = linear):
         self.layers = nnx.List([make(a, b, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:])])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., sizes[0]]` -> `[..., sizes[-1]]`."""
         for layer in self.layers[:-1]:
             x = jax.nn.relu(layer(x))
         return self.layers[-1](x)
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation whose statistics are taken over the valid pixels alone (padding invariance)."""
+    """Group normalisation whose statistics are taken over the valid pixels alone, so that they do not depend on the padding.
+
+    Raises:
+      UserError: the channels do not divide into so many groups.
+    """
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         if channels % groups:
-            raise UserError(f"{channels} channels do not divide into {groups} groups; see config.model.neck.groups.")
+            raise UserError(f"{channels} channels do not divide into {groups} groups; choose another number.")
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.groups = groups
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`[B, h, w, C]` with valid sizes `[B, 2]` -> the same shape; padding holds arbitrary finite values."""
+        """`[B, h, w, C]` and its valid sizes `[B, 2]` -> `[B, h, w, C]`, whose padding holds arbitrary finite values."""
         batch, height, width, channels = x.shape
         inside = jnp.where(valid_mask(sizes, height, width), x, 0).astype(jnp.float32)
         count = (sizes[:, 0] * sizes[:, 1] * (channels // self.groups)).astype(jnp.float32)[:, None]
@@ -133,7 +143,8 @@ class GroupNorm(nnx.Module):
             per_group = jnp.sum(per_pixel, axis=(1, 2)).reshape(batch, self.groups, -1)
             return jnp.sum(per_group, axis=-1) / count
 
-        # Both moments in one pass over the map, then one multiplication and addition: maps are large, memory is slow.
+        # Both moments are taken in one pass over the map, which is then scaled and shifted in one more: maps are large, and
+        # reading them is what takes time.
         center = mean(inside)
         variance = jnp.maximum(mean(jnp.square(inside)) - jnp.square(center), 0.0)
         inverse = jax.lax.rsqrt(variance + 1e-5)
@@ -147,23 +158,23 @@ class GroupNorm(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
-    """`count` independently initialised copies of one module, every variable with a leading layer axis.
+    """Makes `count` modules of one structure, each initialised on its own, into one whose variables have a leading axis.
 
-    The result is a pytree: `jax.lax.scan` and `jax.vmap` run over it, `layer(stacked, i)` is one of the copies.
+    The result is a pytree, over which `jax.lax.scan` and `jax.vmap` can run; `layer(stacked, i)` is one of the modules.
     """
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def layer(stacked: T, index: int) -> T:
-    """Copy `index` of a stack."""
+    """Module `index` of a stack."""
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 class Conv(nnx.Module):
-    """Convolution without bias, zero-padded by k // 2; padding beyond the valid area never enters.
+    """Convolution without bias, to which everything outside the valid area is zero.
 
-    1x1 kernels are `[in, out]` and run as matrix products (on CPUs their gradients are six times faster so); others are
-    `[k, k, in, out]`.
+    1x1 kernels are `[in, out]` and applied as matrix products, whose gradients are six times faster on CPUs than those of
+    convolutions; other kernels are `[k, k, in, out]`.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1, *, rngs: nnx.Rngs):
@@ -173,8 +184,8 @@ class Conv(nnx.Module):
         self.kernel_size, self.stride = kernel_size, stride
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`[B, h, w, in]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
+        """`[B, h, w, in]` and its valid sizes `[B, 2]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
         kernel = self.kernel.get_value()
         if self.kernel_size == 1:
             return affine(x[:, :: self.stride, :: self.stride], kernel, None)
-        return convolution(zero_padding(x, sizes), kernel, self.stride)
+        return convolution(x, kernel, self.stride, sizes)

@@ -1,4 +1,7 @@
-"""Channel mapper: projects backbone maps to one width and adds coarser levels (Zhu et al. 2021, section A.2)."""
+"""The neck: projects the maps of the backbone to one number of channels, and adds coarser levels.
+
+Deformable DETR, Zhu et al. 2021, section A.2.
+"""
 
 from collections.abc import Sequence
 
@@ -11,17 +14,25 @@ from hpr_jax.ops.padding import halve
 
 
 class Projection(nnx.Module):
-    """Convolution and group normalisation."""
+    """Convolution and group normalisation.
 
-    def __init__(self, inputs, outputs, kernel_size, stride, groups, bias, *, rngs: nnx.Rngs):
+    Args:
+      stride: 1 or 2.
+      groups: of the normalisation.
+      bias: whether the convolution has one.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int, groups: int, bias: bool, *, rngs: nnx.Rngs):
         self.conv = Conv(inputs, outputs, kernel_size, stride, rngs=rngs)
         xavier = uniform((6 / ((inputs + outputs) * kernel_size**2)) ** 0.5)
         self.conv.kernel = nnx.Param(xavier(rngs.params(), self.conv.kernel.shape))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else nnx.data(None)
+        self.bias: nnx.Param[jax.Array] | None = nnx.Param(jnp.zeros(outputs)) if bias else nnx.data(None)
         self.norm = GroupNorm(outputs, groups, rngs=rngs)
         self.stride = stride
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Map `[B, h, w, in]` and its valid sizes `[B, 2]` -> `[B, ceil(h / stride), ceil(w / stride), out]` and its valid
+        sizes."""
         x = self.conv(x, sizes)
         if self.bias is not None:
             x = x + self.bias.get_value().astype(x.dtype)
@@ -31,7 +42,14 @@ class Projection(nnx.Module):
 
 
 class ChannelMapper(nnx.Module):
-    """One 1x1 projection per backbone map, then stride-2 3x3 projections of the last map up to `levels` maps."""
+    """One 1x1 projection for each map of the backbone, then 3x3 projections of stride 2, each of the map before it, until
+    there are `levels` maps. The first of these projects the last map of the backbone.
+
+    Args:
+      in_channels: of the maps of the backbone.
+      channels: C, of all levels.
+      groups, bias: see `Projection`.
+    """
 
     def __init__(self, in_channels: Sequence[int], channels: int, levels: int, *, groups: int, bias: bool, rngs: nnx.Rngs):
         self.projections = nnx.List([Projection(n, channels, 1, 1, groups, bias, rngs=rngs) for n in in_channels])
@@ -40,7 +58,8 @@ class ChannelMapper(nnx.Module):
         self.extra = nnx.List([Projection(n, channels, 3, 2, groups, bias, rngs=rngs) for n in inputs[:extra]])
 
     def __call__(self, features: Sequence[jax.Array], sizes: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Maps `[B, h, w, C_i]` and valid sizes -> maps `[B, h, w, C]` of all levels and their valid sizes."""
+        """Maps `[B, h, w, C_i]` of the backbone and their valid sizes `[B, 2]` -> maps `[B, h, w, C]` of all levels, and
+        their valid sizes."""
         out = [project(x, size) for project, x, size in zip(self.projections, features, sizes)]
         x, size = features[-1], sizes[-1]
         for project in self.extra:

@@ -1,11 +1,12 @@
-"""Sine encodings of positions and boxes (DETR, Carion et al. 2020, section A.4; DAB-DETR, Liu et al. 2022)."""
+"""Sine encodings of pixels' positions and of boxes (DETR, Carion et al. 2020, section A.4; DAB-DETR, Liu et al. 2022)."""
 
 import jax
 import jax.numpy as jnp
 
 
 def _sine(coordinates: jax.Array, channels: int, temperature: float) -> jax.Array:
-    """`[...]` -> `[..., channels]`, sine at even and cosine at odd channels."""
+    """Encoding of numbers: `[...]` -> `[..., channels]`, sines at even channels and cosines at odd ones, whose wavelengths
+    grow from 2 pi to `temperature` times that."""
     exponent = 2 * (jnp.arange(channels) // 2) / channels
     angles = coordinates[..., None] / temperature**exponent
     return jnp.where(jnp.arange(channels) % 2 == 0, jnp.sin(angles), jnp.cos(angles))
@@ -14,12 +15,14 @@ def _sine(coordinates: jax.Array, channels: int, temperature: float) -> jax.Arra
 def map_encoding(
     sizes: jax.Array, height: int, width: int, channels: int, *, temperature: float = 20.0, offset: float = 0.0
 ) -> jax.Array:
-    """Encoding of each pixel's position relative to the valid area.
+    """Encodings of the positions of a map's pixels, relative to the valid area.
 
     Args:
-      sizes: valid (height, width) `[B, 2]` of the map.
-      channels: of the result; half encode y, half x.
-      offset: added to the 1-based pixel index before it is divided by the valid size.
+      sizes: valid (height, width) of the map, `[B, 2]`.
+      height, width: of the map.
+      channels: of the result; the first half encodes y, the second x.
+      temperature: ratio of the longest wavelength to the shortest.
+      offset: added to the pixel's index, which counts from 1, before it is divided by the valid size.
 
     Returns:
       `[B, height, width, channels]`.
@@ -35,6 +38,6 @@ def map_encoding(
 
 
 def box_encoding(boxes: jax.Array, channels: int, *, temperature: float = 10000.0) -> jax.Array:
-    """Normalised cxcywh `[..., 4]` -> `[..., 4 * channels]` in the order y, x, w, h."""
+    """Encodings of normalised cxcywh boxes: `[..., 4]` -> `[..., 4 * channels]`, in the order y, x, w, h."""
     encoded = _sine(boxes[..., jnp.array([1, 0, 2, 3])] * (2 * jnp.pi), channels, temperature)
     return encoded.reshape(*boxes.shape[:-1], 4 * channels)

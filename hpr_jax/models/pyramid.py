@@ -1,4 +1,4 @@
-"""The feature pyramid as one sequence of tokens."""
+"""The feature pyramid, whose levels are flattened into one sequence of tokens."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from hpr_jax.ops.padding import valid_mask
 
 @flax.struct.dataclass
 class Pyramid:
-    """A feature pyramid flattened row by row, level after level.
+    """A feature pyramid. Its tokens, the pixels of the levels, stand level after level, and row by row within a level.
 
     Attributes:
       tokens: `[B, S, C]`.
@@ -29,9 +29,15 @@ class Pyramid:
 
 
 def flatten(features: Sequence[jax.Array], sizes: Sequence[jax.Array], image_sizes: jax.Array) -> Pyramid:
-    """Maps `[B, h, w, C]` with their valid sizes `[B, 2]` -> `Pyramid`."""
+    """The pyramid of some maps.
+
+    Args:
+      features: the maps of the levels, `[B, h, w, C]`.
+      sizes: int32 `[B, 2]` for each level, valid (height, width) of its map.
+      image_sizes: int32 `[B, 2]`, valid (height, width) of the images in pixels.
+    """
     batch, channels = features[0].shape[0], features[0].shape[-1]
-    shapes = tuple(map_.shape[1:3] for map_ in features)
+    shapes = tuple((map_.shape[1], map_.shape[2]) for map_ in features)
     valid = [valid_mask(size, h, w).reshape(batch, h * w) for size, (h, w) in zip(sizes, shapes)]
     return Pyramid(
         tokens=jnp.concatenate([map_.reshape(batch, -1, channels) for map_ in features], axis=1),
@@ -43,7 +49,7 @@ def flatten(features: Sequence[jax.Array], sizes: Sequence[jax.Array], image_siz
 
 
 def pixel_centers(pyramid: Pyramid) -> jax.Array:
-    """Each token's pixel centre (x, y), normalised to its level's valid area: `[B, S, 2]`."""
+    """Centres (x, y) of the tokens' pixels, normalised to the valid areas of their levels: `[B, S, 2]`."""
     centers = []
     for level, (height, width) in enumerate(pyramid.spatial_shapes):
         size = pyramid.level_sizes[:, level].astype(jnp.float32)

@@ -1,5 +1,5 @@
 """Array operations with static shapes: sampling, RoIAlign, attention, convolution, NMS, boxes.
 
-Pure functions without parameters; `dispatch.py` chooses between XLA and kernels.
-May import kernels alone.
+All are pure functions without parameters; `dispatch.py` chooses between XLA and the Pallas kernels.
+May import kernels, and nothing else of the package.
 """

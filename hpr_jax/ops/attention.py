@@ -5,22 +5,23 @@ import jax.numpy as jnp
 
 from hpr_jax.kernels.manual_axes import vary_alike
 
-# With so many probabilities a head, CPUs take one head after the other. Fewer, as those of a region's pixels, fit into the
-# caches anyhow.
+# Number of probabilities of a head (queries times keys) at which CPUs begin to compute one head after the other. Fewer, such
+# as those of a region's pixels, fit a CPU's cache for all heads together.
 LARGE = 2**14
-# The logit of what a query may not see. Not infinite, so that a query which sees nothing has a result.
+# The logit of a key that a query may not see. It is finite, so that a query which may see no key has a finite result.
 MASKED = -1e30
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Sums of the values, weighted by the softmax of the products of query and keys over the root of D.
+    """Scaled dot-product attention: softmax(query key^T / sqrt(D)) value (Vaswani et al. 2017, equation 1).
 
-    A query that may see nothing gets the mean of all values. On CPUs, with many queries and keys, differentiable in reverse
-    mode only.
+    A query that may see no key gets the mean of all values. With many queries and keys, on CPUs, it is differentiable in
+    reverse mode only.
 
     Args:
-      query: `[B, Q, H, D]`; key, value: `[B, K, H, D]`.
-      mask: bool `[B, Q, K]`, true: may see; B and Q may be 1, for all.
+      query: `[B, Q, H, D]`.
+      key, value: `[B, K, H, D]`.
+      mask: bool `[B, Q, K]`, true: may see. Its B and Q may be 1: the same for all. None: all see all.
 
     Returns:
       `[B, Q, H, D]` in the type of `value`.
@@ -30,21 +31,23 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     mask = jnp.ones((1, 1, 1), bool) if mask is None else mask
     mask = jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
 
-    def of_image(args):
-        *heads, mask = args
-        heads = [jnp.moveaxis(array, 1, 0) for array in heads]
-        return jnp.moveaxis(jax.lax.map(lambda head: _of_head(*head, mask), heads), 0, 1)
+    def attend_image(args):
+        *arrays, mask = args
+        by_head = [jnp.moveaxis(array, 1, 0) for array in arrays]
+        return jnp.moveaxis(jax.lax.map(lambda head: _attend_head(*head, mask), by_head), 0, 1)
 
-    return jax.lax.map(of_image, tuple(vary_alike(query, key, value, mask)))
+    return jax.lax.map(attend_image, tuple(vary_alike(query, key, value, mask)))
 
 
 @jax.custom_vjp
-def _of_head(query, key, value, mask):
-    """`[Q, D]`, `[K, D]`, `[K, D]` and bool `[Q, K]` -> `[Q, D]`. The backward pass computes the probabilities again."""
+def _attend_head(query, key, value, mask):
+    """Attention of one head of one image: `[Q, D]`, `[K, D]`, `[K, D]` and mask bool `[Q, K]` -> `[Q, D]`. The backward pass
+    computes the probabilities again."""
     return _head_forward(query, key, value, mask)[0]
 
 
 def _product(left, right, axes):
+    """Matrix product over `axes`, in float32."""
     return jax.lax.dot_general(left, right, (axes, ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -64,13 +67,14 @@ def _head_forward(query, key, value, mask):
 def _head_backward(residuals, gradient):
     query, key, value, mask, largest, total = residuals
     weights = jnp.exp(_logits(query, key, mask) - largest) / total
-    of_weights = _product(gradient, value, ((1,), (1,)))
-    of_logits = weights * (of_weights - jnp.sum(weights * of_weights, axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
-    of_logits = jnp.where(mask, of_logits, 0.0).astype(query.dtype)
-    of_query = _product(of_logits, key, ((1,), (0,)))
-    of_key = _product(of_logits, query, ((0,), (0,)))
-    of_value = _product(weights.astype(gradient.dtype), gradient, ((0,), (0,)))
-    return of_query.astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+    weights_gradient = _product(gradient, value, ((1,), (1,)))
+    centered = weights_gradient - jnp.sum(weights * weights_gradient, axis=-1, keepdims=True)
+    logits_gradient = weights * centered * query.shape[-1] ** -0.5
+    logits_gradient = jnp.where(mask, logits_gradient, 0.0).astype(query.dtype)
+    query_gradient = _product(logits_gradient, key, ((1,), (0,)))
+    key_gradient = _product(logits_gradient, query, ((0,), (0,)))
+    value_gradient = _product(weights.astype(gradient.dtype), gradient, ((0,), (0,)))
+    return query_gradient.astype(query.dtype), key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), None
 
 
-_of_head.defvjp(_head_forward, _head_backward)
+_attend_head.defvjp(_head_forward, _head_backward)

@@ -1,5 +1,6 @@
-"""Long arrays cut into chunks for loops, so that what is computed of a chunk stays in the caches, or needs less memory."""
+"""Cuts long arrays into chunks for loops, so that what is computed of a chunk fits the cache, or takes less memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,22 +9,27 @@ import jax.numpy as jnp
 
 
 def by_chunks(function: Callable[[Any], jax.Array], size: int, rows: Any) -> jax.Array:
-    """`function(rows)`, for a function of each row alone: on CPUs so many rows at a time, for the backward pass again.
+    """Returns `function(rows)`, but on CPUs computes it for at most `size` rows at a time, and again in the backward pass.
 
     Args:
-      function: arrays `[n, ...]` -> `[n, ...]`.
+      function: arrays `[n, ...]` -> array `[n, ...]`, each row of which depends on the same row of the arrays alone.
       rows: arrays `[N, ...]`.
+
+    Returns:
+      `[N, ...]`.
     """
     length = len(jax.tree.leaves(rows)[0])
-    # GPUs are faster with the whole.
+    # GPUs are faster with all rows at once.
     if jax.default_backend() != "cpu" or length <= size:
         return function(rows)
     return out_of_chunks(length, jax.lax.map(jax.checkpoint(function), in_chunks(size, length, rows)))
 
 
 def in_chunks(size: int, length: int, tree: Any, *, mode: str = "constant") -> Any:
-    """Arrays `[length, ...]` -> `[chunks, <= size, ...]`, for `jax.lax.scan`; filled up with zeros, or in another mode of
-    `jnp.pad`."""
+    """Cuts arrays `[length, ...]` into equal chunks of at most `size` rows: `[chunks, rows, ...]`, for `jax.lax.scan`.
+
+    The last chunk is filled up with zeros, or as another `mode` of `jnp.pad` does.
+    """
     chunks = -(-length // size)
     size = -(-length // chunks)
 
@@ -35,10 +41,10 @@ def in_chunks(size: int, length: int, tree: Any, *, mode: str = "constant") -> A
 
 
 def out_of_chunks(length: int, tree: Any) -> Any:
-    """Undoes `in_chunks`."""
+    """The inverse of `in_chunks`."""
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:length], tree)
 
 
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
-    """float32 zeros for a loop to begin with, which vary over all mesh axes that these arrays vary over (in `shard_map`)."""
-    return sum(jnp.zeros_like(array, jnp.float32, shape) for array in like)
+    """float32 zeros for a loop to start from. In `shard_map` they vary over all mesh axes that arrays `like` vary over."""
+    return functools.reduce(jnp.add, [jnp.zeros_like(array, jnp.float32, shape) for array in like])

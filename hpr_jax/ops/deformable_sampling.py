@@ -1,4 +1,4 @@
-"""Multi-scale deformable sampling (Deformable DETR, Zhu et al. 2021, equation 3, without its projections)."""
+"""Multi-scale deformable sampling (Deformable DETR, Zhu et al. 2021, equation 3, without the projections)."""
 
 import functools
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from hpr_jax.ops.chunks import in_chunks, out_of_chunks, zeros
 from hpr_jax.ops.dispatch import dispatch
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
+Shapes = tuple[tuple[int, int], ...]
+
 OPERATION = "deformable_sampling"
-# Queries whose rows XLA's backward pass gathers and adds at a time.
+# Number of queries whose rows the XLA backward pass gathers and adds at a time.
 CHUNK = 192
 
 
@@ -25,16 +27,16 @@ def deformable_sampling(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Weighted sums of bilinearly interpolated values; outside a level's map everything is zero.
+    """Weighted sums of bilinearly interpolated values, with zeros outside of each level's map.
 
-    Sums are float32 whatever the types of the arguments. Differentiable in reverse mode.
+    Sums are computed in float32, whatever the types of the arguments. Differentiable in reverse mode.
 
     Args:
       value: `[B, S, H, D]`, the levels' maps flattened row by row and concatenated.
       spatial_shapes: static (height, width) of each level; their products sum to S.
-      sampling_locations: `[B, Q, H, L, P, 2]`, (x, y) in [0, 1] over each level's map, corners at the pixels' edges.
+      sampling_locations: `[B, Q, H, L, P, 2]`, (x, y) relative to each level's map, whose outer edges are 0 and 1.
       attention_weights: `[B, Q, H, L, P]`.
-      implementation: `"xla"`; `"pallas"`, a kernel for NVIDIA GPUs; None: the kernel where it can run, else XLA.
+      implementation: see `hpr_jax.ops.dispatch`; None: the kernel where it can run, else XLA.
 
     Returns:
       `[B, Q, H * D]` in the type of `value`.
@@ -42,18 +44,18 @@ def deformable_sampling(
     Raises:
       ValueError: an unknown implementation or one that cannot run, or shapes that do not fit one another.
     """
-    spatial_shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
-    _check(value, spatial_shapes, sampling_locations, attention_weights)
+    shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    _check(value, shapes, sampling_locations, attention_weights)
     batch, _, heads, width = value.shape
     queries = sampling_locations.shape[1]
     if 0 in (value.size, attention_weights.size):
         return jnp.zeros((batch, queries, heads * width), value.dtype)
     locations, weights = (array.astype(jnp.float32) for array in (sampling_locations, attention_weights))
-    out = _sample(spatial_shapes, implementation, *vary_alike(value, locations, weights))
+    out = _sample(shapes, implementation, *vary_alike(value, locations, weights))
     return out.reshape(batch, queries, heads * width)
 
 
-def _check(value, spatial_shapes, locations, weights):
+def _check(value: jax.Array, spatial_shapes: Shapes, locations: jax.Array, weights: jax.Array) -> None:
     if value.ndim != 4 or locations.ndim != 6 or locations.shape[:-1] != weights.shape or locations.shape[-1] != 2:
         raise ValueError(
             "deformable_sampling takes value [B, S, H, D], locations [B, Q, H, L, P, 2] and weights [B, Q, H, L, P], not "
@@ -72,7 +74,7 @@ def _sample(spatial_shapes, implementation, value, locations, weights):
         OPERATION,
         implementation,
         functools.partial(_xla, spatial_shapes),
-        lambda *arguments, interpret: kernel.forward(*arguments, spatial_shapes, interpret=interpret),
+        functools.partial(kernel.forward, spatial_shapes=spatial_shapes),
         value,
         locations,
         weights,
@@ -85,11 +87,14 @@ def _sample_forward(spatial_shapes, implementation, *arguments):
 
 
 def _sample_backward(spatial_shapes, implementation, arguments, gradient):
-    def pallas(*arguments, interpret):
-        of_value, *others = kernel.backward(*arguments, spatial_shapes, interpret=interpret)
-        return of_value.astype(value.dtype), *others
-
     value = arguments[0]
+
+    def pallas(value, locations, weights, gradient, *, interpret):
+        value_gradient, *others = kernel.backward(
+            value, locations, weights, gradient, spatial_shapes=spatial_shapes, interpret=interpret
+        )
+        return value_gradient.astype(value.dtype), *others
+
     xla = functools.partial(_xla_backward, spatial_shapes)
     return dispatch(OPERATION, implementation, xla, pallas, *arguments, gradient, obstacle=_obstacle(value))
 
@@ -97,7 +102,8 @@ def _sample_backward(spatial_shapes, implementation, arguments, gradient):
 _sample.defvjp(_sample_forward, _sample_backward)
 
 
-def _obstacle(value):
+def _obstacle(value: jax.Array) -> str | None:
+    """Why the kernel cannot sample this value, as `dispatch` wants it."""
     width, dtype = value.shape[-1], value.dtype
     if width > kernel.MAX_WIDTH:
         return f"its kernel takes heads of at most {kernel.MAX_WIDTH} channels, and these have {width}"
@@ -107,21 +113,21 @@ def _obstacle(value):
 
 
 def _xla(spatial_shapes, value, locations, weights):
-    """-> `[B, Q, H, D]`."""
+    """The implementation without a kernel -> `[B, Q, H, D]`."""
 
-    # One (image, head) at a time: its table [S, D] stays in cache, and only one table of indices exists at once.
+    # One head of one image at a time: its table [S, D] fits the cache, and only one table of indices exists at once.
     def sample_head(args):
         table, locations, weights = args
         return weighted_rows(table, *_corners(spatial_shapes, locations, weights)).astype(value.dtype)
 
-    return _of_batch(jax.lax.map(sample_head, jax.tree.map(_by_head, (value, locations, weights))), len(value))
+    return _by_image(jax.lax.map(sample_head, jax.tree.map(_by_head, (value, locations, weights))), len(value))
 
 
 def _xla_backward(spatial_shapes, value, locations, weights, gradient):
-    """Gradients of value, locations and weights, given that of the result `[B, Q, H, D]`."""
+    """Gradients of value, locations and weights from the gradient of the result, `[B, Q, H, D]`."""
     queries = locations.shape[1]
 
-    def of_head(args):
+    def head_gradients(args):
         table, locations, weights, gradient = args
         table = table.astype(jnp.float32)
 
@@ -131,19 +137,20 @@ def _xla_backward(spatial_shapes, value, locations, weights, gradient):
 
         weight, pullback, index = jax.vjp(corners, locations, weights, has_aux=True)
 
-        # Only the rows go by chunks. Places and weights are small: an operation on a chunk's would take less than its start.
-        def step(of_table, chunk):
+        # Only the rows are gathered chunk by chunk. Indices and weights are so small that an operation on a chunk of them
+        # would take less time than starting it.
+        def step(table_gradient, chunk):
             index, weight, gradient = chunk
             gradient = gradient.astype(jnp.float32)
-            of_weight = jnp.einsum("nkd,nd->nk", table.at[index].get(mode="promise_in_bounds"), gradient)
-            return add_weighted_rows(of_table, index, weight, gradient), of_weight
+            weight_gradient = jnp.einsum("nkd,nd->nk", table.at[index].get(mode="promise_in_bounds"), gradient)
+            return add_weighted_rows(table_gradient, index, weight, gradient), weight_gradient
 
         chunks = in_chunks(CHUNK, queries, (index, weight, gradient))
-        of_table, of_weight = jax.lax.scan(step, zeros(table.shape, *args), chunks)
-        return of_table.astype(value.dtype), *pullback(out_of_chunks(queries, of_weight))
+        table_gradient, weight_gradient = jax.lax.scan(step, zeros(table.shape, *args), chunks)
+        return table_gradient.astype(value.dtype), *pullback(out_of_chunks(queries, weight_gradient))
 
-    found = jax.lax.map(of_head, jax.tree.map(_by_head, (value, locations, weights, gradient)))
-    return jax.tree.map(lambda array: _of_batch(array, len(value)), found)
+    found = jax.lax.map(head_gradients, jax.tree.map(_by_head, (value, locations, weights, gradient)))
+    return jax.tree.map(lambda array: _by_image(array, len(value)), found)
 
 
 def _by_head(array):
@@ -152,13 +159,21 @@ def _by_head(array):
     return moved.reshape(-1, *moved.shape[2:])
 
 
-def _of_batch(array, batch):
-    """Undoes `_by_head`."""
+def _by_image(array, batch):
+    """The inverse of `_by_head`."""
     return jnp.moveaxis(array.reshape(batch, -1, *array.shape[1:]), 1, 2)
 
 
 def _corners(spatial_shapes, locations, weights):
-    """Rows of the value table and their weights: `[Q, L, P, 2]`, `[Q, L, P]` -> int32 and float `[Q, L * P * 4]`."""
+    """The four pixels around each sampling point of one head: their rows in the table of values, and their weights.
+
+    Args:
+      locations: `[Q, L, P, 2]`.
+      weights: `[Q, L, P]`.
+
+    Returns:
+      Rows int32 and weights float32, `[Q, L * P * 4]` each; pixels outside of the map have the weight 0.
+    """
     indices, corner_weights = [], []
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):

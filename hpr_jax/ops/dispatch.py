@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: plain XLA, or a Pallas kernel."""
+"""Chooses the implementation of an operation: plain XLA, or a Pallas kernel."""
 
 import functools
 import logging
@@ -8,7 +8,8 @@ import jax
 
 log = logging.getLogger("hpr_jax")
 
-# `pallas_interpret` computes what the kernel computes, step by step and slowly, on any platform: for tests.
+# Names of the implementations. `pallas_interpret` is for tests: it computes what the kernel computes, slowly, on any
+# platform.
 IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
 
 
@@ -20,22 +21,24 @@ def dispatch(
     *arguments: jax.Array,
     obstacle: str | None = None,
 ) -> jax.Array:
-    """Calls the implementation of that name; with None the kernel on NVIDIA GPUs and XLA elsewhere.
+    """Calls one implementation of an operation, and logs once which one, where it chooses by itself.
 
     Args:
-      xla, kernel: take the arguments; `kernel` also the keyword `interpret`.
-      obstacle: why the kernel cannot run on these arguments, a clause; None if it can.
+      operation: its name, for messages.
+      implementation: one of `IMPLEMENTATIONS`; None: the kernel on NVIDIA GPUs if it can run, else XLA.
+      xla, kernel: the implementations, functions of the arguments; `kernel` also takes the keyword `interpret`.
+      obstacle: why the kernel cannot run on these arguments, as a clause; None if it can.
 
     Raises:
       ValueError: an unknown name, or a kernel asked for by name that cannot run.
     """
     if implementation is None:
         if obstacle:
-            _say_once(f"{operation} runs as XLA: {obstacle}.")
+            _log_once(f"{operation} runs as XLA: {obstacle}.")
             return xla(*arguments)
         platform = jax.default_backend()
-        _say_once(f"{operation} runs as {'a Pallas kernel' if platform == 'gpu' else 'XLA'} (default platform: {platform}).")
-        # Decided when the program is lowered: it may be meant for another platform than the default one.
+        _log_once(f"{operation} runs as {'a Pallas kernel' if platform == 'gpu' else 'XLA'} (default platform: {platform}).")
+        # The choice is made when the program is lowered, which may be for another platform than the default one.
         return jax.lax.platform_dependent(*arguments, cuda=functools.partial(kernel, interpret=False), default=xla)
     if implementation == "xla":
         return xla(*arguments)
@@ -47,11 +50,11 @@ def dispatch(
         obstacle = f"it needs an NVIDIA GPU, and the default platform is {jax.default_backend()}"
     if obstacle:
         raise ValueError(
-            f"{operation} cannot run as {implementation!r}: {obstacle}; use 'xla', or None to choose by itself."
+            f"{operation} cannot run as {implementation!r}: {obstacle}; use 'xla', or None for whichever can run."
         )
     return kernel(*arguments, interpret=implementation == "pallas_interpret")
 
 
 @functools.cache
-def _say_once(sentence: str) -> None:
+def _log_once(sentence: str) -> None:
     log.info(sentence)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from hpr_jax.kernels.manual_axes import vary_alike
-from hpr_jax.ops.order import after
+from hpr_jax.ops.order import compute_after
 
 
 def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """x `[..., C]` over C with mean 0 and variance 1, times scale `[C]`, plus bias `[C]`: float32 inside, in the type of x.
+    """Layer normalisation: x `[..., C]` with mean 0 and variance 1 over C, times scale `[C]`, plus bias `[C]`.
 
-    Differentiable in reverse mode, with one pass over x for the sums over its rows and one for its own gradient: XLA would
-    join the two, and on CPUs write down several arrays as large as x.
+    It computes in float32, and the result `[..., C]` has the type of x. Differentiable in reverse mode. The backward pass
+    reads x once for the gradients of scale and bias and once for its own gradient: XLA would fuse the two, and on CPUs store
+    several arrays as large as x.
     """
     return _normalized(*vary_alike(x, scale, bias), epsilon)
 
@@ -33,13 +34,16 @@ def _normalized_forward(x, scale, bias, epsilon):
 def _normalized_backward(epsilon, residuals, gradient):
     x, center, inverse, scale = residuals
     x, gradient, rows = x.astype(jnp.float32), gradient.astype(jnp.float32), tuple(range(x.ndim - 1))
-    of_scale = jnp.sum(gradient * ((x - center) * inverse), axis=rows)
-    of_bias = jnp.sum(gradient, axis=rows)
-    center, inverse = after(of_scale, center), after(of_scale, inverse)
+    scale_gradient = jnp.sum(gradient * ((x - center) * inverse), axis=rows)
+    bias_gradient = jnp.sum(gradient, axis=rows)
+    center, inverse = compute_after(scale_gradient, center), compute_after(scale_gradient, inverse)
     unit, scaled = (x - center) * inverse, gradient * scale
 
     def mean(array):
         return jnp.mean(array, axis=-1, keepdims=True)
 
-    of_x = inverse * (scaled - mean(scaled) - unit * mean(unit * scaled))
-    return of_x.astype(residuals[0].dtype), of_scale, of_bias
+    x_gradient = inverse * (scaled - mean(scaled) - unit * mean(unit * scaled))
+    return x_gradient.astype(residuals[0].dtype), scale_gradient, bias_gradient
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)

@@ -1,7 +1,7 @@
 """Greedy non-maximum suppression with static shapes.
 
-Boxes are visited by falling score, equal scores by rising index; a box is suppressed when its IoU with an already kept
-one is greater than the threshold.
+Boxes are visited by falling score, and by rising index among equal scores. A box survives if it is not suppressed, that is
+if its IoU with every survivor visited before is at most the threshold.
 """
 
 import jax
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from hpr_jax.ops.boxes import intersection_and_union
 
-# Boxes that `nms_first` looks at at a time.
+# Number of boxes that `nms_first` compares at a time.
 BLOCK = 512
 
 
 def _overlaps_more(a: jax.Array, b: jax.Array, threshold: float) -> jax.Array:
-    # Without the division two empty boxes do not suppress one another.
+    """Whether the IoU of xyxy boxes is above the threshold, broadcast over the leading axes of a and b."""
+    # Compared without a division, so that two empty boxes do not suppress each other.
     intersection, union = intersection_and_union(a, b)
     return intersection > threshold * union
 
@@ -22,18 +23,21 @@ def _overlaps_more(a: jax.Array, b: jax.Array, threshold: float) -> jax.Array:
 def nms_first(
     boxes: jax.Array, scores: jax.Array, candidates: jax.Array, count: int, threshold: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The first `count` survivors among many boxes.
+    """The best `count` survivors among many boxes.
 
-    Sorts, then goes from block to block of the best until there are enough survivors: a few rounds of wide operations, as
-    against `count` rounds of one survivor each, or the `M * M` overlaps of the full matrix.
+    The boxes are sorted, and then compared block by block until there are enough survivors. That takes a few rounds of wide
+    operations, where `count` rounds would find one survivor each, and the full matrix has `M * M` overlaps.
 
     Args:
       boxes: xyxy `[M, 4]`.
       scores: `[M]`, finite.
-      candidates: bool `[M]`; the others neither survive nor suppress.
+      candidates: bool `[M]`; other boxes neither survive nor suppress.
+      count: how many survivors are wanted, static.
+      threshold: IoU above which a box suppresses a worse one.
 
     Returns:
-      indices int32 `[count]` by falling score, and bool `[count]`, false where survivors ran out (index 0 there).
+      Indices of the survivors, int32 `[count]`, by falling score, and bool `[count]`, false where there were no more (the
+      index is 0 there).
     """
     total = jnp.sum(candidates)
     numbers = jnp.arange(len(scores), dtype=jnp.int32)
@@ -52,13 +56,13 @@ def nms_first(
         suppressed = jnp.any(_overlaps_more(chosen_boxes[:, None], block, threshold) & before[:, None], axis=0)
         candidates = (start + jnp.arange(BLOCK) < total) & ~suppressed
         earlier = jnp.arange(BLOCK)[:, None] < jnp.arange(BLOCK)
-        keep = _greedy(earlier & _overlaps_more(block[:, None], block, threshold), candidates)
-        # Survivors beyond `count` find no place.
-        place = jnp.where(keep, found + jnp.cumsum(keep) - 1, count)
+        survivors = _greedy(earlier & _overlaps_more(block[:, None], block, threshold), candidates)
+        # Survivors beyond `count` get a place outside of the array, and are dropped.
+        place = jnp.where(survivors, found + jnp.cumsum(survivors) - 1, count)
         return (
             start + BLOCK,
             chosen.at[place].set(index, mode="drop"),
-            found + jnp.sum(keep),
+            found + jnp.sum(survivors),
             chosen_boxes.at[place].set(block, mode="drop"),
         )
 
@@ -68,12 +72,13 @@ def nms_first(
 
 
 def nms_mask(boxes: jax.Array, scores: jax.Array, candidates: jax.Array, threshold: float) -> jax.Array:
-    """Which of few boxes survive.
+    """Which boxes survive, computed from the overlaps of all pairs: for few boxes.
 
     Args:
       boxes: xyxy `[M, 4]`.
       scores: `[M]`.
-      candidates: bool `[M]`; the others neither survive nor suppress.
+      candidates: bool `[M]`; other boxes neither survive nor suppress.
+      threshold: IoU above which a box suppresses a worse one.
 
     Returns:
       bool `[M]`.
@@ -85,15 +90,19 @@ def nms_mask(boxes: jax.Array, scores: jax.Array, candidates: jax.Array, thresho
 
 
 def _greedy(suppresses: jax.Array, candidates: jax.Array) -> jax.Array:
-    """Survivors, given who would suppress whom, bool `[M, M]`.
+    """The survivors, bool `[M]`.
 
-    Iterates `keep = candidates without those that a kept box suppresses`; the fixed point is the greedy result, reached
-    after as many rounds as the longest chain of suppressions.
+    It repeats `survivors = candidates that no survivor suppresses` until nothing changes. That fixed point is the greedy
+    result, and takes as many rounds as the longest chain of suppressions is long.
+
+    Args:
+      suppresses: bool `[M, M]`, whether box i, if it survives, suppresses box j.
+      candidates: bool `[M]`.
     """
 
     def step(state):
-        keep, _ = state
-        new = candidates & ~jnp.any(suppresses & keep[:, None], axis=0)
-        return new, jnp.any(new != keep)
+        survivors, _ = state
+        new = candidates & ~jnp.any(suppresses & survivors[:, None], axis=0)
+        return new, jnp.any(new != survivors)
 
     return jax.lax.while_loop(lambda state: state[1], step, (candidates, jnp.bool_(True)))[0]

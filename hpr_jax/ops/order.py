@@ -1,14 +1,15 @@
-"""The order in which a program computes, where XLA's own takes more memory."""
+"""The order in which a program computes, for where XLA's own order takes more memory."""
 
 import jax
 import jax.numpy as jnp
 
 
-def after(other: jax.Array, x: jax.Array) -> jax.Array:
-    """x, on CPUs not before `other`; NaN if the first number of that is.
+def compute_after(other: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x unchanged, but on CPUs makes XLA compute `other` first, by a false dependency.
 
-    XLA computes what nothing waits for, like the gradients of weights, last of all, and until then keeps what it is made of.
-    Its programs for CPUs know no barriers, but they keep to what depends on numbers.
+    Left to itself, XLA computes last what no other value depends on, such as the gradients of weights, and until then holds
+    in memory everything that they are made of. On CPUs it ignores optimisation barriers, but not a dependency on a number.
+    If the first number of `other` is NaN, so is the result.
     """
     if jax.default_backend() != "cpu":
         return x

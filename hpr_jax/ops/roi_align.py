@@ -16,7 +16,7 @@ from hpr_jax.ops.dispatch import dispatch
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 OPERATION = "roi_align"
-# Regions that XLA samples at a time.
+# Number of regions that the XLA implementation samples at a time.
 CHUNK = 16
 
 
@@ -32,10 +32,11 @@ def roi_align(
     finest_scale: float = 56.0,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Features of each box on the level that suits its size (FPN, Lin et al. 2017, equation 1).
+    """Features of each box, taken from the level that suits its size (FPN, Lin et al. 2017, equation 1).
 
-    Half-pixel aligned; samples beyond the valid area by more than one pixel count as zero, nearer ones take the border.
-    Boxes are neither clipped nor differentiated.
+    Pixel centres lie at half-integer coordinates. Sampling points more than one pixel outside of the valid area count as
+    zero, and nearer ones take the values of its border. Boxes are not clipped, and no gradient flows into them.
+    Differentiable in reverse mode.
 
     Args:
       features: `[B, S, C]`, the levels' maps flattened row by row and concatenated.
@@ -43,9 +44,10 @@ def roi_align(
       valid_sizes: int32 `[B, L, 2]`, the valid (height, width) of each level.
       boxes: xyxy `[B, Q, 4]` in image pixels.
       strides: image pixels per feature pixel of each level.
-      sampling_ratio: samples per bin and axis.
-      finest_scale: boxes with sides below twice this many pixels take the first level.
-      implementation: `"xla"`; `"pallas"`, a kernel for NVIDIA GPUs; None: the kernel where it can run, else XLA.
+      output_size: number of bins along each side of a box.
+      sampling_ratio: number of sampling points along each side of a bin, whose mean is the bin's feature.
+      finest_scale: boxes whose sides are below twice this many pixels take the first level.
+      implementation: see `hpr_jax.ops.dispatch`; None: the kernel where it can run, else XLA.
 
     Returns:
       `[B, Q, output_size ** 2, C]`, bins row by row, in the type of `features`.
@@ -70,17 +72,18 @@ def roi_align(
     )
     if 0 in (features.size, boxes.size):
         return jnp.zeros((*boxes.shape[:2], output_size**2, features.shape[-1]), features.dtype)
-    features, *regions = vary_alike(features, *regions)
-    return _align((output_size, sampling_ratio, implementation), features, Regions(*regions))
+    features, *parts = vary_alike(features, *regions)
+    return _align((output_size, sampling_ratio, implementation), features, Regions(*parts))
 
 
 class Regions(NamedTuple):
-    """Boxes on their levels: `[B, Q, ...]` each.
+    """Boxes, each on the level that it takes: `[B, Q, ...]`, or `[R, ...]` for the R regions of a chunk.
 
     Attributes:
-      low, extent: left top corner and size (x, y), in pixels of the level.
-      valid: int32 (height, width) of the level's valid area.
-      width: int32, of the level; start: int32, row of the level's first pixel in the table of features.
+      low, extent: `[..., 2]`, top left corner and size (x, y), in pixels of the level.
+      valid: int32 `[..., 2]`, (height, width) of the level's valid area.
+      width: int32 `[...]`, width of the level's map.
+      start: int32 `[...]`, row of the level's first pixel in the table of features.
     """
 
     low: jax.Array
@@ -124,25 +127,29 @@ def _align_backward(settings, residuals, gradient):
     def xla(features, regions, gradient):
         return _xla_backward(features, regions, gradient, bins, ratio)
 
-    of_features = dispatch(OPERATION, implementation, xla, pallas, features, regions, gradient, obstacle=_obstacle(features))
-    return of_features, jax.tree.map(_no_gradient, regions)
+    arguments = features, regions, gradient
+    features_gradient = dispatch(OPERATION, implementation, xla, pallas, *arguments, obstacle=_obstacle(features))
+    return features_gradient, jax.tree.map(_no_gradient, regions)
 
 
 _align.defvjp(_align_forward, _align_backward)
 
 
 def _no_gradient(x):
+    """The gradient zero of an argument, of type float0 for integers, as JAX wants it."""
     return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _obstacle(features):
+def _obstacle(features: jax.Array) -> str | None:
+    """Why the kernel cannot take regions of these features, as `dispatch` wants it."""
     if features.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"its kernel takes float32, bfloat16 and float16, and the features are {features.dtype}"
     return None
 
 
 def _table_rows(regions, tokens, bins, ratio):
-    """Rows of the table of all images' features, and their weights: `[B * Q * bins ** 2, 4 * ratio ** 2]` each."""
+    """What the bins of all images are made of: rows of the table of all images' features, `[B * S, C]`, and their weights,
+    `[B * Q * bins ** 2, 4 * ratio ** 2]` each."""
     batch, queries = regions.width.shape
     flat = Regions(*(part.reshape(batch * queries, *part.shape[2:]) for part in regions))
     starts = jnp.repeat(jnp.arange(batch), queries) * tokens
@@ -150,6 +157,7 @@ def _table_rows(regions, tokens, bins, ratio):
 
 
 def _xla(features, regions, bins, ratio):
+    """The implementation without a kernel -> `[B, Q, bins ** 2, C]`."""
     count, channels = regions.width.shape[1], features.shape[-1]
 
     def per_image(args):
@@ -165,7 +173,7 @@ def _xla(features, regions, bins, ratio):
 
 
 def _xla_backward(features, regions, gradient, bins, ratio):
-    """Gradient of the features, given that of the result."""
+    """Gradient of the features `[B, S, C]` from the gradient of the result `[B, Q, bins ** 2, C]`."""
     count, channels = regions.width.shape[1], features.shape[-1]
 
     def per_image(args):
@@ -174,10 +182,11 @@ def _xla_backward(features, regions, gradient, bins, ratio):
         def step(total, chunk):
             regions, gradient = chunk
             gradient = gradient.reshape(-1, channels).astype(jnp.float32)
-            return add_weighted_rows(total, *_rows(regions, bins, ratio), gradient), None
+            index, weight = _rows(regions, bins, ratio)
+            return add_weighted_rows(total, index, weight, gradient), None
 
         nothing = zeros(features.shape[1:], features, gradient)
-        # The last chunk is filled up with regions whose rows are in the table, and without gradient.
+        # The last chunk is filled up with copies of a region, whose rows are within the table, and gradients of zero.
         chunks = in_chunks(CHUNK, count, regions, mode="edge"), in_chunks(CHUNK, count, gradient)
         return jax.lax.scan(step, nothing, chunks)[0].astype(features.dtype)
 
@@ -185,17 +194,18 @@ def _xla_backward(features, regions, gradient, bins, ratio):
 
 
 def _rows(regions, bins, ratio):
-    """As `_samples`: `[R * bins ** 2, 4 * ratio ** 2]` each."""
+    """The results of `_samples`, with regions and bins on one axis: `[R * bins ** 2, 4 * ratio ** 2]` each."""
     index, weight = _samples(regions, bins, ratio)
     return index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
 
 
 def _samples(regions, bins, ratio):
-    """Rows of an image's features and weights of every bin of `[R]` regions: `[R, bins ** 2, 4 * ratio ** 2]` each."""
+    """What the bins of R regions are made of: rows of the table of features, and their weights,
+    `[R, bins ** 2, 4 * ratio ** 2]` each."""
     steps = jnp.arange(bins * ratio) + 0.5
 
-    def axis(low, extent, size):
-        # -> neighbours and their weights [R, bins, ratio * 2]
+    def along_axis(low, extent, size):
+        """The two pixels around each sampling point along one axis, and their weights: `[R, bins, ratio * 2]` each."""
         position = low[:, None] + steps * (extent / (bins * ratio))[:, None]
         size = size[:, None].astype(jnp.float32)
         inside = (position >= -1.0) & (position <= size)
@@ -207,8 +217,8 @@ def _samples(regions, bins, ratio):
         weights = jnp.where(inside[..., None], jnp.stack([1.0 - fraction, fraction], axis=-1), 0.0)
         return neighbours.reshape(-1, bins, ratio * 2), weights.reshape(-1, bins, ratio * 2) / ratio
 
-    columns, column_weights = axis(regions.low[:, 0], regions.extent[:, 0], regions.valid[:, 1])
-    rows, row_weights = axis(regions.low[:, 1], regions.extent[:, 1], regions.valid[:, 0])
+    columns, column_weights = along_axis(regions.low[:, 0], regions.extent[:, 0], regions.valid[:, 1])
+    rows, row_weights = along_axis(regions.low[:, 1], regions.extent[:, 1], regions.valid[:, 0])
     rows = rows * regions.width[:, None, None] + regions.start[:, None, None]
     index = rows[:, :, None, :, None] + columns[:, None, :, None, :]
     weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]

@@ -1,25 +1,30 @@
-"""Weighted sums of a table's rows, and their gradient, as XLA operations: the core of both kinds of sampling. Formed for
-CPUs, so that what is gathered stays in the caches; the kernels for GPUs are in `kernels/`."""
+"""Weighted sums of a table's rows, and the gradient of the table: the core of deformable sampling and of RoIAlign.
+
+These are XLA operations, arranged so that what they gather fits a CPU's cache; the kernels for GPUs are in `kernels/`.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from hpr_jax.ops.chunks import zeros
 
-# XLA fuses the gathers of so many rows, the corners around a sample, with their sum; with more its loops are slower again.
+# Number of rows that are gathered and summed at a time: the four corners around a sampling point. XLA fuses their gathers
+# with the sum; with more rows its loops are slower.
 CORNERS = 4
 
 
 def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
-    """`out[n] = sum_k weight[n, k] * table[index[n, k]]`.
+    """Weighted sums of rows: `out[n] = sum_k weight[n, k] * table[index[n, k]]`.
 
     Args:
-      table: `[S, D]`; index: int32 `[N, K]`, within the table; weight: float32 `[N, K]`; K is a multiple of 4.
+      table: `[S, D]`.
+      index: int32 `[N, K]`, all within the table; K is a multiple of 4.
+      weight: float32 `[N, K]`.
 
     Returns:
       float32 `[N, D]`.
     """
-    # Widened before the gather: once for each row of the table, which is shorter.
+    # Converted in front of the gather: there are fewer rows in the table than are gathered.
     table = table.astype(jnp.float32)
 
     def by_step(array):
@@ -36,5 +41,14 @@ def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.
 
 
 def add_weighted_rows(total: jax.Array, index: jax.Array, weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Adds to `total` `[S, D]` the table's gradient, given that of the result of `weighted_rows` `[N, D]`."""
+    """Adds the gradient of the table of `weighted_rows` to a running total.
+
+    Args:
+      total: `[S, D]`.
+      index, weight: `[N, K]`, the arguments of `weighted_rows`.
+      gradient: of the result of `weighted_rows`, `[N, D]`.
+
+    Returns:
+      `[S, D]`.
+    """
     return total.at[index].add(weight[..., None] * gradient[:, None], mode="promise_in_bounds")

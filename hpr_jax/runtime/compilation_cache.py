@@ -1,4 +1,4 @@
-"""Compiled programs are kept between runs."""
+"""Keeps compiled programs on disk, so that later runs need not compile them again."""
 
 import hashlib
 import logging
@@ -12,17 +12,19 @@ log = logging.getLogger("hpr_jax")
 
 
 def enable_compilation_cache() -> None:
-    """Keeps programs that took more than a second to compile, below the user's cache folder (`XDG_CACHE_HOME`).
+    """From now on keeps programs that took more than a second to compile, below the user's cache folder (`XDG_CACHE_HOME`).
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` switches it off.
+    The environment variable `JAX_COMPILATION_CACHE_DIR` names another folder; `JAX_ENABLE_COMPILATION_CACHE=false` switches
+    the cache off. If there is no place for it, the log says so.
     """
-    if jax.config.jax_compilation_cache_dir:
+    # JAX's settings are attributes that its types do not list.
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpr_jax" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        # Of a user without a home, or one that cannot be written to.
+        # The user has no home folder, or it cannot be written to.
         log.info("Compiled programs are not kept: %s. JAX_COMPILATION_CACHE_DIR can name a folder for them.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -30,7 +32,8 @@ def enable_compilation_cache() -> None:
 
 
 def _processor() -> str:
-    """Tells kinds of processors apart: home folders are shared by machines, and one's code may not run on another."""
+    """A name for the kind of processor. Machines may share a home folder, and code compiled for one kind may not run on
+    another."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
     features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}) or lines[:1]

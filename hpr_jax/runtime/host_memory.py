@@ -1,4 +1,7 @@
-"""The host's memory goes back to the system when it is free: the GNU C library keeps gigabytes of holes between arrays."""
+"""Gives freed memory of the host back to the system.
+
+The GNU C library would keep gigabytes of it, in the gaps between arrays that are still in use.
+"""
 
 import ctypes
 import functools
@@ -7,7 +10,7 @@ import jax
 
 
 def return_freed_memory() -> None:
-    """Has the system get back what is free now. With the GNU C library alone; elsewhere nothing happens."""
+    """Gives memory that is free now back to the system. Does nothing with other C libraries than GNU's."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, TypeError, AttributeError):
@@ -17,9 +20,9 @@ def return_freed_memory() -> None:
 
 @functools.cache
 def return_memory_of_compiling() -> None:
-    """From now on, the system gets back what compiling a program took, gigabytes for a large model, once it is compiled."""
+    """From now on gives memory back whenever a program has been compiled, which takes gigabytes for a large model."""
 
-    def compiled(event: str, _seconds: float, **_: object) -> None:
+    def compiled(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             return_freed_memory()
 

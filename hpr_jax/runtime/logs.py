@@ -1,4 +1,4 @@
-"""The log of the command line: to standard output, around progress bars, and to a file of the run."""
+"""Where the command line sends the log: to standard output, without breaking progress bars, and to a file of the run."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ progress = logging.getLogger("hpr_jax.progress")
 PROGRESS_INTERVAL = 60.0
 
 
-class _Console(logging.Handler):
+class _ConsoleHandler(logging.Handler):
     """Writes to standard output without breaking progress bars.
 
     Where bars are shown, they tell about progress. Where standard error is no terminal, as under nohup, there are no bars,
@@ -25,7 +25,7 @@ class _Console(logging.Handler):
         super().__init__(level)
         self._last_progress = -PROGRESS_INTERVAL
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         if record.name == progress.name:
             now = time.monotonic()
             if sys.stderr.isatty() or now - self._last_progress < PROGRESS_INTERVAL:
@@ -36,7 +36,7 @@ class _Console(logging.Handler):
 
 
 def log_to_console(level: int = logging.INFO) -> None:
-    """Sends the log, from a level on, to standard output, and nowhere else."""
+    """Sends messages of at least this level to standard output, and nowhere else."""
     log.setLevel(logging.INFO)
     # Orbax logs tracebacks of errors through this logger, and raises the same errors.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -44,11 +44,11 @@ def log_to_console(level: int = logging.INFO) -> None:
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
-    log.addHandler(_Console(level))
+    log.addHandler(_ConsoleHandler(level))
 
 
 def log_to_file(file: Path) -> None:
-    """Sends the log to a file as well, in place of an earlier file."""
+    """Sends the log to a file as well, and no longer to the file of an earlier call."""
     for earlier in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
         log.removeHandler(earlier)
         earlier.close()

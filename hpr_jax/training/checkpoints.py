@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from hpr_jax.errors import RunError, UserError
-from hpr_jax.runtime.devices import agree, gather, leads, wait_for_all
-from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, _reader, _steps, read_meta
+from hpr_jax.runtime.devices import agree, gather, is_main_process, wait_for_all
+from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, checkpoints_in, open_reader, read_meta
 from hpr_jax.weights.manifest import find_damage, write_manifest
 
 log = logging.getLogger("hpr_jax")
@@ -30,11 +30,11 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
-        if leads():
+        if is_main_process():
             _delete_partial(self._latest)
             _delete_partial(self._best)
             # If a run was killed between saving and deleting, two remain: delete the older.
-            _delete_now(_steps(self._best)[:-1])
+            _delete_now(checkpoints_in(self._best)[:-1])
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
         """Saves a checkpoint to resume from, then deletes the oldest ones.
@@ -49,12 +49,12 @@ class Checkpoints:
           RunError: the checkpoint cannot be written; the earlier ones are as they were.
         """
         _write(self._latest / str(step), meta, model=nnx.to_pure_dict(model), training=training)
-        _delete(_steps(self._latest)[: -self._keep])
+        _delete(checkpoints_in(self._latest)[: -self._keep])
 
     def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
         """Saves the best model so far in place of the earlier one; raises as `save` does."""
         _write(self._best / str(step), meta, model=nnx.to_pure_dict(model))
-        _delete([path for path in _steps(self._best) if path.name != str(step)])
+        _delete([path for path in checkpoints_in(self._best) if path.name != str(step)])
 
     def latest_meta(self) -> Meta | None:
         """What the newest undamaged checkpoint says of itself; None before the first. Puts damaged checkpoints aside.
@@ -68,17 +68,17 @@ class Checkpoints:
                 f"All checkpoints in {self._latest} are damaged: {', '.join(damaged)}. To begin anew, choose another "
                 "workdir or delete them."
             )
-        return None if newest is None else read_meta(newest, check=False)
+        return None if newest is None else read_meta(newest, verify=False)
 
     def best_meta(self) -> Meta | None:
         """What the best checkpoint says of itself; None if there is no undamaged one."""
         newest, _ = _newest_undamaged(self._best)
-        return None if newest is None else read_meta(newest, check=False)
+        return None if newest is None else read_meta(newest, verify=False)
 
     def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
         """The model and the training arrays of the checkpoint of a step, with the given ones' shapes, types and devices."""
         path = self._latest / str(step)
-        with _reader(path) as reader:
+        with open_reader(path) as reader:
             restored = reader.restore(
                 path,
                 args=ocp.args.Composite(
@@ -98,7 +98,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(partial, ocp.args.Composite(meta=ocp.args.JsonSave(meta.to_json()), **arrays), force=True)
-        if leads():
+        if is_main_process():
             write_manifest(partial)
             _delete_now([path] if path.exists() else [])
             partial.rename(path)
@@ -115,7 +115,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
 
 
 def _delete(paths: Iterable[Path]) -> None:
-    if leads():
+    if is_main_process():
         _delete_now(paths)
     wait_for_all("deleted")
 
@@ -133,7 +133,7 @@ def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     """
 
     def look() -> tuple[str | None, list[str]]:
-        while steps := _steps(folder):
+        while steps := checkpoints_in(folder):
             newest = steps[-1]
             damage = find_damage(newest)
             if not damage:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
-from hpr_jax.runtime.devices import leads, spread
+from hpr_jax.runtime.devices import is_main_process, shard
 from hpr_jax.training.checkpoints import Checkpoints
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
@@ -42,11 +42,11 @@ def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBat
     """
     arrays = [batch.images, batch.boxes, batch.labels, batch.valid, batch.sizes]
     by_view = [array.reshape(batch.views, -1, *array.shape[1:]) for array in arrays]
-    images, boxes, labels, valid, sizes = spread(mesh, by_view, axis=1)
+    images, boxes, labels, valid, sizes = shard(mesh, by_view, axis=1)
     # A process has one number of each count, and an element for each of its devices: the others are zero.
     devices = len(mesh.local_devices)
     rows = {name: np.array([count] + [0] * (devices - 1), np.int32) for name, count in counts.items()}
-    return DeviceBatch(images, Targets(boxes, labels, valid, sizes), spread(mesh, rows))
+    return DeviceBatch(images, Targets(boxes, labels, valid, sizes), shard(mesh, rows))
 
 
 class Interval:
@@ -91,7 +91,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         # None: hidden where standard error is no terminal. There the log has lines of progress instead.
-        hidden = None if leads() else True
+        hidden = None if is_main_process() else True
         self.bar = tqdm(total=self.config.train.steps, unit="step", dynamic_ncols=True, disable=hidden)
         best = self.checkpoints.best_meta()
         self.best_ap = best.metrics.get("AP", -1.0) if best else -1.0

@@ -15,7 +15,7 @@ from hpr_jax.data.log_dropped import log_dropped
 from hpr_jax.evaluation.evaluator import Evaluator
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import Compute
-from hpr_jax.runtime.devices import data_mesh, leads
+from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
 from hpr_jax.training.build import check_batch, in_steps, make_optimizer, warn_of_recipe
@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
     meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(train_split, val_set))
     check_same_everywhere(meta)
     # Nothing is written before this line, so that wrong settings or data leave no files behind.
-    log_to_file(workdir / ("train.log" if leads() else f"train.{jax.process_index()}.log"))
+    log_to_file(workdir / ("train.log" if is_main_process() else f"train.{jax.process_index()}.log"))
     report_data(train_split, train_set, val_set)
     views = make_views(config, train_set)
     max_boxes = room_for_boxes(config, train_set, views)
@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
     step_function = make_train_step(
         graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
     )
-    with StopRequests() as requests, MetricWriter(workdir if leads() else None, start) as writer:
+    with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
         loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
         batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
         try:

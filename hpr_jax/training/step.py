@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.matching import Request, solve_on_host
-from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, local_part, replicate, split_at, spread
+from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, local_part, replicate, shard, split_at
 from hpr_jax.runtime.host_memory import return_freed_memory
 from hpr_jax.training.optimizer import Optimizer, global_norm, moving_average
 from hpr_jax.training.parts import OUTPUTS, at_batch_axis, join_parts, part_of, side_by_side, sum_over_devices, take_part
@@ -93,7 +93,7 @@ class TrainStep:
     """Takes a state, a batch and the learning rate; returns the new state and numbers, and donates the old state.
 
     The numbers are every loss term, `loss`, `gradient_norm`, and the sums of the batch's counts. The state should be on all
-    devices (`devices.replicate`), and the batch split over them (`devices.spread` at axis 1). Otherwise the second step,
+    devices (`devices.replicate`), and the batch split over them (`devices.shard` at axis 1). Otherwise the second step,
     which gets the first one's state, compiles its programs again.
 
     Args:
@@ -282,7 +282,7 @@ def solve(mesh: Mesh, requests: Sequence[Request], target_valid: jax.Array) -> l
         local_part(target_valid),
         [request.repeats for request in requests],
     )
-    return spread(mesh, solved, axis=1)
+    return shard(mesh, solved, axis=1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
-"""Backbone weights of other projects, brought to the names and layout of mmdet.
+"""Brings backbone weights of other projects to the names and layout of mmdet, which the official models have.
 
-Known are ResNet in torchvision's and mmdet's naming, also below the prefixes of self-supervised pre-training (SoCo, Wei et
-al. 2021), and Swin in mmdet's naming and in that of its original release.
+Known are ResNet under the names of torchvision and of mmdet, also below the prefixes of self-supervised pre-training (SoCo,
+Wei et al. 2021), and Swin under the names of mmdet and of its original release.
 """
 
 import re
@@ -11,14 +11,14 @@ import numpy as np
 
 from hpr_jax.errors import UserError
 
-# What shows that a name belongs to a backbone, without any prefix.
+# The beginnings of names of a backbone's tensors, without prefix.
 _BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]|patch_embed|stages|layers|norm\d?)\.")
-# Prefixes in which backbones come; below the first that fits, everything else in the file belongs to another module.
+# Prefixes of a backbone's names, tried in this order. With the first that fits, tensors without it are of other modules.
 _PREFIXES = ("backbone.", "encoder.", "module.encoder.", "")
-# Classifiers and buffers behind or inside backbones, of which detectors have no use.
+# Tensors that come with backbones but that detectors do not have: classifiers, and buffers without information.
 _LEFT_OUT = re.compile(r"^(fc|head|norm)\.|\.attn_mask$|^absolute_pos_embed$")
 
-# The original Swin names -> mmdet's.
+# Patterns in the names of the original Swin release, and what mmdet has in their place.
 _SWIN = (
     (r"^layers\.", "stages."),
     (r"^patch_embed\.proj\.", "patch_embed.projection."),
@@ -27,48 +27,52 @@ _SWIN = (
     (r"\.mlp\.fc2\.", ".ffn.layers.1."),
 )
 
-# Names of Swin's output norms, which classifiers lack.
+# Pattern of the official names of Swin's output norms: weights of classifiers lack them.
 OUTPUT_NORMS = r"backbone\.norm\d\.(weight|bias)"
 
 
 def is_detector(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether a file's tensors are those of a whole detector of the official implementation."""
+    """Whether the tensors of a file are those of a complete detector of the official implementation."""
     return any(name.startswith("bbox_head.") for name in tensors)
 
 
 def as_official_backbone(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """Tensors of a backbone, under whichever names -> under the official ones, `backbone.*`.
+    """Renames the tensors of a backbone to the official names, `backbone.*`, and brings them to the official layout.
 
     Args:
-      source: the file, for the error.
+      tensors: by name, in any of the known namings; tensors of other modules may be among them, and are left out.
+      source: the file, for the error message.
 
     Raises:
-      UserError: there is no backbone among them.
+      UserError: there is no backbone among the tensors.
     """
     for prefix in _PREFIXES:
-        bare = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        if any(_BACKBONE.match(name) for name in bare):
+        backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        if any(_BACKBONE.match(name) for name in backbone):
             break
     else:
         raise UserError(
             f"The weight file {source} holds neither a detector nor a ResNet or Swin backbone; its names are like "
             f"{', '.join(list(tensors)[:3])}."
         )
-    bare = {name: tensor for name, tensor in bare.items() if not _LEFT_OUT.search(name)}
-    if any(name.startswith("layers.") for name in bare):
-        bare = {_renamed(name): _reordered(name, tensor) for name, tensor in bare.items()}
-    return {f"backbone.{name}": tensor for name, tensor in bare.items()}
+    backbone = {name: tensor for name, tensor in backbone.items() if not _LEFT_OUT.search(name)}
+    if any(name.startswith("layers.") for name in backbone):
+        backbone = {_mmdet_swin_name(name): _mmdet_swin_layout(name, tensor) for name, tensor in backbone.items()}
+    return {f"backbone.{name}": tensor for name, tensor in backbone.items()}
 
 
-def _renamed(name: str) -> str:
+def _mmdet_swin_name(name: str) -> str:
     for pattern, replacement in _SWIN:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _reordered(name: str, tensor: np.ndarray) -> np.ndarray:
-    """Swin's patch merging: the release joins the four tokens of a patch one after the other, column by column; mmdet
-    interleaves their channels, row by row."""
+def _mmdet_swin_layout(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Reorders the 4C inputs of Swin's patch merging, `[..., 4C]`, which come from the four tokens of a 2x2 patch.
+
+    The original release takes all channels of a token, then those of the next, column by column. mmdet takes each channel
+    of all four tokens, then the next channel, row by row.
+    """
     if ".downsample." not in name:
         return tensor
     *rows, inputs = tensor.shape

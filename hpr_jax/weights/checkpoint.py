@@ -1,7 +1,8 @@
-"""Orbax checkpoints: the latest ones of a run, and its best one apart from them.
+"""The format of checkpoints, and how they are read.
 
-A checkpoint is a directory with the items `model` (all variables that evaluation takes), `training` (what else a run goes on
-from; not in best ones) and `meta` (JSON: config, classes, step, metrics, what the run depends on), and a manifest.
+A checkpoint is a directory in Orbax's format with a manifest of its files. Its items are `model` (all variables that
+evaluation takes), `training` (what else a run needs to go on; the best checkpoint of a run lacks it) and `meta` (JSON:
+config, classes, step, metrics, what the run depends on).
 """
 
 import contextlib
@@ -24,12 +25,13 @@ from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
 from hpr_jax.weights.manifest import find_damage
 
+# Folders of a workdir: the latest checkpoints, from which the run goes on, and the one with the best AP.
 LATEST, BEST = "checkpoints", "best"
-# Of the names of folders that are being written or deleted.
+# Part of the names of folders that are being written or deleted.
 PARTIAL = ".partial"
 
-# Settings that the first checkpoints do not name, with the values that mean what was done then.
-LATER = {
+# Settings that did not exist yet when the first checkpoints were written, with the values for what was done then.
+_ADDED_SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"accumulation_steps": 1, "ema_decay": 0.0},
     "data": {"workers": 0, "train_split": "train", "val_split": "validation"},
 }
@@ -42,7 +44,11 @@ class Meta:
     """What a checkpoint says of itself.
 
     Attributes:
-      run: what a run that goes on from it must know beside its arrays, JSON types.
+      config: the run's config as plain dicts.
+      classes: of the data set that the run trains on.
+      step: number of training steps made.
+      metrics: of the evaluation at this step, if there was one.
+      run: JSON values that a run which goes on from the checkpoint must know beside the arrays.
     """
 
     config: dict[str, Any]
@@ -64,13 +70,13 @@ class Meta:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Meta":
         classes = Classes(tuple(content["class_names"]), tuple(content["category_ids"]))
-        return Meta(_current(content["config"]), classes, content["step"], content["metrics"], content.get("run", {}))
+        return Meta(_upgraded(content["config"]), classes, content["step"], content["metrics"], content.get("run", {}))
 
 
-def _current(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's config as configs are now: it may lack what came later. Once, how to compute was part of the model, and
-    views were weak alone."""
-    config = {section: {**LATER.get(section, {}), **values} for section, values in config.items()}
+def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config with today's settings. The first configs had no section `compute` but `remat` in the model, and
+    training knew weak views alone."""
+    config = {section: {**_ADDED_SETTINGS.get(section, {}), **values} for section, values in config.items()}
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}
@@ -81,40 +87,45 @@ def _current(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "model": model, "compute": compute, "augmentation": augmentation}
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, which are named by their steps, oldest first."""
     found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "meta").is_dir()]
     return sorted(found, key=lambda path: int(path.name))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint directory, the newest below a directory of checkpoints, or the best (else newest) of a workdir.
+    """Finds the checkpoint that a path stands for.
+
+    Args:
+      path: the directory of one checkpoint; or a directory of checkpoints, for the newest in it; or a workdir, for its best
+        checkpoint, or the newest if there is no best one yet.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no checkpoint.
     """
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
     for folder in (path / BEST, path / LATEST, path):
-        if steps := _steps(folder):
-            return steps[-1]
+        if found := checkpoints_in(folder):
+            return found[-1]
     raise UserError(f"There is no checkpoint in {path}; give a run's workdir or one checkpoint's directory.")
 
 
-def read_meta(path: Path, *, check: bool = True) -> Meta:
+def read_meta(path: Path, *, verify: bool = True) -> Meta:
     """What a checkpoint says of itself.
 
     Args:
-      check: looks for damage first.
+      path: as `find_checkpoint` takes it.
+      verify: compares all files of the checkpoint with its manifest first.
 
     Raises:
-      UserError: no checkpoint there, or one that is damaged or cannot be read.
+      UserError: there is no checkpoint, or it is damaged or cannot be read.
     """
     path = find_checkpoint(Path(path)).resolve()
-    damage = find_damage(path) if check else None
+    damage = find_damage(path) if verify else None
     if damage:
         raise UserError(f"The checkpoint {path} is damaged: {damage}.")
-    with _reader(path) as reader:
+    with open_reader(path) as reader:
         return Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
 
 
@@ -122,11 +133,13 @@ def load_detector(path: Path, compute: Mapping[str, Any] | None = None) -> tuple
     """The detector of a checkpoint, and what the checkpoint says of itself; raises as `read_meta` does.
 
     Args:
-      compute: how it shall compute (see `hpr_jax.models.build.Compute`), whatever it did in training; None: by default.
+      path: as `find_checkpoint` takes it.
+      compute: how the detector shall compute (see `hpr_jax.models.build.Compute`), instead of how it did in training; None
+        takes the defaults.
     """
     path = find_checkpoint(Path(path)).resolve()
     meta = read_meta(path)
-    with _reader(path) as reader:
+    with open_reader(path) as reader:
         detector = abstract_detector(from_plain(meta.config).model, len(meta.classes.names), compute)
         state = nnx.state(detector)
         restored = reader.restore(
@@ -138,24 +151,33 @@ def load_detector(path: Path, compute: Mapping[str, Any] | None = None) -> tuple
 
 
 @contextlib.contextmanager
-def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
-    """Reads one checkpoint; what goes wrong becomes a sentence."""
+def open_reader(path: Path) -> Iterator[ocp.Checkpointer]:
+    """A context in which the checkpoint at `path` is read, by the reader that it gives.
+
+    Raises:
+      UserError: in place of whatever Orbax raises in the context.
+    """
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             yield reader
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The checkpoint {path} is of another version of this project: {error}.") from error
+        raise UserError(f"The checkpoint {path} was written by another version of this project: {error}.") from error
     except (ValueError, OSError) as error:
         raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: ConfigDict | None = None) -> ConfigDict:
-    """A checkpoint's config, or `config` in its place, with overrides (dotted key, text).
+    """The config of a checkpoint with overrides.
+
+    Args:
+      meta: of the checkpoint.
+      overrides: (dotted key, text of the value).
+      config: taken in place of the checkpoint's config; its model must be the same.
 
     Raises:
-      UserError: the model is not the checkpoint's.
+      UserError: the model is another than the checkpoint's, or an override is wrong.
     """
     config = from_plain(meta.config) if config is None else config
     for key, text in overrides:
@@ -168,5 +190,6 @@ def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: 
 
 
 def _on_first_device(tree: Any) -> Any:
+    """A tree of abstract arrays, restored to the first device, whichever devices the checkpoint was written from."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)

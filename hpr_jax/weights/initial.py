@@ -1,4 +1,4 @@
-"""Weights to start from, out of whichever file holds them."""
+"""Loads the weights that training starts from, out of any kind of file that holds them."""
 
 import logging
 import re
@@ -12,39 +12,39 @@ from hpr_jax.errors import UserError
 from hpr_jax.models.detector import Detector
 from hpr_jax.weights.backbone_names import OUTPUT_NORMS, as_official_backbone, is_detector
 from hpr_jax.weights.checkpoint import load_detector
-from hpr_jax.weights.official import compare_shapes, dotted_path, load_official, of_classes
+from hpr_jax.weights.official import compare_shapes, load_official
+from hpr_jax.weights.official_names import depends_on_classes, dotted_path
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
 
 log = logging.getLogger("hpr_jax")
 
 
 def load_initial_weights(detector: Detector, path: Path) -> None:
-    """Fills the detector, in place, or its backbone alone.
+    """Fills the detector in place: all of it, or the backbone alone if the file holds no more.
 
-    Weights that depend on the number of classes (class layers, label embedding of the denoising queries) may be of another
-    number; they then stay as they are, and the log names them.
+    The file may be made for another number of classes. The weights whose shape depends on it (class layers, label embedding
+    of the denoising queries) then stay as they are, and the log names them.
 
     Args:
-      path: a checkpoint or workdir of this project; or a `.pth` or `.npz` file with official names of a whole detector, or
-        of a backbone in any naming of `backbone_names`.
+      path: a checkpoint or workdir of this project; or a `.pth` or `.npz` file, either of a complete detector with official
+        names, or of a backbone in any naming that `backbone_names.py` knows.
 
     Raises:
-      UserError: no such file, or weights that do not fit. Nothing is changed then.
+      UserError: the file does not exist, or its weights do not fit. The detector is unchanged then.
     """
     if not path.exists():
         raise UserError(f"The weights {path} do not exist; set config.train.initial_weights.")
-    kept = (_from_checkpoint if path.is_dir() else _from_file)(detector, path)
-    if kept:
-        log.warning(
-            "%s is of another number of classes; %d weights start anew: %s", path, len(kept), ", ".join(_summary(kept))
-        )
+    not_loaded = (_from_checkpoint if path.is_dir() else _from_file)(detector, path)
+    if not_loaded:
+        names = ", ".join(_summary(not_loaded))
+        log.warning("%s is made for another number of classes; %d weights start anew: %s", path, len(not_loaded), names)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a `.pth` or `.npz` file, by name.
 
     Raises:
-      UserError: it is neither.
+      UserError: the file is neither, or damaged.
     """
     if path.suffix != ".npz":
         return find_tensors(read_checkpoint(path))
@@ -56,6 +56,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _from_file(detector: Detector, path: Path) -> list[str]:
+    """Fills the detector from a `.pth` or `.npz` file; returns the official names of the weights that were not loaded."""
     tensors = read_tensors(path)
     if is_detector(tensors):
         return load_official(detector, tensors, other_classes=True)
@@ -63,19 +64,20 @@ def _from_file(detector: Detector, path: Path) -> list[str]:
     return load_official(detector, as_official_backbone(tensors, str(path)), only="backbone.", optional=OUTPUT_NORMS)
 
 
-def _from_checkpoint(detector: Detector, path: Path) -> list[str]:
-    source, _ = load_detector(path)
-    theirs = {dotted_path(path): variable for path, variable in nnx.to_flat_state(nnx.state(source))}
-    flat = {dotted_path(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(detector))}
-    expected = {name: (variable.shape, of_classes(name)) for name, (_, variable) in flat.items()}
-    kept = compare_shapes(expected, {name: variable.shape for name, variable in theirs.items()}, other_classes=True)
+def _from_checkpoint(detector: Detector, checkpoint: Path) -> list[str]:
+    """Fills the detector from a checkpoint; returns the names of the variables that were not loaded."""
+    source, _ = load_detector(checkpoint)
+    given = {dotted_path(path): variable for path, variable in nnx.to_flat_state(nnx.state(source))}
+    own = {dotted_path(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(detector))}
+    expected = {name: (variable.shape, depends_on_classes(name)) for name, (_, variable) in own.items()}
+    not_loaded = compare_shapes(expected, {name: variable.shape for name, variable in given.items()}, other_classes=True)
     loaded = [
-        (path, variable.replace(theirs[name].get_value())) for name, (path, variable) in flat.items() if name not in kept
+        (path, variable.replace(given[name].get_value())) for name, (path, variable) in own.items() if name not in not_loaded
     ]
     nnx.update(detector, nnx.from_flat_state(loaded))
-    return kept
+    return not_loaded
 
 
 def _summary(names: list[str]) -> list[str]:
-    """`a.0.weight, a.1.weight, b` -> `a.*.weight, b`."""
+    """The names, with those that differ in numbers alone joined: `a.0.weight, a.1.weight, b` -> `a.*.weight, b`."""
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))

@@ -1,4 +1,4 @@
-"""What the files of a folder were when it was finished: a list of their sizes and SHA-256 digests, in the folder itself."""
+"""The manifest of a folder: a file in it that lists the sizes and SHA-256 digests of all its files, to find damage later."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ NAME = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists all files below the folder, and waits until the list is on the disk."""
+    """Writes the manifest of all files below the folder, and waits until it is on the disk."""
     with (folder / NAME).open("w") as file:
         json.dump({name: _entry(folder / name) for name in _files(folder)}, file, indent=1)
         file.flush()
@@ -17,7 +17,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What differs from the manifest, a clause; None if nothing does, or if there is no manifest, as in older folders."""
+    """Compares the files of a folder with its manifest.
+
+    Returns:
+      The first difference, as a clause that completes "it is damaged: "; None if there is none, or if the folder has no
+      manifest, as the first checkpoints had not.
+    """
     path = folder / NAME
     if not path.exists():
         return None
@@ -38,9 +43,11 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[str]:
+    """Names of all files below the folder but the manifest, relative to it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
 
 
 def _entry(path: Path) -> tuple[int, str]:
+    """Size in bytes, and SHA-256 digest."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,11 +8,12 @@ from typing import Any
 from hpr_jax.errors import UserError
 from hpr_jax.settings import RANDOM
 
-# Names of files by kind of backbone: torchvision's and SoCo's ResNet-50, and the original Swin-L.
+# Patterns of the names of weight files, by kind of backbone: torchvision's and SoCo's ResNet-50, and the original Swin-L.
 PATTERNS = {
     "resnet": ("resnet50*.pth", "resnet50*.npz", "*soco*.pth"),
     "swin": ("swin_large_patch4_window12_384*.pth", "swin_large_patch4_window12_384*.npz"),
 }
+# What messages call each kind of backbone.
 NAMES = {"resnet": "ResNet-50", "swin": "Swin-L"}
 
 
@@ -29,7 +30,7 @@ def wants_weights(model: Mapping[str, Any]) -> bool:
 
 
 def find_weights(model: Mapping[str, Any]) -> Path | None:
-    """The file of pre-trained weights for a model's backbone, None where there is none; the first by name of several."""
+    """The file of pre-trained weights for a model's backbone: the first by name of several; None if there is none."""
     for folder in folders():
         for pattern in PATTERNS[model["backbone"]["kind"]]:
             for path in sorted(folder.glob(pattern)):
@@ -42,7 +43,7 @@ def initial_weights(config: Mapping[str, Any]) -> Path | None:
     """The file or folder of weights that a new run begins with, None for random ones.
 
     Raises:
-      UserError: there are none, and the backbone wants some.
+      UserError: there are no weights, and the backbone wants some.
     """
     missing = missing_weights(config)
     if missing:

@@ -1,7 +1,7 @@
 """A pickle reader that runs no code, for the pickles of PyTorch files.
 
-A pickle may name any Python function and have it run. The reader here hands out stand-ins for a fixed list of names and
-refuses every other name.
+A pickle may name any Python function and have it called. This reader knows a fixed list of names, to each of which it gives
+a harmless stand-in, and refuses every other name.
 """
 
 import collections
@@ -11,54 +11,65 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
+# PyTorch's storage classes, and the types of their numbers.
 STORAGES = {"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16"}
 STORAGES |= {"BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16"}
 STORAGES |= {"CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool"}
 STORAGES |= {"ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128"}
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in STORAGES.values()}
 
-# Classes whose objects training frameworks leave beside the weights; they are read as objects without content.
+# Classes whose objects training frameworks save beside the weights. They are read as objects without content.
 _INERT = re.compile(
     r"(mmengine|mmdet|mmcv|omegaconf)\..+|argparse\.Namespace|yacs\.config\.CfgNode|torch\.device"
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|numpy\.dtypes\.\w+DType"
 )
-# The names of Python 2, which the pickle protocols below 3 use.
+# Modules under their names of Python 2, which pickle protocols below 3 use, and their names today.
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
-# Copies of strided views may take this many times the file's size, and some more: a view that repeats one element
-# could otherwise ask for any amount of memory.
+# Limit of the memory for copies of strided views: this many times the file's size, and this many bytes more. Without it a
+# view that repeats one element could ask for any amount of memory.
 _COPY_FACTOR, _COPY_EXTRA = 8, 1 << 24
 
 _MAX_AXES = 64  # NumPy's and PyTorch's own limit.
 
 
 class Unreadable(Exception):
-    """Says what is wrong with the file, as a part of a sentence that begins with its path."""
+    """The file cannot be read. The message completes a sentence that begins with the file's path."""
 
 
 def unpickle(file: io.BytesIO, load_storage: Callable | None = None, file_size: int = 0) -> Any:
-    """Reads one pickle, from the file's position up to its end. For the arguments, see `_Unpickler`."""
+    """Reads one pickle, which begins at the file's position, and moves the position behind it.
+
+    Args:
+      load_storage, file_size: see `_Unpickler`.
+
+    Raises:
+      Unreadable: the pickle uses names or opcodes that are not allowed. A damaged pickle may raise any other error.
+    """
     return _Unpickler(io.BytesIO(_checked(file)), load_storage, file_size).load()
 
 
 def _checked(file: io.BytesIO) -> bytes:
-    """The bytes of the pickle at the file's position, which moves past it; without frames, and fit to be unpickled.
+    """The bytes of the pickle at the file's position, without frames; moves the position behind the pickle.
 
-    Nothing runs here. Frames go because unpicklers differ in how they take arguments that cross a frame's end; with
-    them, another pickle might run than the one that was looked at.
+    Nothing is unpickled here. Frames are left out because unpicklers differ in how they read arguments that cross a frame's
+    end: with frames, the pickle that is unpickled might be another than the one that was checked.
+
+    Raises:
+      Unreadable: the pickle has opcodes that it may not have.
     """
     start = file.tell()
     pieces, begin = [], start
     for number, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if opcode.name.startswith("EXT"):
             raise Unreadable("it uses Python's extension registry, so it would run code when loaded")
-        # The unpickler's memo is as long as its highest index.
-        if opcode.name.endswith("PUT") and argument > number:
+        # The unpickler's memo takes memory for all indices up to the highest.
+        if opcode.name.endswith("PUT") and (argument is None or argument > number):
             raise Unreadable("it is damaged (an object's number is too high)")
         if opcode.name == "FRAME":
             pieces.append(file.getbuffer()[begin:position].tobytes())
@@ -67,11 +78,12 @@ def _checked(file: io.BytesIO) -> bytes:
 
 
 class _Sealed:
-    """A function or NumPy type that a pickle may use but not change: its BUILD opcode ends in `__setstate__`."""
+    """A function or NumPy type that a pickle may use but not change: the opcode BUILD would set its attributes, but calls
+    `__setstate__` where there is one."""
 
     __slots__ = ("value",)
 
-    def __init__(self, value):
+    def __init__(self, value: Any):
         self.value = value
 
     def __call__(self, *args):
@@ -82,7 +94,7 @@ class _Sealed:
 
 
 class _Inert:
-    """Stands for an object of a class that is not known here; takes anything and keeps nothing."""
+    """Stands for an object of a class in `_INERT`; accepts any content and drops it."""
 
     __slots__ = ()
 
@@ -106,7 +118,7 @@ class _Ordered(collections.OrderedDict):
 
 
 class _Dtype:
-    """Stands for a NumPy dtype while unpickling: the state of a real one can break NumPy's memory."""
+    """Stands for a NumPy dtype while unpickling: a pickle could give a real one a state that corrupts NumPy's memory."""
 
     __slots__ = ("code",)
 
@@ -123,17 +135,19 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """A NumPy array of a pickle, whose state is looked at before NumPy takes it."""
+    """An array in NumPy's own pickle format, whose state is checked before NumPy takes it."""
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         dtype = _real(dtype)
         if not _are_lengths(shape) or not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
             raise Unreadable("it has a NumPy array whose shape does not fit its bytes")
-        super().__setstate__((1, tuple(shape), dtype, bool(fortran), data))
+        # NumPy's stubs ask for a NumPy bool, its implementation for a Python one.
+        super().__setstate__((1, tuple(shape), dtype, bool(fortran), data))  # type: ignore[arg-type]
 
 
-def _real(dtype: _Dtype) -> np.dtype:
+def _real(dtype: Any) -> np.dtype:
+    """The NumPy dtype that a `_Dtype` stands for."""
     if not isinstance(dtype, _Dtype):
         raise Unreadable("it has a NumPy array without a type")
     return np.dtype(dtype.code)
@@ -145,20 +159,21 @@ def _scalar(dtype, data):
 
 
 def _are_lengths(values: Any) -> bool:
+    """Whether the values are a sequence of integers >= 0, of at most as many as an array can have axes."""
     if not isinstance(values, tuple | list) or len(values) > _MAX_AXES:
         return False
     return all(isinstance(value, int) and value >= 0 for value in values)
 
 
 def _encode(text, encoding):
-    # Python 3 writes its bytes so into pickles for Python 2. Other codecs are modules that would be imported.
+    # Python 3 writes bytes as a call of this function into pickles for Python 2. Other codecs would import modules.
     if encoding not in ("latin1", "latin-1"):
         raise Unreadable("it uses a text encoding other than latin-1")
     return text.encode("latin-1")
 
 
 def _bytearray(data=b"", encoding="latin-1"):
-    # A number would ask for that many bytes.
+    # A number as data would ask for that many bytes.
     return bytearray(data if isinstance(data, bytes) else _encode(data, encoding))
 
 
@@ -167,20 +182,21 @@ def _reconstructor(kind, base, state):
 
 
 def _getattr(owner, name):
-    # Pickles name the methods of mmengine's HistoryBuffer so.
+    # mmengine's HistoryBuffer has methods in its state, which pickles name by this function.
     return _Inert if owner is _Inert else _refuse("builtins.getattr")
 
 
 def _factory(kind):
-    # Default dicts name these types. With an argument, `str` of nested lists could fill the memory.
+    # Default dicts name these types, without arguments. With one, `str` of nested lists could fill the memory.
     return lambda: kind()
 
 
-def _refuse(name: str):
+def _refuse(name: str) -> NoReturn:
     raise Unreadable(f"it refers to {name}, so it would run code when loaded")
 
 
-_FUNCTIONS = {
+# The names that a pickle may use, and what is called or handed out in their place.
+_FUNCTIONS: dict[str, Any] = {
     "_codecs.encode": _encode,
     "builtins.bytearray": _bytearray,
     "builtins.complex": complex,
@@ -209,12 +225,12 @@ _ALLOWED |= {f"{module}.UntypedStorage": _Sealed(DTYPES["uint8"]) for module in 
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows only the names above.
+    """Unpickles with the allowed names alone.
 
     Args:
-      file: a checked pickle.
-      load_storage: (key, dtype, count) -> array[count], called once a storage; None where no tensors belong.
-      file_size: bytes, the measure of the copies that may be made.
+      file: a pickle that `_checked` returned.
+      load_storage: (key, dtype, count) -> `[count]`, called once for each storage; None where a pickle may have no tensors.
+      file_size: in bytes; limits the memory for copies.
     """
 
     def __init__(self, file: io.BytesIO, load_storage: Callable | None, file_size: int):
@@ -237,7 +253,7 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[dotted] if dotted in _ALLOWED else _refuse(dotted)
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        """A storage, as an array of one axis."""
+        """A storage as an array `[count]`, or a view of it, from PyTorch's description of the storage."""
         if self._load_storage is None or not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise Unreadable("it refers to something that is no storage of a tensor")
         _, kind, key, _, count, *view = pid
@@ -258,8 +274,9 @@ class _Unpickler(pickle.Unpickler):
         return storage
 
     def _tensor(self, storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
-        """An array of `shape`; offset and strides count elements of the storage."""
-        # Arrays of NumPy's own pickles may not come in: their memory can still be exchanged.
+        """A tensor as an array of `shape`: a view of its storage if contiguous, else a copy. Offset and strides count the
+        elements of the storage."""
+        # An array in NumPy's own pickle format is no storage: the pickle could still exchange its memory under the view.
         if type(storage) is not np.ndarray or storage.ndim != 1:
             raise Unreadable("it has a tensor without a storage")
         if metadata:
@@ -276,6 +293,6 @@ class _Unpickler(pickle.Unpickler):
         self._copies_left -= count * storage.itemsize
         if self._copies_left < 0:
             raise Unreadable("it has views that repeat their elements far beyond the size of the file")
-        # An axis of length 1 may have any stride, even one that does not fit NumPy's.
+        # Axes of length 1 may have any stride, even one that is too large for NumPy.
         steps = [stride * storage.itemsize if n > 1 else 0 for n, stride in zip(shape, strides)]
         return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy(order="C")

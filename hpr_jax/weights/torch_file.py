@@ -1,6 +1,6 @@
 """PyTorch checkpoint files (`.pth`), read and written without PyTorch.
 
-Such a file is a pickle beside the raw bytes of its tensors. `restricted_pickle` reads the pickle, so that no file runs code.
+Such a file has a pickle, and the raw bytes of its tensors. `restricted_pickle` reads the pickle, so that no file runs code.
 """
 
 import io
@@ -20,15 +20,20 @@ from hpr_jax.errors import UserError
 from hpr_jax.weights.restricted_pickle import DTYPES, STORAGES, Unreadable, unpickle
 
 _ZIP_START = b"PK\x03\x04"
+# Size in bytes of the fixed part of the header in front of each zip entry.
+_ZIP_HEADER_SIZE = 30
+# Numbers at the start of files of the older format.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
+# Keys under which checkpoints hold the state dict, in the order in which they are tried.
 _CONTAINERS = ("state_dict", "model", "model_state", "network")
+# Matches keys of state dicts whose values are no tensors, and are left out.
 _BOOKKEEPING = re.compile(r"(^|\.)_(metadata|extra_state)$")
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file, in the zip format (PyTorch 1.6 and later) or the one before it.
+    """Reads a checkpoint file, in the zip format (PyTorch 1.6 and later) or the one before it.
 
     Tensors become C-contiguous NumPy arrays in host memory; those that share a storage share memory here too, unless
     they are strided views. Objects of training frameworks become empty placeholders.
@@ -44,12 +49,13 @@ def read_checkpoint(path: Path) -> Any:
         return _read_zip(path) if start == _ZIP_START else _read_legacy(path)
     # A damaged pickle can raise any error.
     except Exception as error:
-        clear = isinstance(error, Unreadable | PermissionError)
-        why = str(error) if clear else f"it is damaged or no PyTorch checkpoint ({type(error).__name__}: {error})"
+        explained = isinstance(error, Unreadable | PermissionError)
+        why = str(error) if explained else f"it is damaged or no PyTorch checkpoint ({type(error).__name__}: {error})"
         raise UserError(f"The checkpoint {path} cannot be read: {_one_line(why)}.") from error
 
 
 def _one_line(text: str) -> str:
+    """Text of a file or an error, fit for an error message: printable and of limited length."""
     return "".join(c if c.isprintable() else " " for c in text)[:300].rstrip(" .")
 
 
@@ -80,7 +86,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
-    # In memory, a false length can ask for no more than there is.
+    # Read into memory as a whole, so that a false length cannot ask for more than the file holds.
     file = io.BytesIO(path.read_bytes())
     size = file.getbuffer().nbytes
     if unpickle(file) != _LEGACY_MAGIC:
@@ -98,8 +104,8 @@ def _read_legacy(path: Path) -> Any:
         storages[key] = np.zeros(count, dtype)
         return storages[key]
 
-    # The storages come last, but only the pickle tells their types: it is read before them for the types, and again
-    # after them for the tensors.
+    # The storages are behind the pickle, but only the pickle tells their types. So it is read twice: first for the types,
+    # and for the tensors once the storages are filled.
     start = file.tell()
     unpickle(file, allocate, size)
     keys = unpickle(file)
@@ -107,16 +113,19 @@ def _read_legacy(path: Path) -> Any:
         raise Unreadable("its list of storages does not fit its tensors")
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
-        if count != storages[key].size or file.readinto(storages[key].view(np.uint8)) != storages[key].nbytes:
+        if count != storages[key].size or file.readinto(storages[key].view(np.uint8).data) != storages[key].nbytes:
             raise Unreadable(f"its storage {key} is cut short or of another length than its tensors say")
     file.seek(start)
     return unpickle(file, lambda key, dtype, count: storages[key], size)
 
 
 def find_tensors(content: Any) -> dict[str, np.ndarray]:
-    """The state dict of a checkpoint's content: within a container of the usual names, or the content itself.
+    """Finds the state dict in a checkpoint's content: under one of the usual keys, or the content itself.
 
     A prefix `module.` that all names have (from DataParallel) is taken off.
+
+    Returns:
+      C-contiguous arrays by name.
 
     Raises:
       UserError: there is no state dict, or it holds things that are no arrays.
@@ -136,21 +145,22 @@ def find_tensors(content: Any) -> dict[str, np.ndarray]:
 
 
 def _listed(keys: Any) -> str:
+    """Keys of a file, fit for an error message: the first ones, and how many more there are."""
     names = [_one_line(key) if isinstance(key, str) else f"a {type(key).__name__}" for key in keys]
     return (", ".join(names[:20]) or "none") + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Writes `{"state_dict": tensors, "meta": meta}` for `torch.load`; a file that is there already is replaced.
+    """Writes `{"state_dict": tensors, "meta": meta}` as a file for `torch.load`, in place of an earlier one.
 
-    The file appears once it is whole.
+    The file appears under its name when it is complete.
 
     Args:
-      tensors: arrays of the types that have a PyTorch storage class.
+      tensors: by name, of types that have a PyTorch storage class.
       meta: None, booleans, numbers and text, in dicts, lists and tuples.
 
     Raises:
-      UserError: a type that is not written, or no place to write to.
+      UserError: a value is of a type that is not written, or the file cannot be written.
     """
     if not _is_plain(dict(meta)):
         raise UserError("The meta values of a checkpoint must be plain: numbers, text, and dicts, lists and tuples of them.")
@@ -179,16 +189,19 @@ def _write_zip(path: Path, content: bytes, storages: Sequence[np.ndarray]) -> No
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    """Adds an entry to the archive, laid out as PyTorch does."""
     info = zipfile.ZipInfo(f"archive/{name}")
     info.file_size = len(data)
-    # PyTorch's own padding, by which the data start at multiples of 64 bytes (in entries below 2 GiB).
-    padding = -(archive.fp.tell() + zipfile.sizeFileHeader + len(info.filename) + 4) % 64
+    assert archive.fp is not None, "the archive is open"
+    # PyTorch pads the header, so that the data start at a multiple of 64 bytes (in entries below 2 GiB).
+    padding = -(archive.fp.tell() + _ZIP_HEADER_SIZE + len(info.filename) + 4) % 64
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     with archive.open(info, "w") as entry:
         entry.write(data)
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a value is None, a boolean, a number or text, or dicts, lists and tuples of such."""
     if type(value) is dict:
         return all(type(key) in (str, int) and _is_plain(inner) for key, inner in value.items())
     if type(value) in (list, tuple):
@@ -196,8 +209,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _pickled(arrays: Mapping[str, np.ndarray], meta: dict) -> Iterator[bytes]:
-    """The opcodes of the pickle. They are put together here since `pickle` itself would import PyTorch's functions."""
+def _pickled(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> Iterator[bytes]:
+    """The opcodes of the pickle. They are written by hand, since `pickle` would have to import PyTorch's functions.
+
+    Raises:
+      UserError: an array is of a type without PyTorch storage class.
+    """
     classes = {DTYPES[dtype]: name for name, dtype in STORAGES.items()}
     ordered_dict = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
     yield pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK
@@ -216,5 +233,5 @@ def _pickled(arrays: Mapping[str, np.ndarray], meta: dict) -> Iterator[bytes]:
 
 
 def _fragment(value: Any) -> bytes:
-    """The opcodes of a plain value, without the pickle's head and end."""
+    """The opcodes of a plain value, without the head and end of a pickle."""
     return pickle.dumps(value, protocol=2)[2:-1]

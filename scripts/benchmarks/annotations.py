@@ -1,9 +1,9 @@
-"""Times the reading of annotations of COCO's size, with and without masks, and how they reach another process.
+"""Times how an annotation file of COCO's size is read, with and without masks, and handed to another process.
 
     python scripts/benchmarks/annotations.py [--images 118287] [--objects 860000] [--corners 30]
 
-Draws annotations into a temporary folder: one polygon for each object, every 86th object a crowd of run lengths. Reads them
-in processes of their own. No images are needed.
+It writes random annotations into a temporary folder: a polygon for each object; every 86th object is a crowd whose mask is
+run lengths. Each reading has a process of its own. No images are needed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
 
 def write_annotations(path: Path, images: int, objects: int, corners: int, rng: np.random.Generator) -> None:
-    """Writes an annotation file, object by object."""
+    """Writes an annotation file with random objects, whose polygons have `corners` corners on average."""
     entries = [{"id": i, "file_name": f"{i:012}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(images)]
     categories = [{"id": number, "name": f"class {number}"} for number in range(1, CLASSES + 1)]
     owners = rng.integers(0, images, objects)
@@ -38,15 +38,20 @@ def write_annotations(path: Path, images: int, objects: int, corners: int, rng: 
             low, high = outline.min(axis=0), outline.max(axis=0)
             crowd = number % 86 == 0
             runs = {"size": [HEIGHT, WIDTH], "counts": [100_000, 500, HEIGHT * WIDTH - 100_500]}
-            annotation = {"id": number + 1, "image_id": int(owners[number]), "category_id": number % CLASSES + 1}
-            annotation |= {"bbox": [*low.tolist(), *(high - low).round(2).tolist()], "iscrowd": int(crowd)}
-            annotation |= {"segmentation": runs if crowd else [outline.ravel().tolist()]}
+            annotation = {
+                "id": number + 1,
+                "image_id": int(owners[number]),
+                "category_id": number % CLASSES + 1,
+                "bbox": [*low.tolist(), *(high - low).round(2).tolist()],
+                "iscrowd": int(crowd),
+                "segmentation": runs if crowd else [outline.ravel().tolist()],
+            }
             file.write((", " if number else "") + json.dumps(annotation))
         file.write("]}")
 
 
 def read(directory: Path, masks: bool) -> None:
-    """Prints seconds and gigabytes of this process."""
+    """Reads the annotations, and prints how long this process took and how much memory."""
     began, cpu = time.perf_counter(), time.process_time()
     dataset = load_coco(directory, ".", "annotations.json", masks=masks)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu

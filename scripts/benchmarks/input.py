@@ -1,16 +1,17 @@
-"""Times the host's part of training: from JPEG files to padded batches, on one core, and with worker processes.
+"""Times the input pipeline of training, from JPEG files to padded batches, on one core and with worker processes.
 
     python scripts/benchmarks/input.py [--recipes r50_1x r50_1x_lsj] [--images 64] [--objects 7] [--batches 9]
         [--workers 0 1 2]
 
-Draws photograph-like 640x480 images with objects and their outlines into a temporary folder, and loads batches of each
-recipe in one thread, weak and strong views of 16 images. Times are CPU times, so that other jobs on the machine count
-less: medians over batches, the first one apart. The last column of the first table is the ratio to the official input
-pipeline, measured on a core of the same kind.
+It draws photograph-like 640x480 images with objects and their outlines into a temporary folder. Then it loads batches of
+each recipe in one thread: weak and strong views of 16 images. Times are CPU times, so that other jobs on the machine
+disturb them less; they are medians over batches without the first. The last column of the first table is the ratio to the
+official input pipeline, which was measured on a core of the same kind.
 
-With workers, times are those of a clock on the wall, medians over rounds of one batch a worker which the calling process
-takes one after the other as fast as they come; 0 stands for the config's threads. A core's rate is that of a worker, or of
-each of the cores if there are fewer. Handing over is the calling process' own CPU time for a batch.
+With --workers it also times worker processes; 0 stands for the threads of one process that the config asks for. These times
+are wall-clock times: medians over rounds, in each of which the calling process takes one batch from each worker as fast as
+they come. The rate of a core is the rate divided by the number of workers, or of cores if there are fewer. Handing over is
+the CPU time of the calling process for one batch.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,9 +38,9 @@ from hpr_jax.data.shapes import CATEGORIES, outline
 from hpr_jax.data.sources.coco import load_coco
 
 HEIGHT, WIDTH = 480, 640
-# Images a second of the official pipelines on one core, by kind of augmentation.
+# Images a second of the official input pipelines on one core, by kind of augmentation.
 OFFICIAL = {"detr": 29.0, "lsj": 1.1}
-# Functions by the stage whose time they take; each only calls functions of no other stage.
+# The functions, (module, name), that make up each stage. None of them calls a function of another stage.
 STAGES = {
     "decode": [(views, "read_annotated_image")],
     "resize, crop, flip, pad": [(views, "apply_to_image")],
@@ -52,7 +55,8 @@ STAGES = {
 def make_images(directory: Path, count: int, objects: int, rng: np.random.Generator) -> None:
     """Writes JPEG files of about COCO's size in bytes, and annotations with a polygon of 32 corners for each object."""
     (directory / "train2017").mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(1, count + 1):
         coarse = rng.integers(40, 216, (HEIGHT // 16, WIDTH // 16, 3)).astype(np.uint8)
         image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
@@ -63,7 +67,7 @@ def make_images(directory: Path, count: int, objects: int, rng: np.random.Genera
             cv2.fillPoly(image, [np.rint(corners).astype(np.int32)], rng.integers(0, 256, 3).tolist())
             corners = corners.clip(0, [WIDTH, HEIGHT])
             low, high = corners.min(axis=0), corners.max(axis=0)
-            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+            annotation: dict[str, Any] = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
             annotation |= {"bbox": [*low, *(high - low)], "segmentation": [corners.ravel().tolist()]}
             annotations.append(annotation)
         cv2.imwrite(str(directory / f"train2017/{number}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
@@ -74,11 +78,11 @@ def make_images(directory: Path, count: int, objects: int, rng: np.random.Genera
 
 
 class Stopwatch:
-    """CPU seconds of this thread spent in each stage, while it is entered."""
+    """A context that counts the CPU seconds of this thread in each stage, by timed functions in place of those of STAGES."""
 
-    def __init__(self):
-        self.seconds = collections.Counter()
-        self.originals = []
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.originals: list[tuple[Any, str, Callable]] = []
 
     def __enter__(self) -> "Stopwatch":
         for stage, functions in STAGES.items():
@@ -103,25 +107,26 @@ class Stopwatch:
 
 
 def make_loader(config: ConfigDict, directory: Path) -> TrainLoader:
-    """The loader that training has."""
+    """The loader that training would have."""
     dataset = load_coco(directory, "train2017", "annotations.json", masks=wants_masks(config))
     make = make_views(config, dataset)
     return TrainLoader(make_plan(config, dataset), make, room_for_boxes(config, dataset, make))
 
 
 def bench(loader: TrainLoader, batches: int) -> tuple[float, dict[str, float]]:
-    """Images a second of a core, and milliseconds an image of each stage."""
-    rates, stages = [], collections.defaultdict(list)
+    """Images a second of one core, and milliseconds an image of each stage."""
+    rates: list[float] = []
+    stages: dict[str, list[float]] = collections.defaultdict(list)
     with Stopwatch() as watch:
         for step in range(batches + 1):
             watch.seconds.clear()
             began = time.thread_time()
             loader[step]
             seconds = time.thread_time() - began
-            if not step:
+            if step == 0:
                 continue
             rates.append(loader.plan.batch_size / seconds)
-            watch.seconds["the rest"] = seconds - watch.seconds.total()
+            watch.seconds["the rest"] = seconds - sum(watch.seconds.values())
             for stage in (*STAGES, "the rest"):
                 stages[stage].append(1e3 * watch.seconds[stage] / loader.plan.batch_size)
     return float(np.median(rates)), {stage: float(np.median(t)) for stage, t in stages.items()}
@@ -134,7 +139,7 @@ def bench_workers(loader: TrainLoader, threads: int, workers: int, rounds: int) 
     batches = train_batches(loader, 0, 2**40, threads, workers)
     next(batches)
     start = time.perf_counter() - began
-    # What was loaded before anyone asked is no measure.
+    # Batches that were loaded ahead would come too fast.
     for _ in range(3 * together):
         next(batches)
     walls, hand_overs = [], []
@@ -182,14 +187,14 @@ def main() -> None:
 
 
 def show_workers(recipe: str, threads: int, measured: dict[int, tuple[float, float, float]]) -> None:
-    """Prints a table by number of workers."""
+    """Prints a table of what `bench_workers` returned for each number of workers."""
     if not measured:
         return
     print(f"\n{recipe:16}{'images/s':>10}{'x one worker':>14}{'a core':>10}{'hand over, ms':>15}{'first batch, s':>16}")
     for workers, (start, rate, hand_over) in measured.items():
         name = f"{workers} workers" if workers else f"{threads} threads"
         ratio = f"{rate / measured[1][1]:.2f}" if 1 in measured else "-"
-        core = rate / min(workers or threads, os.cpu_count())
+        core = rate / min(workers or threads, os.cpu_count() or 1)
         print(f"{name:16}{rate:10.1f}{ratio:>14}{core:10.1f}{hand_over:15.1f}{start:16.1f}")
 
 

@@ -13,7 +13,6 @@ what that saves. Medians. The last columns are ratios to the official PyTorch im
 import argparse
 import functools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import peak_memory
 
 PHASES = ("inference", "forward and backward", "training step", "matching", "stages")
 
@@ -34,22 +34,30 @@ class Bench:
 
         from hpr_jax.config import load_config
         from hpr_jax.models.build import random_detector
-        from hpr_jax.types import Targets
 
         self.arguments, self.config = arguments, load_config(arguments.config)
         if arguments.dtype:
             self.config.compute.dtype = arguments.dtype
-        self.detector = random_detector(self.config.model, arguments.classes, compute=self.config.compute)
-        rng, batch = np.random.default_rng(0), arguments.batch
-        self.images = jnp.asarray(rng.integers(0, 256, (batch, arguments.height, arguments.width, 3)), jnp.uint8)
-        sizes = jnp.tile(jnp.array([[arguments.height, arguments.width]], jnp.int32), (batch, 1))
-        places = (batch, arguments.objects)
+        make = random_detector if arguments.weights == "initial" else quick_detector
+        self.detector = make(self.config.model, arguments.classes, compute=self.config.compute)
+        shape = (arguments.views * arguments.batch, arguments.height, arguments.width, 3)
+        self.images = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        self.targets = self.targets_of(arguments.objects)
+
+    def targets_of(self, objects: int) -> Any:
+        """Ground truth with so many objects in each image, and room for `--room` of them."""
+        import jax.numpy as jnp
+
+        from hpr_jax.types import Targets
+
+        arguments, rng, images = self.arguments, np.random.default_rng(1), len(self.images)
+        places = (images, max(objects, arguments.room))
         center, side = rng.uniform(0.3, 0.7, (*places, 2)), rng.uniform(0.05, 0.4, (*places, 2))
-        self.targets = Targets(
+        return Targets(
             boxes=jnp.asarray(np.concatenate([center, side], axis=-1), jnp.float32),
             labels=jnp.asarray(rng.integers(0, arguments.classes, places), jnp.int32),
-            valid=jnp.ones(places, bool),
-            sizes=sizes,
+            valid=jnp.asarray(np.broadcast_to(np.arange(places[1]) < objects, places)),
+            sizes=jnp.asarray(np.tile(np.array([[arguments.height, arguments.width]], np.int32), (images, 1))),
         )
 
     def timed(self, run: Callable[[], Any]) -> dict[str, float]:
@@ -66,43 +74,64 @@ class Bench:
             "seconds": median,
             "compile": seconds[0] - median,
             "memory": peak_memory(),
-            "images_per_second": self.arguments.batch / median,
+            "images_per_second": len(self.images) / median,
         }
 
     def step(self) -> tuple[Any, Any, Any]:
         """The training step, its first state and batch; the bench's own copy of the weights is gone."""
-        import jax
         import jax.numpy as jnp
         from flax import nnx
 
         from hpr_jax.losses.build import make_criterion
-        from hpr_jax.runtime.devices import replicate, spread
+        from hpr_jax.runtime.devices import replicate
         from hpr_jax.training.build import make_optimizer
         from hpr_jax.training.state import TrainState
-        from hpr_jax.training.step import DeviceBatch, TrainStep
+        from hpr_jax.training.step import TrainStep
 
         optimizer = make_optimizer(self.config)
         graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
         del self.detector
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
-        batch = jax.tree.map(lambda x: x[None], DeviceBatch(self.images, self.targets))
-        return step, replicate(step.mesh, state), spread(step.mesh, batch, axis=1)
+        return step, replicate(step.mesh, state), self.batch_of(step, self.targets)
+
+    def batch_of(self, step: Any, targets: Any) -> Any:
+        """The images with ground truth, as a training step takes them."""
+        import jax
+
+        from hpr_jax.runtime.devices import shard
+        from hpr_jax.training.step import DeviceBatch
+
+        views = self.arguments.views
+        batch = jax.tree.map(lambda x: x.reshape(views, -1, *x.shape[1:]), DeviceBatch(self.images, targets))
+        return shard(step.mesh, batch, axis=1)
 
 
-def peak_memory() -> float:
-    """Of the GPU, or of this process, in GB."""
+def quick_detector(config: Any, num_classes: int, *, compute: Any) -> Any:
+    """A detector with weights that NumPy draws, of the size that keeps features in range.
+
+    At full size, compiling the program that draws initial weights takes minutes.
+    """
     import jax
+    import jax.numpy as jnp
+    from flax import nnx
 
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"] / 1e9
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss, which a process has from its parent.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    from hpr_jax.models.build import abstract_detector
+
+    graph, state = nnx.split(abstract_detector(config, num_classes, compute))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        names = {str(getattr(key, "key", key)) for key in path}
+        if names & {"bias", "mean"}:
+            return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+        if names & {"scale", "variance", "weights"}:
+            return jnp.asarray(np.ones(leaf.shape, leaf.dtype))
+        # The last axis is that of results; of stacked layers the first one counts layers, not what is summed.
+        summed = max(int(np.prod(leaf.shape[:-1])), 1)
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / np.sqrt(summed), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def inference(bench: Bench) -> dict[str, float]:
@@ -214,19 +243,28 @@ def run_phase(arguments: argparse.Namespace) -> None:
     print(json.dumps(dict(zip(PHASES, functions))[arguments.phase](Bench(arguments))))
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parents[2] / "configs/ddq.py:r50_1x"))
     for name, default in (("batch", 1), ("height", 800), ("width", 1333), ("objects", 7), ("classes", 80), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations; default: the config's")
     parser.add_argument("--accumulation-steps", type=int, default=1, help="parts of the batch of a training step")
+    parser.add_argument("--views", type=int, default=1, help="views of each image of a training step")
+    parser.add_argument("--room", type=int, default=0, help="for objects, of an image; default: as many as there are")
+    parser.add_argument(
+        "--weights", choices=("initial", "quick"), default="initial", help="quick: drawn by NumPy, without a program"
+    )
     parser.add_argument("--cache", help="folder that keeps compiled programs")
     parser.add_argument("--official", help="the official implementation's seconds and GB of inference, then of training")
     parser.add_argument(
         "--phase", choices=PHASES, help="run one phase and print its numbers as JSON; default: all in a table"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     if arguments.phase:
         run_phase(arguments)
         return

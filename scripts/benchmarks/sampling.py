@@ -3,61 +3,109 @@
     python scripts/benchmarks/sampling.py [--dtype bfloat16|float32] [--cases encoder_2,decoder_300,...] [--repeats 20]
         [--sweep]
 
-Rows: XLA's form; the Pallas kernel (with a GPU); PyTorch's grid_sample form, and the original CUDA operator of mmcv, where
-these packages are installed. Medians, ratios to XLA in the same run, and the bandwidth at which compulsory traffic moves:
-values, locations, weights and outputs read or written once. --sweep times the kernel under other launch settings.
+Rows: the Pallas kernel (with a GPU); XLA's form; PyTorch's grid_sample form, the original CUDA operator of mmcv, and an
+operator of our own in CUDA, where PyTorch, mmcv and CuPy are installed. Medians, ratios to XLA in the same run, and the
+bandwidth at which compulsory traffic moves: values, locations, weights and outputs read or written once. --sweep times the
+kernel under other launch settings.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cuda_operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import time_calls
 
 from hpr_jax.kernels import deformable_sampling as kernel
 from hpr_jax.kernels.launch import Launch
 from hpr_jax.ops.deformable_sampling import deformable_sampling
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
-TOKENS = sum(height * width for height, width in LEVELS)
 HEADS, WIDTH, POINTS = 8, 32, 4
-# (images, queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one use of sampling.
+
+    Attributes:
+      queries: of an image; None is one for each token, as in the encoder.
+      levels: (height, width) of each level's map.
+    """
+
+    images: int
+    queries: int | None = None
+    levels: tuple[tuple[int, int], ...] = LEVELS
+
+    @property
+    def tokens(self) -> int:
+        return sum(height * width for height, width in self.levels)
+
+    @property
+    def rows(self) -> int:
+        """Queries of an image."""
+        return self.tokens if self.queries is None else self.queries
+
+
 CASES = {
-    "encoder_1": (1, TOKENS),
-    "encoder_2": (2, TOKENS),
-    "encoder_8": (8, TOKENS),
-    "decoder_300": (2, 300),
-    "decoder_900": (2, 900),
+    "encoder_1": Case(1),
+    "encoder_2": Case(2),
+    "encoder_8": Case(8),
+    "decoder_300": Case(2, 300),
+    "decoder_900": Case(2, 900),
 }
 
+Runs = dict[str, Callable[[], Any]]
 
-def make_arrays(batch: int, queries: int) -> dict[str, np.ndarray]:
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """An implementation of sampling.
+
+    Attributes:
+      library: of `WAITS`.
+      make: puts its arrays on the device; returns what computes it, by direction.
+      missing: why it cannot run here; then there is nothing to run.
+    """
+
+    name: str
+    library: str = "jax"
+    make: Callable[[], Runs] = dict
+    missing: str = ""
+
+    def wait(self, result: Any) -> None:
+        """Returns when a result is computed."""
+        WAITS[self.library](result)
+
+
+def make_arrays(case: Case) -> dict[str, np.ndarray]:
     """Random values, and locations around each query's own place, as a detector has them."""
     rng = np.random.default_rng(0)
-    places = (batch, queries, HEADS, len(LEVELS), POINTS)
-    centers = rng.uniform(size=(batch, queries, 1, 1, 1, 2))
-    if queries == TOKENS:
-        grids = [np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1) for h, w in LEVELS]
+    places = (case.images, case.rows, HEADS, len(case.levels), POINTS)
+    centers = rng.uniform(size=(case.images, case.rows, 1, 1, 1, 2))
+    if case.queries is None:
+        grids = [np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1) for h, w in case.levels]
         centers = np.concatenate([grid.reshape(-1, 2) for grid in grids])[None, :, None, None, None]
     weights = rng.uniform(size=places)
     return {
-        "value": rng.normal(size=(batch, TOKENS, HEADS, WIDTH)),
+        "value": rng.normal(size=(case.images, case.tokens, HEADS, WIDTH)),
         "locations": centers + rng.normal(size=(*places, 2)) * 0.03,
         "weights": weights / weights.sum(axis=(-2, -1), keepdims=True),
-        "gradient": rng.normal(size=(batch, queries, HEADS * WIDTH)),
+        "gradient": rng.normal(size=(case.images, case.rows, HEADS * WIDTH)),
     }
 
 
-def compulsory_bytes(batch: int, queries: int, size: int) -> dict[str, int]:
+def compulsory_bytes(case: Case, size: int) -> dict[str, int]:
     """What must be read and written, with values of `size` bytes: forward, and backward with float32 sums."""
-    value, output = batch * TOKENS * HEADS * WIDTH, batch * queries * HEADS * WIDTH
-    samples = batch * queries * HEADS * len(LEVELS) * POINTS
+    value, output = case.images * case.tokens * HEADS * WIDTH, case.images * case.rows * HEADS * WIDTH
+    samples = case.images * case.rows * HEADS * len(case.levels) * POINTS
     return {
         "forward": (value + output) * size + samples * 12,
         # Values, gradients and samples are read, gradients of samples and values written; the latter are cleared before.
@@ -65,28 +113,12 @@ def compulsory_bytes(batch: int, queries: int, size: int) -> dict[str, int]:
     }
 
 
-def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
-    """Median of several timings; calls are queued so that launching them does not count on GPUs."""
-    wait(run())
-    start = time.perf_counter()
-    wait(run())
-    calls = max(1, min(20, int(0.05 / (time.perf_counter() - start))))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        wait(result)
-        times.append((time.perf_counter() - start) / calls)
-    return 1e3 * float(np.median(times))
-
-
-def jax_runs(arrays: dict[str, np.ndarray], dtype: str, implementation: str) -> dict[str, Callable[[], Any]]:
+def jax_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str, implementation: str) -> Runs:
     value, gradient = (jnp.asarray(arrays[name], dtype) for name in ("value", "gradient"))
     locations, weights = (jnp.asarray(arrays[name], jnp.float32) for name in ("locations", "weights"))
 
     def sample(value, locations, weights):
-        return deformable_sampling(value, LEVELS, locations, weights, implementation=implementation)
+        return deformable_sampling(value, case.levels, locations, weights, implementation=implementation)
 
     forward = jax.jit(sample)
     backward = jax.jit(lambda gradient, *arguments: jax.vjp(sample, *arguments)[1](gradient))
@@ -96,7 +128,7 @@ def jax_runs(arrays: dict[str, np.ndarray], dtype: str, implementation: str) -> 
     }
 
 
-def torch_runs(arrays: dict[str, np.ndarray], dtype: str, original: bool) -> dict[str, Callable[[], Any]]:
+def torch_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str, original: bool) -> Runs:
     """PyTorch's grid_sample on each level, or the original operator."""
     import torch
     from torch.nn.functional import grid_sample
@@ -111,7 +143,7 @@ def torch_runs(arrays: dict[str, np.ndarray], dtype: str, original: bool) -> dic
     def by_grid_sample(value, locations, weights):
         batch, queries, heads, _, points, _ = locations.shape
         start, total = 0, 0.0
-        for level, (height, width) in enumerate(LEVELS):
+        for level, (height, width) in enumerate(case.levels):
             table = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(batch * heads, WIDTH, height, width)
             grid = 2 * locations[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2) - 1
             sampled = grid_sample(table, grid, align_corners=False).view(batch, heads, WIDTH, queries, points)
@@ -122,7 +154,7 @@ def torch_runs(arrays: dict[str, np.ndarray], dtype: str, original: bool) -> dic
     def by_operator(value, locations, weights):
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
-        shapes = torch.tensor(LEVELS, device=device)
+        shapes = torch.tensor(case.levels, device=device)
         starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
         return MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
 
@@ -146,35 +178,100 @@ def torch_wait(_: Any) -> None:
         torch.cuda.synchronize()
 
 
-def contestants(arrays: dict[str, np.ndarray], dtype: str) -> Iterator[tuple[str, dict, Callable]]:
-    """Name, runs by direction, and how to wait for a result."""
-    yield "XLA", jax_runs(arrays, dtype, "xla"), jax.block_until_ready
+WAITS: dict[str, Callable[[Any], Any]] = {"jax": jax.block_until_ready, "torch": torch_wait, "cupy": cuda_operator.wait}
+
+
+def contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str, *, interpret: bool = False) -> Iterator[Contestant]:
+    """All implementations of sampling, the kernel first.
+
+    Args:
+      interpret: without a GPU, the kernel interpreted, which says nothing about its speed.
+    """
     if jax.default_backend() == "gpu":
-        yield "Pallas kernel", jax_runs(arrays, dtype, "pallas"), jax.block_until_ready
-    if importlib.util.find_spec("torch"):
-        import torch
+        yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, "pallas"))
+    elif interpret:
+        yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, "pallas_interpret"))
+    else:
+        yield Contestant("Pallas kernel", missing="there is no NVIDIA GPU")
+    yield cuda_contestant(case, arrays, dtype)
+    yield from torch_contestants(case, arrays, dtype)
+    yield Contestant("XLA", make=functools.partial(jax_runs, case, arrays, dtype, "xla"))
 
-        yield "PyTorch grid_sample", torch_runs(arrays, dtype, original=False), torch_wait
-        if torch.cuda.is_available() and importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext"):
-            # It has no bfloat16.
-            kind = "float16" if dtype == "bfloat16" else dtype
-            yield f"CUDA operator ({kind})", torch_runs(arrays, kind, original=True), torch_wait
+
+def cuda_contestant(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Contestant:
+    name, obstacle = "CUDA operator of our own", cuda_operator.obstacle()
+    if obstacle:
+        return Contestant(name, "cupy", missing=obstacle)
+    return Contestant(name, "cupy", functools.partial(cuda_operator.runs, arrays, case.levels, dtype))
 
 
-def sweep(arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
+def torch_contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Iterator[Contestant]:
+    if not importlib.util.find_spec("torch"):
+        yield Contestant("PyTorch grid_sample", "torch", missing="PyTorch is not installed")
+        return
+    import torch
+
+    yield Contestant("PyTorch grid_sample", "torch", functools.partial(torch_runs, case, arrays, dtype, original=False))
+    if torch.cuda.is_available() and importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext"):
+        # It has no bfloat16.
+        kind = "float16" if dtype == "bfloat16" else dtype
+        make = functools.partial(torch_runs, case, arrays, kind, original=True)
+        yield Contestant(f"mmcv's CUDA operator ({kind})", "torch", make)
+
+
+LAUNCHES = tuple(Launch(warps, elements) for warps, elements in itertools.product((1, 2, 4, 8), (2, 4, 8, 16)))
+
+
+def kernel_calls(
+    case: Case, arrays: dict[str, np.ndarray], dtype: str, interpret: bool = False
+) -> Callable[[Launch], dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]]]:
+    """Takes a launch setting; returns by direction the kernel, to be jitted, and its arguments."""
     value = jnp.asarray(arrays["value"], dtype)
     locations, weights = (jnp.asarray(arrays[name], jnp.float32) for name in ("locations", "weights"))
     gradient = jnp.asarray(arrays["gradient"], dtype).reshape(*locations.shape[:3], WIDTH)
+
+    def of(launch: Launch) -> dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]]:
+        settings: dict[str, Any] = {"spatial_shapes": case.levels, "launch": launch, "interpret": interpret}
+        return {
+            "forward": (functools.partial(kernel.forward, **settings), (value, locations, weights)),
+            "backward": (functools.partial(kernel.backward, **settings), (value, locations, weights, gradient)),
+        }
+
+    return of
+
+
+def print_sweep(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
     print(f"{'warps':>6} {'channels a thread':>18} {'rows':>5} {'forward ms':>11} {'backward ms':>12}")
-    for warps, elements in itertools.product((1, 2, 4, 8), (2, 4, 8, 16)):
-        launch = Launch(warps, elements)
-        forward = jax.jit(functools.partial(kernel.forward, spatial_shapes=LEVELS, launch=launch))
-        backward = jax.jit(functools.partial(kernel.backward, spatial_shapes=LEVELS, launch=launch))
+    calls = kernel_calls(case, arrays, dtype)
+    for launch in LAUNCHES:
         times = [
-            median_ms(lambda f=forward: f(value, locations, weights), jax.block_until_ready, repeats),
-            median_ms(lambda f=backward: f(value, locations, weights, gradient), jax.block_until_ready, repeats),
+            1e3 * time_calls(functools.partial(jax.jit(function), *inputs), jax.block_until_ready, repeats).median
+            for function, inputs in calls(launch).values()
         ]
-        print(f"{warps:6} {elements:18} {launch.block(WIDTH):5} {times[0]:11.3f} {times[1]:12.3f}", flush=True)
+        cells = f"{launch.num_warps:6} {launch.elements:18} {launch.block(WIDTH):5}"
+        print(f"{cells} {times[0]:11.3f} {times[1]:12.3f}", flush=True)
+
+
+def print_case(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
+    floor = compulsory_bytes(case, jnp.dtype(dtype).itemsize)
+    print(f"{case.images} images, {case.rows} queries; compulsory traffic forward", end=" ")
+    print(f"{floor['forward'] / 1e6:.0f} MB, backward {floor['backward'] / 1e6:.0f} MB")
+    rows: dict[str, dict[str, float]] = {}
+    for one in contestants(case, arrays, dtype):
+        if one.missing:
+            print(f"left out: {one.name}: {one.missing}")
+            continue
+        rows[one.name] = {
+            direction: 1e3 * time_calls(run, one.wait, repeats).median for direction, run in one.make().items()
+        }
+    print(f"{'':28} {'forward ms':>11} {'GB/s':>7} {'x XLA':>6} {'backward ms':>12} {'GB/s':>7} {'x XLA':>6}")
+    for name, times in rows.items():
+        cells = []
+        for direction, milliseconds in times.items():
+            wide = 11 if direction == "forward" else 12
+            rate, ratio = floor[direction] / milliseconds / 1e6, milliseconds / rows["XLA"][direction]
+            cells.append(f"{milliseconds:{wide}.3f} {rate:7.1f} {ratio:6.2f}")
+        print(f"{name:28}", *cells, flush=True)
 
 
 def main() -> None:
@@ -186,26 +283,15 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time the kernel under other launch settings (GPU)")
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {arguments.dtype}")
-    for case in arguments.cases.split(","):
-        if case not in CASES:
-            parser.error(f"there is no case {case!r}; known are {', '.join(CASES)}")
-        arrays = make_arrays(*CASES[case])
-        floor = compulsory_bytes(*CASES[case], jnp.dtype(arguments.dtype).itemsize)
-        print(f"\n{case}: {CASES[case][0]} images, {CASES[case][1]} queries; compulsory traffic forward", end=" ")
-        print(f"{floor['forward'] / 1e6:.0f} MB, backward {floor['backward'] / 1e6:.0f} MB")
-        print(f"{'':28} {'forward ms':>11} {'GB/s':>7} {'x XLA':>6} {'backward ms':>12} {'GB/s':>7} {'x XLA':>6}")
-        first = None
-        for name, runs, wait in contestants(arrays, arguments.dtype):
-            times = {direction: median_ms(run, wait, arguments.repeats) for direction, run in runs.items()}
-            first = first or times
-            cells = []
-            for direction, milliseconds in times.items():
-                wide = 11 if direction == "forward" else 12
-                rate, ratio = floor[direction] / milliseconds / 1e6, milliseconds / first[direction]
-                cells.append(f"{milliseconds:{wide}.3f} {rate:7.1f} {ratio:6.2f}")
-            print(f"{name:28}", *cells, flush=True)
+    for name in arguments.cases.split(","):
+        if name not in CASES:
+            parser.error(f"there is no case {name!r}; known are {', '.join(CASES)}")
+        case = CASES[name]
+        arrays = make_arrays(case)
+        print(f"\n{name}:", end=" ")
+        print_case(case, arrays, arguments.dtype, arguments.repeats)
         if arguments.sweep and on_gpu:
-            sweep(arrays, arguments.dtype, arguments.repeats)
+            print_sweep(case, arrays, arguments.dtype, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from hpr_jax.commands.check_data import check_data
+from hpr_jax.data.images import read_image
 from hpr_jax.data.loading.batches import empty_batch
 from hpr_jax.data.sources.tfds_writer import make_tfds
 from hpr_jax.errors import UserError
@@ -25,7 +26,7 @@ def edit(directory, change, split="train"):
 
 
 def without_fault(content):
-    """Takes the impossible box away, and gives an object to the class that has none."""
+    """Removes the impossible box, and gives an object to the class that has none."""
     content["annotations"].pop()
     content["annotations"][0]["category_id"] = 9
 
@@ -40,7 +41,7 @@ def coco(tmp_path):
 
 
 class Checked:
-    """The verdict, and lines of the report by their labels."""
+    """What `check_data` has printed and returned."""
 
     def __init__(self, coco, tmp_path, capsys, samples=0, **settings):
         config = tiny.config(coco)
@@ -52,14 +53,14 @@ class Checked:
         assert self.text.splitlines()[-1] == str(self.verdict)
 
     def lines(self, label):
-        """Texts behind a label: of the training split, of the validation split."""
+        """The texts behind a label, in order: first that of the training split, then that of the validation split."""
         return [line[16:] for line in self.text.splitlines() if line.startswith(f"  {label:14}")]
 
     def doubts(self, *expected):
-        """There are these and no others."""
+        """Asserts that the data is fit to train on, with exactly these doubts."""
         assert self.verdict.fit
         assert self.verdict.doubts == list(expected)
-        return str(self.verdict).startswith("Fit to train, but: ")
+        assert str(self.verdict).startswith("Fit to train, but: ")
 
 
 @pytest.fixture
@@ -220,11 +221,11 @@ def test_pictures(checked, tmp_path):
     files = sorted((tmp_path / "pictures").iterdir())
     assert [file.name for file in files] == [f"sample_{number:03}.jpg" for number in range(5)]
     # A weak and a strong view side by side, each with a margin.
-    assert {cv2.imread(str(file)).shape for file in files} == {(72, 144, 3)}
+    assert {read_image(file).shape for file in files} == {(72, 144, 3)}
     assert report.lines("pictures")[0].endswith("5 images as training sees them (weak view, strong view)")
     report = checked(samples=1)
     # The valid part of a padded image.
-    assert cv2.imread(str(tmp_path / "pictures/sample_000.jpg")).shape == (59, 72, 3)
+    assert read_image(tmp_path / "pictures/sample_000.jpg").shape == (59, 72, 3)
 
 
 @pytest.mark.parametrize("strong", [False, True])

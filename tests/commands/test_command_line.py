@@ -13,6 +13,7 @@ import tiny
 
 from hpr_jax import main as command_line
 from hpr_jax.commands.arguments import CommandParser, split_overrides
+from hpr_jax.commands.train import MEND
 from hpr_jax.config import load_config, to_plain
 from hpr_jax.errors import UserError
 from hpr_jax.main import COMMANDS
@@ -245,14 +246,13 @@ class TestWhatTrainingNeeds:
     def test_missing_data_and_weights_are_told_before_jax_is_imported(self, elsewhere):
         done = without_jax("--config", "configs/ddq.py")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == (
-            "hpr_jax: Training cannot begin: the data set data/coco (config.data.directory) does not exist, and this "
-            "backbone wants pre-trained weights, and no ResNet-50 weights (resnet50*.pth, resnet50*.npz, *soco*.pth) are in "
-            f"data/ or {elsewhere}/torch/hub/checkpoints/. `python -m hpr_jax.main make-shapes runs/demo/data` draws the data "
-            "of the variant `demo`, which needs no weights; --config.data.directory=DIR and "
-            "--config.train.initial_weights=FILE name your own, and --config.train.initial_weights=random begins with random "
-            "weights.\n"
+        missing = (
+            "the data set data/coco (config.data.directory) does not exist, and this backbone wants pre-trained weights, and "
+            "no ResNet-50 weights (resnet50*.pth, resnet50*.npz, *soco*.pth) are in data/ or "
+            f"{elsewhere}/torch/hub/checkpoints/"
         )
+        assert done.stderr == f"hpr_jax: Training cannot begin: {missing}. {MEND}.\n"
+        assert "make-shapes" in MEND
         assert list(elsewhere.iterdir()) == []
 
     def test_what_is_there_is_not_said_to_be_missing(self, monkeypatch, capsys, elsewhere):

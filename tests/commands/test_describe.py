@@ -14,7 +14,7 @@ from hpr_jax import main as command
 from hpr_jax.analysis.costs import (
     compiled_memory,
     evaluation_buckets,
-    parts_of,
+    module_costs,
     photographs,
     static_shapes,
     total,
@@ -107,7 +107,7 @@ def equations(jaxpr):
 def test_parts_sum_to_what_detections_depend_on(merge_points):
     c = config(merge_points)
     detector = abstract_detector(c.model, tiny.CLASSES)
-    parts = parts_of(detector, SHAPE)
+    parts = module_costs(detector, SHAPE)
     graph, state = nnx.split(detector)
     inputs = jax.ShapeDtypeStruct((1, *SHAPE, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     jaxpr = jax.make_jaxpr(make_detect(graph, 10))(state, *inputs).jaxpr
@@ -128,7 +128,7 @@ def test_parameters_are_those_of_the_detector():
     c = tiny.config()
     c.model.backbone.update(norm="frozen_batch", frozen_stages=1)
     detector = abstract_detector(c.model, tiny.CLASSES)
-    sums = total(parts_of(detector, SHAPE))
+    sums = total(module_costs(detector, SHAPE))
     leaves = nnx.to_flat_state(nnx.state(detector))
     trained = sum(math.prod(v.shape) for _, v in leaves if isinstance(v, nnx.Param))
     assert sums.trained == trained

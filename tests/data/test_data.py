@@ -1,4 +1,4 @@
-"""Annotations, geometry, plan and loading."""
+"""Annotations in COCO form, geometry, decoding, the plan of batches, and loading."""
 
 import json
 
@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import tiny
 
-from hpr_jax.data.augmentation.geometry import Geometry, apply, draw_weak, fit, whole
+from hpr_jax.data.augmentation.geometry import (
+    Geometry,
+    apply_to_boxes,
+    apply_to_image,
+    draw_weak,
+    evaluation_geometries,
+    fit,
+)
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import ImageFile, UnreadableImageError, read_annotated_image, read_image
@@ -51,7 +58,7 @@ class TestAnnotations:
         assert len(dataset) == 6
         # The crowd is no object, the box without width is dropped and named.
         assert dataset.records[0].labels.tolist() == [0, 1]
-        (sentence,) = map(str, dataset.dropped)
+        (sentence,) = map(str, dataset.dropped_boxes)
         assert "image 7" in sentence
         assert "pixel wide" in sentence
         assert len(dataset.subset(keep_empty=False, min_side=32)) == 5
@@ -69,7 +76,7 @@ class TestAnnotations:
     def test_impossible_boxes_are_dropped(self, coco, bbox, reason):
         edit(coco, lambda c: c["annotations"][0].update(bbox=bbox))
         dataset = load(coco)
-        assert any(reason in problem.reason for problem in dataset.dropped)
+        assert any(reason in problem.reason for problem in dataset.dropped_boxes)
         assert len(dataset.records[0].labels) == 1
 
     def test_boxes_are_clipped(self, coco):
@@ -111,7 +118,7 @@ class TestAnnotations:
             assert [*corners.min(axis=0), *corners.max(axis=0)] == box.tolist()
         (crowd,) = record.crowds
         assert crowd["size"] == [48, 60]
-        assert dataset.unmasked == ()
+        assert dataset.dropped_masks == ()
         assert dataset.count_masks() == (10, 10)
 
     def test_malformed_masks_are_named_and_their_boxes_stay(self, coco):
@@ -120,7 +127,7 @@ class TestAnnotations:
         dataset = load(coco, masks=True)
         assert dataset.records[0].masks == (None, None)
         np.testing.assert_array_equal(dataset.records[0].boxes, boxes)
-        (sentence,) = map(str, dataset.unmasked)
+        (sentence,) = map(str, dataset.dropped_masks)
         assert "annotation 1 of image 7: its segmentation has no polygon" in sentence
         assert dataset.count_masks() == (8, 10)
 
@@ -196,18 +203,18 @@ class TestGeometry:
     def test_boxes_follow_crop_resize_and_flip(self):
         image = np.zeros((100, 200, 3), np.uint8)
         image[40:60, 100:140] = 255
-        boxes, labels = np.array([[100, 40, 140, 60], [0, 0, 20, 20]], np.float32), np.array([3, 4])
         geometry = Geometry(window=(80, 20, 180, 70), size=(100, 400), flip=True)
-        out, boxes, labels = apply(image, boxes, labels, geometry)
+        out = apply_to_image(image, geometry)
+        boxes, remains = apply_to_boxes(np.array([[100, 40, 140, 60], [0, 0, 20, 20]], np.float32), geometry)
         # Window 100x50 -> 400x100: x4 and x2, then mirrored; the second box is outside.
-        assert boxes.tolist() == [[160, 40, 320, 80]]
-        assert labels.tolist() == [3]
+        assert boxes[0].tolist() == [160, 40, 320, 80]
+        assert remains.tolist() == [True, False]
         assert out[60, 240].tolist() == [255] * 3
         assert out[30, 240].tolist() == [0] * 3
         assert out[60, 150].tolist() == [0] * 3
 
-    def test_whole_keeps_everything(self):
-        (geometry,) = whole(np.array([[480, 640]]), 800, 1333)
+    def test_evaluation_keeps_everything(self):
+        (geometry,) = evaluation_geometries(np.array([[480, 640]]), 800, 1333)
         assert geometry == Geometry((0, 0, 640, 480), (800, 1067), False)
 
     def test_drawn_geometries_stay_within_their_settings(self):
@@ -231,7 +238,7 @@ class TestGeometry:
 
 class TestImages:
     def exif(self, tmp_path, orientation):
-        """A JPEG whose left half is bright as stored, with an EXIF orientation."""
+        """A JPEG with an EXIF orientation; the left half of the stored pixels is bright."""
         path = tmp_path / f"exif{orientation}.jpg"
         pixels = np.zeros((20, 40, 3), np.uint8)
         pixels[:, :20] = 255
@@ -283,10 +290,12 @@ class TestPlan:
             smallest_bucket([(64, 64)], (65, 10))
 
     def test_leftovers_stay_within_the_buckets(self):
-        """Portrait and landscape leftovers have no bucket in common."""
+        """No bucket holds both the portrait and the landscape images that are left over."""
         sizes = np.array([[60, 90]] * 9 + [[90, 60]] * 10)
         for seed in range(5):
-            plan = TrainPlan(lambda rng: whole(sizes, 64, 96), 19, batch_size=4, buckets=[(64, 96), (96, 64)], seed=seed)
+            plan = TrainPlan(
+                lambda rng: evaluation_geometries(sizes, 64, 96), 19, batch_size=4, buckets=[(64, 96), (96, 64)], seed=seed
+            )
             batches = [plan[step] for step in range(plan.steps_per_epoch)]
             assert len(batches) == 4
             assert {batch.shape for batch in batches} == {(64, 96), (96, 64)}
@@ -326,7 +335,7 @@ class TestPlan:
             assert slot.geometry.size[1] <= plan[2].shape[1]
 
     def test_evaluation_takes_each_image_once(self):
-        geometries = whole(np.array([[48, 60], [60, 48], [50, 50]] * 5), 64, 96)
+        geometries = evaluation_geometries(np.array([[48, 60], [60, 48], [50, 50]] * 5), 64, 96)
         plan = evaluation_plan(geometries, batch_size=4, buckets=choose_buckets(np.array([g.size for g in geometries]), 2))
         assert sorted(slot.index for batch in plan for slot in batch.slots) == list(range(15))
         assert all(len(batch.slots) <= 4 for batch in plan)
@@ -392,7 +401,7 @@ class TestLoading:
     def test_evaluation_leaves_unreadable_images_out(self, coco):
         dataset = load(coco)
         dataset.records[2].image.path.unlink()
-        geometries = whole(dataset.sizes, 64, 96)
+        geometries = evaluation_geometries(dataset.sizes, 64, 96)
         loader = EvaluationLoader(dataset, evaluation_plan(geometries, batch_size=4, buckets=[(64, 96)]), 4)
         batches = [loader[index] for index in range(len(loader))]
         ids = [record.image_id for batch in batches for record in batch.records if record is not None]
@@ -401,11 +410,11 @@ class TestLoading:
 
 
 def test_images_on_a_canvas():
-    """The whole image at the top left of a grey square, boxes with it."""
+    """An image lies at the top left of a grey square, and its boxes with it."""
     image = np.full((40, 80, 3), 250, np.uint8)
-    (geometry,) = whole(np.array([image.shape[:2]]), 64, 64, canvas=64)
-    boxes, labels = np.array([[40, 0, 80, 40]], np.float32), np.array([1], np.int32)
-    out, moved, _ = apply(image, boxes, labels, geometry)
+    (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), 64, 64, canvas=64)
+    out = apply_to_image(image, geometry)
+    moved, _ = apply_to_boxes(np.array([[40, 0, 80, 40]], np.float32), geometry)
     assert geometry.resized == (32, 64)
     assert out.shape == (64, 64, 3)
     assert np.all(out[:32] == 250)

@@ -1,9 +1,10 @@
-"""COCO folders and TFDS directories: the same data, the same batches, the same numbers."""
+"""COCO folders and TFDS directories give the same data, batches and numbers; a further format takes one line."""
 
 import hashlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import tiny
 from flax import nnx
 from folders import settings, write_folder
 
-from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes
-from hpr_jax.data.dataset import Record, Records
+from hpr_jax.data import build
+from hpr_jax.data.build import Format, load_dataset, make_plan, make_views, room_for_boxes
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.images import ImageFile, UnreadableImageError
 from hpr_jax.data.loading.batches import TrainLoader
 from hpr_jax.data.sources.tfds_writer import make_tfds
@@ -24,7 +26,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(params=["train", "val"])
 def both(request, folder, tfds_directory):
-    """A split from either source."""
+    """A split as the COCO folder and as the TFDS directory have it."""
     return [load_dataset(settings(directory), request.param, masks=True) for directory in (folder, tfds_directory)]
 
 
@@ -43,7 +45,7 @@ class TestBothSources:
     def test_records(self, both):
         one, two = both
         assert one.classes == two.classes
-        assert [str(problem) for problem in one.dropped] == [str(problem) for problem in two.dropped] != []
+        assert list(map(str, one.dropped_boxes)) == list(map(str, two.dropped_boxes)) != []
         assert len(one) == len(two)
         for a, b in zip(one.records, two.records):
             assert (a.image_id, a.height, a.width) == (b.image_id, b.height, b.width)
@@ -112,14 +114,14 @@ class TestBothSources:
 
     def test_subset(self, both):
         for dataset in both:
-            kept = dataset.subset(keep_empty=False, min_side=1)
-            assert len(kept) == len(dataset) - 1
-            assert [record.image_id for record in kept.records] == [r.image_id for r in dataset.records if len(r.boxes)]
-            assert kept.count_masks() == dataset.count_masks()
+            subset = dataset.subset(keep_empty=False, min_side=1)
+            assert len(subset) == len(dataset) - 1
+            assert [record.image_id for record in subset.records] == [r.image_id for r in dataset.records if len(r.boxes)]
+            assert subset.count_masks() == dataset.count_masks()
 
 
 def test_another_process_reads_records_without_tensorflow(tfds_directory, tmp_path):
-    """Nor JAX: workers that load images have no use for it."""
+    """It does not import JAX either: worker processes do without both."""
     records = load_dataset(settings(tfds_directory), "train", masks=True).records
     records[0].image.read()
     assert len(pickle.dumps(records[0].image)) < 500
@@ -152,26 +154,44 @@ def test_packed_records_are_those_that_were_packed():
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
     boxes = np.arange(12, dtype=np.float32).reshape(3, 4)
     given = [
-        Record(5, None, 9, 8, *none, (), (masks[2],)),
-        Record(3, None, 7, 6, boxes, np.arange(3, dtype=np.int32), masks),
-        Record(4, None, 7, 5, boxes[:1], np.ones(1, np.int32), (masks[0],), (masks[0], masks[2])),
+        ImageAnnotations(5, 9, 8, *none, (), (masks[2],)),
+        ImageAnnotations(3, 7, 6, boxes, np.arange(3, dtype=np.int32), masks),
+        ImageAnnotations(4, 7, 5, boxes[:1], np.ones(1, np.int32), (masks[0],), (masks[0], masks[2])),
     ]
-    records = Records.pack(given, images=("a", "b", "c"), with_masks=True)
+    images = [ImageFile(Path(name)) for name in "abc"]
+    records = Records.pack(given, images, with_masks=True)
     for which in ([0, 1, 2], [2, 0], [1]):
         taken = pickle.loads(pickle.dumps(records.take(np.array(which))))
         assert taken.counts.tolist() == [len(given[index].boxes) for index in which]
         assert taken.count_masks() == sum(mask is not None for index in which for mask in given[index].masks)
         for record, index in zip(taken, which, strict=True):
-            assert (record.image_id, record.height, record.width) == (
-                given[index].image_id,
-                given[index].height,
-                given[index].width,
-            )
-            assert record.image == "abc"[index]
-            np.testing.assert_array_equal(record.boxes, given[index].boxes)
-            np.testing.assert_array_equal(record.labels, given[index].labels)
-            same_masks(record.masks, given[index].masks)
-            same_masks(record.crowds, given[index].crowds)
+            expected = given[index]
+            assert (record.image_id, record.height, record.width) == (expected.image_id, expected.height, expected.width)
+            assert record.image == images[index]
+            np.testing.assert_array_equal(record.boxes, expected.boxes)
+            np.testing.assert_array_equal(record.labels, expected.labels)
+            same_masks(record.masks, expected.masks)
+            same_masks(record.crowds, expected.crowds)
+
+
+def test_a_format_is_added_by_one_line(coco, tmp_path, monkeypatch):
+    def is_list(directory, images):
+        return (directory / images / "list.txt").is_file()
+
+    def load_list(directory, images, classes=None, *, masks=False):
+        files = (directory / images / "list.txt").read_text().split()
+        one = ImageAnnotations(1, 8, 9, np.ones((1, 4), np.float32), np.zeros(1, np.int32))
+        records = Records.pack([one] * len(files), [ImageFile(directory / name) for name in files])
+        return Dataset(images, "", dict, classes or Classes(("cup",), (1,)), records)
+
+    monkeypatch.setattr(build, "FORMATS", (*build.FORMATS, Format(is_list, load_list, ("images",))))
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017/list.txt").write_text("a.jpg b.jpg")
+    dataset = load_dataset(settings(tmp_path), "val", Classes(("pen",), (5,)))
+    assert (dataset.name, dataset.classes.names) == ("val2017", ("pen",))
+    assert [record.image.name for record in dataset.records] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+    # A directory of another format is read as before.
+    assert len(load_dataset(settings(coco), "train")) == 6
 
 
 def test_files_of_a_folder_say_what_is_wrong(tmp_path):

@@ -1,4 +1,4 @@
-"""TFDS directories: those that users made, those that are wrong, and those that `make_tfds` makes."""
+"""TFDS directories: directories that users made, wrong ones, and those that `make_tfds` writes."""
 
 import json
 import subprocess
@@ -21,10 +21,11 @@ RNG = np.random.default_rng(0)
 
 
 def build(directory, features, examples, splits=("train", "validation")):
-    """A TFDS directory of a user's own, made in TFDS's own way."""
+    """Makes a TFDS directory as users do."""
     import tensorflow_datasets as tfds
 
-    class Own(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # TFDS comes without types, so mypy takes the base class for `object`, which knows no `skip_registration`.
+    class Own(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = "own"
         VERSION = tfds.core.Version("2.0.0")
 
@@ -48,7 +49,7 @@ def plain_features(tfds, **more):
 
 @pytest.fixture
 def picture(tmp_path):
-    """48 pixels wide and 40 high as stored, with a wrong word about its orientation."""
+    """An image that is stored 48 pixels wide and 40 high, with an EXIF orientation that is wrong."""
     path = tmp_path / "x.jpg"
     tiny.write_turned(path, RNG.integers(0, 255, (40, 48, 3)).astype(np.uint8), 3)
     return path
@@ -73,7 +74,8 @@ class TestOwnDirectories:
         assert record.labels.tolist() == [1]
         assert "seventy.jpg" in record.image.name
         # As stored: the boxes refer to what TensorFlow decodes.
-        stored = cv2.imread(str(picture), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)[..., ::-1]
+        stored = cv2.imread(str(picture), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        assert stored is not None
         np.testing.assert_array_equal(read_annotated_image(record.image, 40, 48), stored)
         assert dataset.count_masks() == (0, 1)
         truth = dataset.ground_truth()

@@ -1,9 +1,10 @@
-"""Views of planned images and their place in a batch; what is drawn follows from the slot."""
+"""Views of planned images and their places in a batch. What is drawn for them follows from the slot alone."""
 
 import functools
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,16 +103,15 @@ class TestViews:
 
     def test_objects_are_pasted_on_each_view_by_itself(self, coco):
         loader = setup(coco, "lsj")
-        counts = {True: [], False: []}
+        weak_counts, strong_counts = [], []
         for seed in range(40):
             slot = Slot(1, loader.plan[0].slots[0].geometry, (seed,))
             # The second image has no objects of its own.
             (weak, strong), _ = loader.make_views(slot)
-            counts[False].append(len(weak.objects))
-            counts[True].append(len(strong.objects))
-        for pasted in counts.values():
-            assert set(pasted) == {0, 1, 2}
-        assert counts[True] != counts[False]
+            weak_counts.append(len(weak.objects))
+            strong_counts.append(len(strong.objects))
+        assert set(weak_counts) == set(strong_counts) == {0, 1, 2}
+        assert weak_counts != strong_counts
 
     def test_donors_that_cannot_be_read(self, tmp_path, coco):
         dataset = load_coco(
@@ -121,7 +121,7 @@ class TestViews:
         views = ViewMaker(dataset, draw_donor=draw)
         (geometry,) = draw(dataset.sizes[1:2], rng=np.random.default_rng(0))
         for record in dataset.records.take(np.array([0, 2, 3, 4, 5])):
-            record.image.path.write_bytes(b"broken")
+            Path(record.image.name).write_bytes(b"broken")
         made = [views(Slot(1, geometry, (seed,))) for seed in range(20)]
         assert all(len(view.objects) == 0 for (view,), _ in made)
         reports = [report for _, reports in made for report in reports]
@@ -167,12 +167,12 @@ class TestDataWithoutMasks:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"kind": "ljs"}, "kind is 'ljs'; did you mean 'lsj'"),
+        ({"kind": "ljs"}, "kind names 'ljs'; did you mean 'lsj'"),
         ({"lsj": {"side": 0}}, "lsj.side is 0"),
         ({"lsj": {"scale_range": (2.0, 0.1)}}, r"scale_range is \(2.0, 0.1\)"),
         ({"lsj": {"scale_range": (0.0, 1.0)}}, "above 0"),
-        ({"lsj": {"scale_range": (1.0,)}}, "smallest and the largest"),
-        ({"flip": 1.5}, "flip is 1.5; it must be a probability"),
+        ({"lsj": {"scale_range": (1.0,)}}, r"scale_range is \(1.0,\); it must list 2 values"),
+        ({"flip": 1.5}, "flip is 1.5; it must be at least 0 and at most 1"),
     ],
 )
 def test_impossible_settings(settings, sentence):

@@ -1,8 +1,7 @@
-"""Worker processes: the same batches as without them, and nothing left behind whatever happens."""
+"""Worker processes: they load the same batches as threads do, and nothing is left of them whatever happens."""
 
 import gc
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from hpr_jax.data.augmentation.geometry import whole
-from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
+from hpr_jax.data.augmentation.geometry import evaluation_geometries
+from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
 from hpr_jax.data.loading.buckets import choose_buckets
 from hpr_jax.data.loading.plan import evaluation_plan
@@ -26,7 +25,7 @@ from hpr_jax.errors import RunError, UserError
 from hpr_jax.settings import check
 
 ARRAYS = ("images", "sizes", "boxes", "labels", "valid")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads of processes in /proc, which Linux alone has")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads about processes in /proc, which only Linux has")
 
 
 @pytest.fixture
@@ -35,12 +34,12 @@ def coco(tmp_path):
 
 
 def make_loader(coco, kind="lsj", batch_size=2, share=(0, 1)):
-    """Of weak and strong views; with masks and pasted objects if the kind is lsj."""
+    """Loads weak and strong views, with masks and pasted objects if the kind is lsj."""
     config = tiny.config(coco)
     config.augmentation.update(kind=kind, strong_views=True)
     config.augmentation.lsj.side = tiny.SIDE
     config.train.batch_size = batch_size
-    dataset = load_coco(coco, "train2017", "annotations/instances_train2017.json", masks=wants_masks(config))
+    dataset = load_dataset(config.data, "train", masks=wants_masks(config))
     views = make_views(config, dataset)
     return TrainLoader(make_plan(config, dataset), views, room_for_boxes(config, dataset, views), share)
 
@@ -55,7 +54,7 @@ def assert_same(batch, expected):
 
 
 def assert_same_records(batch, expected):
-    """Empty slots among them."""
+    """The same images are in the same places, and the same places are empty."""
     one, other = ([record and record.image_id for record in some.records] for some in (batch, expected))
     assert one == other
 
@@ -65,7 +64,7 @@ def processes(batches):
 
 
 def runs(pid):
-    """Whether a process runs; one that has ended may still be listed."""
+    """Whether a process runs. One that has ended may still be listed, as a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -82,14 +81,14 @@ class TestBatches:
     @pytest.mark.parametrize("kind", ["detr", "lsj"])
     @pytest.mark.parametrize("workers", [1, 2, 3])
     def test_are_those_of_the_loader(self, coco, kind, workers):
-        """From a step in the middle, across epochs, with an image that cannot be read."""
+        """The steps start in the middle of an epoch and go on in the next, and an image cannot be read."""
         loader = make_loader(coco, kind)
         loader.make_views.dataset.records[4].image.path.write_bytes(b"broken")
         expected = [loader[step] for step in range(3, 11)]
         assert any(batch.reports for batch in expected)
         batches = list(train_batches(loader, 3, 11, threads=1, workers=workers))
         assert len(batches) == 8
-        # They are all kept: none may be in memory that another batch has written to.
+        # All batches are held at once: none may lie in memory that a later one was written to.
         for batch, other in zip(batches, expected):
             assert_same(batch, other)
             assert batch.images.flags.writeable
@@ -98,7 +97,7 @@ class TestBatches:
         assert list(train_batches(make_loader(coco), 5, 5, threads=1, workers=2)) == []
 
     def test_grow_and_shrink(self):
-        """Anything that can be pickled crosses; shared memory grows with it."""
+        """Whatever can be pickled can be a batch, and shared memory grows with it."""
         loader = [np.arange(size, dtype=np.int16) for size in (5, 0, 100_000, 3, 300_000, 7)]
         for batch, expected in zip(LoadedByWorkers(loader, range(6), 1), loader, strict=True):
             np.testing.assert_array_equal(batch, expected)
@@ -114,23 +113,26 @@ class TestWorkers:
                 "imports JAX": False,
                 "platform": "cpu",
                 "OpenCV's threads": 1,
-                # One works, one waits for the parent's end.
+                # One thread loads, one waits for the end of the parent.
                 "threads": 2,
                 "threads of the system": 2,
                 "ignores": True,
             }
         ]
 
-    def test_loading_imports_no_jax(self, coco, tmp_path):
-        (tmp_path / "loader").write_bytes(pickle.dumps(make_loader(coco)))
-        script = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))[0]; sys.exit('jax' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", script, tmp_path / "loader"]).returncode == 0
+    @pytest.mark.parametrize("source", ["coco", "tfds_directory"])
+    def test_loading_imports_no_jax(self, source, request):
+        loader = make_loader(request.getfixturevalue(source))
+        ((batch, imported),) = LoadedByWorkers(loaders.Watching(loader), range(1), 1)
+        assert_same(batch, loader[0])
+        assert not imported
 
     def test_ignore_signals_that_end_a_run(self):
         batches = LoadedByWorkers(range(100), range(100), 1)
+        (worker,) = processes(batches)
         assert next(batches) == 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(*processes(batches), number)
+            os.kill(worker, number)
         assert list(batches) == list(range(1, 100))
 
 
@@ -200,7 +202,7 @@ class TestEnds:
         assert not open_memory()
 
     def test_they_end_with_a_killed_parent(self, tmp_path):
-        """Which is a script whose lines do not ask whether they are the main program's."""
+        """The parent is a script that does not ask whether it runs as the main program."""
         script = tmp_path / "script.py"
         script.write_text(
             textwrap.dedent(
@@ -218,6 +220,7 @@ class TestEnds:
         )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [tiny.ROOT, tiny.ROOT / "tests/helpers"]))}
         with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+            assert parent.stdout is not None
             pids = list(map(int, parent.stdout.readline().split()))
             assert len(pids) == 2
             assert all(map(runs, pids))
@@ -232,8 +235,8 @@ class TestEnds:
             return len(list(Path("/proc/self/task").iterdir()))
 
         before = threads()
-        batches = train_batches(list(range(1000)), 0, 1000, threads=3)
-        assert next(batches) == 0
+        batches = train_batches(loaders.Empty(), 0, 1000, threads=3)
+        assert len(next(batches).images) == 0
         assert threads() > before
         batches.close()
         began = time.monotonic()
@@ -246,7 +249,7 @@ class TestShares:
     @pytest.mark.parametrize("count", [1, 2, 4])
     def test_put_together_are_the_batch(self, coco, count):
         full = make_loader(coco, batch_size=4)
-        # Its stand-in is the same one in every share.
+        # The image that takes its place must be the same in every share.
         broken = full.make_views.dataset.records[full.plan[1].slots[2].index]
         broken.image.path.write_bytes(b"broken")
         shares = [make_loader(coco, batch_size=4, share=(index, count)) for index in range(count)]
@@ -267,7 +270,7 @@ class TestShares:
     @pytest.mark.parametrize("count", [2, 3, 7])
     def test_of_evaluation_have_every_image_once(self, coco, count):
         dataset = load_coco(coco, "train2017", "annotations/instances_train2017.json")
-        geometries = whole(dataset.sizes, 64, 96)
+        geometries = evaluation_geometries(dataset.sizes, 64, 96)
         plan = evaluation_plan(geometries, batch_size=3, buckets=choose_buckets(np.array([g.size for g in geometries]), 1))
         full = EvaluationLoader(dataset, plan, 3)
         shares = [EvaluationLoader(dataset, plan, 3, share=(index, count)) for index in range(count)]

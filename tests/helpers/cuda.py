@@ -1,4 +1,4 @@
-"""Lowering for CUDA and compiling Triton kernels on a machine without a GPU."""
+"""Lowers programs for CUDA, and compiles their Triton kernels, on a machine without a GPU."""
 
 import contextlib
 import importlib.util
@@ -6,14 +6,17 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
+# Whether Triton's compiler is installed.
 HAS_COMPILER = importlib.util.find_spec("triton") is not None
 
 
 def _pretended_device():
-    """JAX 0.11 and newer lower Pallas kernels for a device, which may be abstract; older ones do without."""
+    """A context in which Pallas kernels can be lowered for CUDA. JAX 0.11 and newer need a device for that, which may be
+    abstract; older versions do not."""
     try:
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
     except ImportError:
@@ -26,7 +29,13 @@ def _pretended_device():
 
 
 def triton_ir(function, *arguments) -> dict[str, str]:
-    """Lowers a function for CUDA and parses the Triton code of each kernel in it: texts by name.
+    """Lowers a function for CUDA, and parses the Triton code of each kernel in it.
+
+    Args:
+      arguments: of the function; they may be abstract.
+
+    Returns:
+      Triton code by the name of the kernel and a number.
 
     Raises:
       MLIRError: code that Triton would not read.
@@ -37,7 +46,7 @@ def triton_ir(function, *arguments) -> dict[str, str]:
 
     with _pretended_device():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    found = {}
+    found: dict[str, str] = {}
 
     def visit(operation):
         if operation.name == "stablehlo.custom_call" and "triton" in str(operation.attributes["call_target_name"]):
@@ -46,15 +55,23 @@ def triton_ir(function, *arguments) -> dict[str, str]:
             with mlir.make_ir_context() as context, ir.Location.unknown():
                 dialect.register_dialect(context)
                 name = ir.StringAttr(settings["name"]).value
-                found[f"{name}{len(found)}"] = ir.Module.parse(code).operation.get_asm()
+                found[f"{name}{len(found)}"] = str(ir.Module.parse(code).operation.get_asm())
         return ir.WalkResult.ADVANCE
 
     lowered.compiler_ir("stablehlo").operation.walk(visit)
     return found
 
 
-def compile_kernel(code: str, capability: int, num_warps: int) -> dict[str, object]:
-    """Compiles Triton code with Triton's own compiler and assembler: registers, spilled bytes, and the PTX text."""
+class Compiled(NamedTuple):
+    """A compiled kernel: how many registers a thread takes, how many bytes are spilled from registers, and its PTX code."""
+
+    registers: int
+    spilled: int
+    ptx: str
+
+
+def compile_kernel(code: str, capability: int, num_warps: int) -> Compiled:
+    """Compiles Triton code for a compute capability (times ten) with Triton's own compiler and assembler."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -65,11 +82,11 @@ def compile_kernel(code: str, capability: int, num_warps: int) -> dict[str, obje
         compiled = triton.compile(str(path), target=GPUTarget("cuda", capability, 32), options=options)
         ptx = compiled.asm["ptx"]
         (Path(folder) / "kernel.ptx").write_text(ptx)
-        # Triton ships two assemblers; this is the newer one, which reads all it writes.
+        # Triton comes with two assemblers; this is the newer one, which reads whatever PTX the compiler writes.
         assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
         suffix = "a" if capability >= 90 else ""
-        command = [assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", "kernel.ptx", "-o", "kernel.cubin"]
+        command = [str(assembler), "-v", f"--gpu-name=sm_{capability}{suffix}", "kernel.ptx", "-o", "kernel.cubin"]
         log = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    (registers,) = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    return {"registers": registers, "spilled": spilled, "ptx": ptx}
+    return Compiled(int(registers), spilled, ptx)

@@ -1,4 +1,4 @@
-"""Loaders for worker processes, which import this file: it must be light."""
+"""Loaders for worker processes. They import this file, so it must import little."""
 
 import os
 import signal
@@ -9,12 +9,20 @@ from pathlib import Path
 
 import cv2
 
-# As loaders of images do, limits OpenCV's threads.
+# Imported to limit OpenCV's threads, as it does for loaders of images.
 import hpr_jax.data.augmentation.geometry  # noqa: F401
+from hpr_jax.data.loading.batches import empty_batch
+
+
+class Empty:
+    """The batch of a step has no room for images."""
+
+    def __getitem__(self, step):
+        return empty_batch(0, (1, 1), 0)
 
 
 class Slow:
-    """Its first batches are there at once, the others never."""
+    """The first `quick` batches are loaded at once, the others never."""
 
     def __init__(self, quick=0):
         self.quick = quick
@@ -26,7 +34,7 @@ class Slow:
 
 
 class Describing:
-    """Its batches say what the worker is like."""
+    """Batches are descriptions of the worker process that loads them."""
 
     def __getitem__(self, step):
         return {
@@ -40,15 +48,26 @@ class Describing:
         }
 
 
+class Watching:
+    """Batches of another loader, and whether the process that loaded them has imported JAX."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getitem__(self, step):
+        return self.loader[step], "jax" in sys.modules
+
+
 class Odd(Exception):
-    """Cannot be unpickled."""
+    """An exception that cannot be unpickled."""
 
     def __init__(self, one, two):
         super().__init__(f"{one} {two}")
 
 
 class Failing:
-    """Has no batches; leaves without a word at the second step."""
+    """Instead of a first batch there is an exception that cannot be unpickled, the second one ends the process, and all
+    others are errors."""
 
     def __getitem__(self, step):
         if step == 0:

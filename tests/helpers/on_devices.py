@@ -1,11 +1,12 @@
-"""Run by test_devices.py in a process of its own, with eight virtual devices: steps of one batch, split in several ways.
+"""Makes training steps on one batch that is split in several ways; test_devices.py runs it in a process with eight devices.
 
-Prints, as JSON, the numbers of each way's steps, and how far its weights are from those of one device.
+It prints as JSON the numbers of the steps of each way, and how far its weights are from those of one device.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,14 +24,14 @@ from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import TrainStep
 
 IMAGES, VIEWS, STEPS = 16, 2, 2
-# That of the recipes: Adam's first steps are the signs of gradients, which rounding flips where there is next to none.
+# The recipes' learning rate. Adam's first steps follow the signs of gradients, and rounding flips signs of tiny gradients.
 RATE = 1e-4
-# (devices, parts)
+# Ways to split a batch: over so many devices, each of which computes so many parts.
 WAYS = ((1, 1), (8, 2))
 
 
 def batch(step):
-    """Weak views of all images, then strong ones; some have no boxes at all."""
+    """A random batch: weak views of all images, then strong ones. Some have no boxes."""
     rng = np.random.default_rng(step)
     made = empty_batch(VIEWS * IMAGES, (tiny.SIDE, tiny.SIDE), 4)
     made.views = VIEWS
@@ -60,9 +61,10 @@ def run(config, devices, parts):
 def main(directory):
     config = tiny.config(Path(directory))
     config.train.ema_decay = 0.5
-    # Branches compute nothing that is new in this, and compile long.
+    # Auxiliary branches are split like the primary one, and take long to compile.
     config.model.refiner.auxiliaries = ()
-    found, first = {}, None
+    found: dict[str, Any] = {}
+    first = None
     for devices, parts in WAYS:
         rows, weights, recompiled, moved, graph, state = run(config, devices, parts)
         first = weights if first is None else first

@@ -1,4 +1,4 @@
-"""Reads reference values and builds the small models they were made with."""
+"""Reads the stored values of the official implementation, and builds the small models that they were computed with."""
 
 import functools
 import json
@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import abstract_detector
 from hpr_jax.weights.official import load_official
 
 OWN_DIRECTORY = Path(__file__).parent.parent / "reference_values" / "official"
@@ -20,17 +19,19 @@ DIRECTORY = Path(os.environ.get("HPR_REFERENCE_DIR") or OWN_DIRECTORY)
 
 @functools.cache
 def sizes() -> dict:
+    """Sizes and settings of the reference models."""
     return json.loads((DIRECTORY / "config.json").read_text())
 
 
 @functools.cache
 def arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of one file, by name."""
     with np.load(DIRECTORY / f"{name}.npz") as file:
         return dict(file)
 
 
 def model_config(model: str) -> dict:
-    """Our config of a reference model."""
+    """The section `model` of our config of a reference model."""
     s = sizes()
     kind = s["align_detr"] if model == "align_detr" else s["others"]
     if s["backbone"] != "resnet50":
@@ -103,15 +104,14 @@ def _queries(model: str) -> dict:
 
 @functools.cache
 def detector(model: str):
-    """The reference model with its weights."""
-    # Shapes only: the import fills every variable or fails.
-    built = nnx.eval_shape(lambda: build_detector(model_config(model), sizes()["num_classes"], rngs=nnx.Rngs(0)))
+    """A reference model with its weights."""
+    built = abstract_detector(model_config(model), sizes()["num_classes"])
     load_official(built, arrays(f"{model}_state_dict"))
     return built
 
 
 def models_with(case: str, models: Sequence[str], ours: Sequence[str]) -> tuple[str, ...]:
-    """Those of `models` that have a case which other directories may lack; our own directory has that of `ours`."""
+    """Models whose reference values include a case. Our own directory has it for `ours`; other directories may lack it."""
     if DIRECTORY == OWN_DIRECTORY:
         return tuple(ours)
     return tuple(model for model in models if (DIRECTORY / f"{model}_{case}.npz").exists())
@@ -140,7 +140,7 @@ def cropped(tokens: np.ndarray, shapes: Sequence[tuple[int, int]], sizes: np.nda
 
 
 def assert_close(actual, expected, tolerance: float, name: str = "") -> None:
-    """max |difference| <= tolerance * max |expected|."""
+    """Asserts that the largest difference is at most `tolerance` times the largest expected absolute value."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if not expected.size:

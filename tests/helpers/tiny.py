@@ -1,4 +1,4 @@
-"""A tiny detector and tiny data for tests; compiled programs are shared by using the same shapes everywhere."""
+"""A tiny detector and tiny data for tests, with the same shapes everywhere, so that tests share compiled programs."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ SIDE = 64
 
 
 def config(directory: Path | None = None, model: str = "ddq"):
-    """The demo variant of a detector, smaller still."""
+    """Config of the variant `demo` of a detector, made smaller still."""
     c = load_config(f"{ROOT}/configs/{model}.py:demo")
     shrink(c)
     c.augmentation.update(sides=(SIDE,), max_side=SIDE)
@@ -32,7 +32,7 @@ def config(directory: Path | None = None, model: str = "ddq"):
 
 
 def shrink(c):
-    """Makes the model tiny."""
+    """Makes the model of a config tiny."""
     c.model.update(channels=16, heads=2, hidden=24, points=2)
     c.model.backbone.base_channels = 8
     c.model.neck.groups = 4
@@ -47,11 +47,17 @@ def shrink(c):
     c.model.refiner.region_fc.hidden = 8
 
 
+def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The structure of a module, its parameters, and its other variables."""
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
+    return graph, params, rest
+
+
 @functools.cache
 def detector():
-    """Random weights; the zero-initialised layers drawn too, so that boxes and offsets depend on the image."""
-    module = random_detector(config().model, CLASSES)
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    """A detector with random weights, also where they start as zeros, so that boxes and offsets depend on the image."""
+    graph, params, rest = split_parameters(random_detector(config().model, CLASSES))
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
     noisy = [leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
@@ -59,7 +65,7 @@ def detector():
 
 
 def targets(counts, most, sizes, seed=0):
-    """Random ground truth with `counts` boxes an image."""
+    """Random ground truth: `counts` boxes of each image, padded to `most`; `sizes` are (height, width) of the images."""
     rng = np.random.default_rng(seed)
     batch = len(counts)
     center, side = rng.uniform(0.3, 0.7, (batch, most, 2)), rng.uniform(0.1, 0.5, (batch, most, 2))
@@ -91,17 +97,17 @@ def write_config(path: Path, directory: Path) -> Path:
 
 
 def process_environment(**more: str) -> dict[str, str]:
-    """Of a process with this project, the tests' modules and their compilation cache."""
+    """The environment of a process that imports this project and the tests' helpers, and shares their compilation cache."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.values["jax_persistent_cache_min_compile_time_secs"]),
     }
     return {**os.environ, "PYTHONPATH": path, **cache, **more}
 
 
 def write_turned(path: Path, pixels: np.ndarray, orientation: int) -> None:
-    """A JPEG with an EXIF orientation."""
+    """Writes a JPEG with an EXIF orientation."""
     data = cv2.imencode(".jpg", pixels)[1].tobytes()
     tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([orientation, 0, 0, 0]) + b"\0\0\0\0"
     segment = b"Exif\0\0" + tiff
@@ -109,12 +115,13 @@ def write_turned(path: Path, pixels: np.ndarray, orientation: int) -> None:
 
 
 def write_coco(directory: Path, train: int = 6, val: int = 3) -> Path:
-    """A data set with gaps in the category ids, a crowd box, an image without objects and an impossible box; masks fill the
-    boxes."""
+    """Writes a data set with gaps in the category ids, a crowd box, an image without objects and an impossible box. Masks
+    fill the boxes of their objects."""
     rng = np.random.default_rng(0)
     for split, count in (("train2017", train), ("val2017", val)):
         (directory / split).mkdir(parents=True)
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
 
         def annotate(image, bbox, category, crowd=0, annotations=annotations):
             x, y, w, h = bbox

@@ -1,4 +1,4 @@
-"""Makes PyTorch checkpoint files, with functions and classes that only bear the names of PyTorch's and mmengine's."""
+"""Makes PyTorch checkpoint files without PyTorch: stand-ins are pickled under the names of its functions and classes."""
 
 import argparse
 import collections
@@ -7,6 +7,7 @@ import pickle
 import struct
 import types
 import zipfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ DTYPES = [np.dtype(getattr(ml_dtypes, name, name)) for name in STORAGES]
 
 
 class Call:
-    """Pickled as the call `function(*arguments)`, and BUILD if there is a state."""
+    """Pickled as the call `function(*arguments)`, followed by the opcode BUILD if there is a state."""
 
     def __init__(self, function, *arguments, state=None):
         self.reduced = (function, arguments) if state is None else (function, arguments, state)
@@ -38,16 +39,23 @@ def named(module, name):
 
 
 def named_class(module, name):
+    """A class that is pickled under this name."""
     return type(name, (), {"__module__": module, "__qualname__": name})
 
 
 class Storage:
+    """The numbers of tensors, `[n]`; `view` is what files of the older format say of a view of a storage."""
+
     def __init__(self, array, view=None):
         self.array, self.view, self.kind = array, view, named_class("torch", STORAGES[array.dtype.name] + "Storage")
 
 
-class Pickler(pickle._Pickler):
-    """Writes names as they are, without a look at the modules, and storages as PyTorch does."""
+# Python's pickler in Python, since the one in C has no method for names. The stubs lack that method, too.
+_PythonPickler: Any = pickle._Pickler
+
+
+class Pickler(_PythonPickler):
+    """Writes names without importing their modules, and storages as PyTorch does."""
 
     def __init__(self, file, legacy=False, protocol=2):
         super().__init__(file, protocol)
@@ -58,7 +66,7 @@ class Pickler(pickle._Pickler):
         self.write(pickle.GLOBAL + f"{module}\n{obj.__qualname__}\n".encode())
         self.memoize(obj)
 
-    dispatch = pickle._Pickler.dispatch | {types.FunctionType: save_global, type: save_global}
+    dispatch = _PythonPickler.dispatch | {types.FunctionType: save_global, type: save_global}
 
     def persistent_id(self, obj):
         if not isinstance(obj, Storage):
@@ -73,7 +81,7 @@ def tensor(array, *, storage=None, offset=0, shape=None, strides=None):
     array = np.asarray(array)
     shape = array.shape if shape is None else shape
     strides = tuple(s // array.itemsize for s in array.strides) if strides is None else strides
-    arguments = (storage or Storage(array.reshape(-1)), offset, shape, strides, False, collections.OrderedDict())
+    arguments: tuple = (storage or Storage(array.reshape(-1)), offset, shape, strides, False, collections.OrderedDict())
     return Call(named("torch._utils", "_rebuild_tensor_v2"), *arguments)
 
 
@@ -121,7 +129,7 @@ def mmengine_content():
     history = buffer()
     method = Call(named("builtins", "getattr"), buffer, "mean")
     history.__dict__ = {"_log_history": np.arange(300.0), "_statistics_methods": {"mean": method}}
-    weight = np.float32(range(12)).reshape(3, 4)
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4)
     moments = {0: {"step": tensor(np.float32(7)), "exp_avg": tensor(weight * 2)}}
     return {
         "meta": {"epoch": 12, "cfg": "model = ...", "seed": None, "args": argparse.Namespace(work_dir="x")},

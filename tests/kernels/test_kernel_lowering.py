@@ -1,5 +1,7 @@
-"""The kernels as CUDA sees them, on a machine without a GPU: lowered at real sizes, parsed, and compiled where the compiler
-is installed (`triton`, among the packages of the tests)."""
+"""The kernels are lowered for CUDA at the sizes of the full detector, parsed, and compiled, on a machine without a GPU.
+
+They are compiled where Triton's compiler is installed (`triton`, among the packages of the tests).
+"""
 
 import functools
 import math
@@ -13,14 +15,19 @@ import tiny
 from flax import nnx
 
 from hpr_jax.kernels import deformable_sampling, weighted_rows
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import abstract_detector
 from hpr_jax.ops.deformable_sampling import deformable_sampling as sampling_op
 
-# Of an 800x1333 image.
+# (height, width) of the levels of an 800x1333 image.
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
 TOKENS = sum(h * w for h, w in LEVELS)
 HEADS, WIDTH, POINTS = 8, 32, 4
+# Numbers of queries of the users of deformable sampling.
 QUERIES = {"encoder": TOKENS, "decoder": 900}
+
+
+FORWARD = functools.partial(deformable_sampling.forward, spatial_shapes=LEVELS)
+BACKWARD = functools.partial(deformable_sampling.backward, spatial_shapes=LEVELS)
 
 
 def array(*shape, dtype=jnp.float32):
@@ -35,7 +42,7 @@ def sampling_arguments(batch, queries, dtype, width=WIDTH):
 
 @functools.cache
 def kernels(user, dtype):
-    """Triton code of the kernels at the sizes of their user."""
+    """Triton code of the forward and the backward kernels at the sizes of their user: `regions` are RoIAlign's."""
     if user == "regions":
         rows, terms, table = 2 * 900 * 49, 16, 2 * TOKENS
         index, weights = array(rows, terms, dtype=jnp.int32), array(rows, terms)
@@ -45,8 +52,7 @@ def kernels(user, dtype):
         )
     else:
         *arguments, gradient = sampling_arguments(2, QUERIES[user], dtype)
-        forward = cuda.triton_ir(lambda *a: deformable_sampling.forward(*a, LEVELS), *arguments)
-        backward = cuda.triton_ir(lambda *a: deformable_sampling.backward(*a, LEVELS), *arguments, gradient)
+        forward, backward = cuda.triton_ir(FORWARD, *arguments), cuda.triton_ir(BACKWARD, *arguments, gradient)
     return {"forward": forward, "backward": backward}
 
 
@@ -63,7 +69,7 @@ def test_lowered_code_is_read_by_triton(user, dtype):
     assert "tt.load" in code
     assert "atomic" not in code
     (code,) = backward.values()
-    # One barrier after another, were they not relaxed.
+    # Relaxed additions need no barriers.
     assert "tt.atomic_rmw fadd, relaxed" in code
     assert "acq_rel" not in code
 
@@ -74,28 +80,25 @@ def test_lowered_code_is_read_by_triton(user, dtype):
 @pytest.mark.skipif(not cuda.HAS_COMPILER, reason="the compiler (PyPI: triton) is not installed; it exists for Linux alone")
 def test_compiled_code_spills_nothing(user, dtype, capability):
     for direction, code in kernels(user, dtype).items():
-        compiled = cuda.compile_kernel(*code.values(), capability, num_warps=2)
-        print(f"sm_{capability} {user} {dtype.__name__} {direction}: {compiled['registers']} registers")
-        assert compiled["spilled"] == 0, direction
-        assert compiled["registers"] <= 128, direction
-        ptx = compiled["ptx"]
+        (text,) = code.values()
+        registers, spilled, ptx = cuda.compile_kernel(text, capability, num_warps=2)
+        print(f"sm_{capability} {user} {dtype.__name__} {direction}: {registers} registers")
+        assert spilled == 0, direction
+        assert registers <= 128, direction
         assert "ld.global.v4" in ptx or direction == "backward"
         assert "atom." not in ptx
         if direction == "backward":
             assert ("red.global.gpu.relaxed.add.v4.f32" if capability >= 90 else "red.global.gpu.relaxed.add.f32") in ptx
         if capability >= 90:
-            # Nothing goes through shared memory inside the loops.
+            # Loops exchange nothing through shared memory.
             assert ptx.count("bar.sync") <= 1, direction
 
 
 def test_offsets_beyond_32_bits():
-    """More values than 32-bit offsets reach: a batch of 200 images."""
+    """A batch of 200 images has more values than 32-bit offsets can reach."""
     *arguments, gradient = sampling_arguments(200, 100, jnp.float32)
     assert math.prod(arguments[0].shape) * 4 > 2**32
-    for code in (
-        cuda.triton_ir(lambda *a: deformable_sampling.forward(*a, LEVELS), *arguments),
-        cuda.triton_ir(lambda *a: deformable_sampling.backward(*a, LEVELS), *arguments, gradient),
-    ):
+    for code in (cuda.triton_ir(FORWARD, *arguments), cuda.triton_ir(BACKWARD, *arguments, gradient)):
         (text,) = code.values()
         assert re.search(r"tensor<\d+x32xi64>", text)
 
@@ -103,8 +106,8 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("width", [1, 24, 128])
 def test_other_widths_are_read_by_triton(width):
     *arguments, gradient = sampling_arguments(1, 100, jnp.bfloat16, width)
-    assert cuda.triton_ir(lambda *a: deformable_sampling.forward(*a, LEVELS), *arguments)
-    assert cuda.triton_ir(lambda *a: deformable_sampling.backward(*a, LEVELS), *arguments, gradient)
+    assert cuda.triton_ir(FORWARD, *arguments)
+    assert cuda.triton_ir(BACKWARD, *arguments, gradient)
 
 
 def test_vmapped_and_rematerialised_code_is_read_by_triton():
@@ -123,9 +126,7 @@ def test_vmapped_and_rematerialised_code_is_read_by_triton():
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_a_detector_takes_the_kernels_on_gpus_alone(train):
     config = tiny.config()
-    graph, params, rest = nnx.split(
-        nnx.eval_shape(lambda: build_detector(config.model, tiny.CLASSES, rngs=nnx.Rngs(0))), nnx.Param, ...
-    )
+    graph, params, rest = tiny.split_parameters(abstract_detector(config.model, tiny.CLASSES))
 
     def run(params, rest, images, sizes):
         outputs = nnx.merge(graph, params, rest)(images, sizes)

@@ -1,8 +1,6 @@
-"""How a detector computes: types, rematerialisation, implementations, kept programs; none of it changes what is computed."""
+"""How a detector computes, the section `compute` of configs: types and rematerialisation change no results."""
 
-import ctypes
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +9,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from hpr_jax.config import to_plain
-from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.heads import PredictionHead
-from hpr_jax.ops.layer_norm import normalized
-from hpr_jax.ops.linear import affine
-from hpr_jax.runtime.compilation_cache import enable_compilation_cache
-from hpr_jax.runtime.host_memory import return_freed_memory, return_memory_of_compiling
-from hpr_jax.weights.checkpoint import Meta
 
 IMAGES = np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
 SIZES = jnp.array([[60, 50], [64, 64]])
 
 
 def computing(**compute):
-    """The tiny detector of the other tests, with other compute settings."""
+    """The tiny detector, with the weights of `tiny.detector` and these settings of the section `compute`."""
     config = tiny.config()
     detector = abstract_detector(config.model, tiny.CLASSES, {**config.compute, **compute})
     nnx.update(detector, nnx.state(tiny.detector()))
@@ -36,14 +27,14 @@ def computing(**compute):
 
 @functools.cache
 def gradients(**compute):
-    """A sum over predictions, and its gradients, of the tiny detector with these compute settings."""
-    graph, params, rest = nnx.split(computing(**compute), nnx.Param, ...)
+    """A sum over the predictions of `computing(**compute)`, and its gradients."""
+    graph, params, rest = tiny.split_parameters(computing(**compute))
 
     @jax.jit
     def run(params):
         outputs = nnx.merge(graph, params, rest)(jnp.asarray(IMAGES), SIZES, train=True)
-        kept = outputs.primary.matching, *(branch.matching for branch in outputs.branches.values())
-        return sum(jnp.sum(jnp.square(x.logits)) + jnp.sum(x.boxes) for x in kept)
+        branches = outputs.primary, *outputs.branches.values()
+        return sum(jnp.sum(jnp.square(x.matching.logits)) + jnp.sum(x.matching.boxes) for x in branches)
 
     return jax.value_and_grad(run)(params)
 
@@ -90,12 +81,12 @@ def products_of_training():
 
 
 def test_products_in_float32_are_those_of_the_heads():
-    """And weighted sums of sampled rows, and the encoding of positions in a region."""
+    """Others are weighted sums of sampled rows, and the projection of the encodings of positions in a region."""
     channels = tiny.config().model.channels
-    whole = products_of_training()
-    assert sum(dtype == jnp.bfloat16 for dtype, _ in whole) > 20
+    all_products = products_of_training()
+    assert sum(dtype == jnp.bfloat16 for dtype, _ in all_products) > 20
     allowed = {(channels, channels), (channels, 4), (channels, tiny.CLASSES)}
-    for dtype, kernel in whole:
+    for dtype, kernel in all_products:
         # Gathered rows have three axes.
         assert dtype == jnp.bfloat16 or kernel in allowed or len(kernel) == 3, kernel
 
@@ -130,65 +121,6 @@ def test_bfloat16_is_close_and_its_gradients_are_float32():
         assert np.all(np.isfinite(leaf))
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
-def test_gradients_of_linear_layers(inputs, outputs, with_bias):
-    rng = np.random.default_rng(0)
-    x, kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 4, inputs), (inputs, outputs), (outputs,)))
-    bias = bias if with_bias else None
-
-    def plain(x, kernel, bias):
-        return x @ kernel + (0 if bias is None else bias)
-
-    def run(function, x):
-        # Cubed, so that the gradient of each output is another.
-        return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, kernel, bias)
-
-    for ours, theirs in zip(*map(jax.tree.leaves, (run(affine, x), run(plain, x)))):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    _, (of_x, *of_parameters) = run(affine, x.astype(jnp.bfloat16))
-    assert of_x.dtype == jnp.bfloat16
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(of_parameters))
-
-
-def test_gradients_of_layer_normalisation():
-    rng = np.random.default_rng(0)
-    x, scale, bias = (jnp.asarray(rng.normal(loc=2.0, size=s), jnp.float32) for s in ((2, 4, 6), (6,), (6,)))
-
-    def plain(x, scale, bias):
-        centered = x - jnp.mean(x, axis=-1, keepdims=True)
-        return centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + 1e-5) * scale + bias
-
-    def run(function, x):
-        # Cubed, so that the gradient of each output is another.
-        return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, scale, bias)
-
-    def ours(*arguments):
-        return normalized(*arguments, 1e-5)
-
-    for a, b in zip(*map(jax.tree.leaves, (run(ours, x), run(plain, x)))):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    rounded = x.astype(jnp.bfloat16)
-    _, gradients = run(ours, rounded)
-    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
-    for a, b in zip(gradients, run(ours, rounded.astype(jnp.float32))[1]):
-        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
-
-
-def test_memory_goes_back(monkeypatch):
-    trims = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=trims.append))
-    return_memory_of_compiling()
-    return_memory_of_compiling()
-    run = jax.jit(lambda x: x + 1)
-    run(1.0)
-    assert trims == [0]
-    run(2.0)
-    assert trims == [0]
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
-    return_freed_memory()
-
-
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
@@ -202,9 +134,7 @@ def test_unknown_settings(setting, sentence):
         Compute(**setting)
 
 
-@pytest.mark.skipif(
-    jax.default_backend() == "gpu", reason="of machines without a GPU: with one, kernels run, and nothing is refused"
-)
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="kernels are refused on machines without a GPU alone")
 def test_kernels_without_a_gpu():
     with pytest.raises(UserError, match="needs an NVIDIA GPU, and JAX has found only the platform cpu; set it to 'auto'"):
         Compute(operations="pallas")
@@ -212,42 +142,6 @@ def test_kernels_without_a_gpu():
 
 @pytest.mark.parametrize("model", ["ddq", "dino"])
 def test_no_parameter_is_weakly_typed(model):
-    """The first step would make it a strong one, and the second be compiled anew."""
+    """The first training step would make it strongly typed, and the second would be compiled again."""
     state = nnx.state(abstract_detector(tiny.config(model=model).model, tiny.CLASSES))
     assert not [path for path, leaf in nnx.to_flat_state(state) if leaf.get_value().weak_type]
-
-
-def test_checkpoints_from_before_the_section():
-    """Rematerialisation was a part of their models' configs, and they knew no strong views."""
-    config = to_plain(tiny.config())
-    now = dict(config)
-    config.pop("compute")
-    config["model"] = {**config["model"], "remat": True, "backbone": {**config["model"]["backbone"], "remat": False}}
-    config["augmentation"]["strong_views"] = True
-    config["augmentation"] = {k: v for k, v in config["augmentation"].items() if k not in ("lsj", "drop_vanished")}
-    meta = Meta(config, Classes(("cup",), (1,)), 3, {})
-    read = Meta.from_json(meta.to_json()).config
-    assert read["model"] == now["model"]
-    assert read["compute"] == now["compute"]
-    assert read["augmentation"].keys() == now["augmentation"].keys()
-    assert not read["augmentation"]["strong_views"]
-
-
-def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
-    set_before = jax.config.jax_compilation_cache_dir
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == set_before
-        jax.config.update("jax_compilation_cache_dir", None)
-        enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "hpr_jax"))
-        jax.config.update("jax_compilation_cache_dir", None)
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", set_before)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)

@@ -1,4 +1,4 @@
-"""Denoising queries: layout of groups, noise, independence from neighbours."""
+"""Denoising queries: the layout of their groups, their noise, and the chunks that decide the number of groups."""
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,13 @@ def denoiser(queries=6, views_per_chunk=2, label_noise=0.5, box_noise=1.0):
 def test_groups_of_positives_and_negatives():
     targets = tiny.targets([3, 1, 2, 0], 4, SIZES)
     drawn = denoiser().draw(jax.random.key(0), targets)
-    # First chunk: 3 boxes at most, so 2 groups of 3 + 3; second chunk: 2 at most, so 3 groups of 2 + 2.
+    # The views of the first chunk have 3 boxes at most, so 2 groups of 3 + 3; those of the second 2, so 3 groups of 2 + 2.
     assert drawn.used.sum(axis=1).tolist() == [12, 12, 12, 12]
     assert drawn.group[0, :12].tolist() == [0] * 6 + [1] * 6
     assert drawn.group[2, :12].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert drawn.target[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
     assert drawn.positive[0, :6].tolist() == [True] * 3 + [False] * 3
-    # The second image has one box: the other places of its groups are pads, used but no objects.
+    # The second image has one box: the other slots of its groups are used, but copies of no object.
     assert drawn.object[1, :6].tolist() == [True, False, False, True, False, False]
     assert not drawn.object[3].any()
     assert np.all(np.asarray(drawn.boxes)[~np.asarray(drawn.object)] == 0.5)
@@ -62,7 +62,7 @@ def test_noise_stays_within_its_bounds():
     inside = np.asarray(jnp.all((cxcywh_to_xyxy(drawn.boxes) > 0.01) & (cxcywh_to_xyxy(drawn.boxes) < 0.99), axis=-1))
     positive = np.asarray(drawn.positive) & inside
     negative = np.asarray(drawn.object & ~drawn.positive) & inside
-    # Sides that cross over make width or height negative, which the sigmoid clips: look at one corner at a time.
+    # Noise may turn the width or height of a negative copy negative, which is then clipped: such copies are left out.
     assert moved[positive].max() <= 0.5 + 1e-3
     straight = negative & np.asarray(jnp.all(drawn.boxes[..., 2:] > 2e-3, axis=-1))
     assert moved[straight].min() >= 0.5 - 1e-3
@@ -82,12 +82,12 @@ def test_embedding_is_zero_without_object():
 
 
 def test_both_views_of_an_image_share_a_chunk():
-    """The two views of one image, then those of another; two views a chunk."""
+    """A batch has the two views of one image, then those of another; a chunk has two views."""
     targets = tiny.targets([3, 2, 1, 2], 4, SIZES)
     drawn = denoiser().draw(jax.random.key(0), targets, views=2)
-    # First image: 3 boxes at most, 2 groups of 3 + 3; second image: 2 at most, 3 groups of 2 + 2.
+    # The views of the first image have 3 boxes at most, so 2 groups of 3 + 3; those of the second 2, so 3 groups of 2 + 2.
     assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6] * 2 + [[0] * 4 + [1] * 4 + [2] * 4] * 2
-    # Four views a chunk hold both images.
+    # A chunk of four views has both images.
     drawn = denoiser(views_per_chunk=4).draw(jax.random.key(0), targets, views=2)
     assert drawn.group[:, :12].tolist() == [[0] * 6 + [1] * 6] * 4
     # A chunk holds at least one image with all of its views.

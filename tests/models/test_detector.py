@@ -1,4 +1,4 @@
-"""The whole detector: independence from padding and neighbours, structure, gradients."""
+"""The detector: independence from padding and neighbours, structure, initial values."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,13 @@ import tiny
 from flax import nnx
 
 from hpr_jax.errors import UserError
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
+from hpr_jax.models import build
+from hpr_jax.models.backbones.resnet import NORMS
 from hpr_jax.models.build import build_detector
 from hpr_jax.models.layers import layer
-from hpr_jax.models.refiner.selection import counted, distinct_attention, select_distinct
+from hpr_jax.models.refiner.layer import MERGE_POINTS, MERGES
+from hpr_jax.settings import SETTINGS
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.uniform(0, 255, (h, w, 3)).astype(np.float32) for h, w in ((40, 64), (61, 33), (64, 64), (48, 50))]
@@ -20,7 +23,7 @@ IMAGES = [RNG.uniform(0, 255, (h, w, 3)).astype(np.float32) for h, w in ((40, 64
 @jax.jit
 def detect(detector, images, sizes):
     outputs = detector(detector.normalize(images, sizes), sizes)
-    return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
+    return top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
 
 def padded(images, shape, fill=0.0):
@@ -62,7 +65,7 @@ def test_frozen_variables_are_not_parameters():
     config = tiny.config().model
     config.backbone.update(norm="frozen_batch", frozen_stages=1)
     detector = nnx.eval_shape(lambda: build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0)))
-    _, params, frozen = nnx.split(detector, nnx.Param, ...)
+    _, params, frozen = tiny.split_parameters(detector)
     trained = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
     still = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(frozen)}
     assert "backbone.stem.kernel" in still
@@ -87,9 +90,15 @@ def test_a_plain_detector_has_no_branches():
         ("backbone", {"kind": "vgg"}, r"known are resnet, swin"),
         ("queries", {"kind": "distinct"}, r"needs config.model.queries.dense_ratio"),
         ("queries", {"kind": "best"}, r"known are top and distinct"),
+        ("neck", {"groups": 3}, r"config\.model\.neck: 16 channels do not divide into 3 groups"),
+        (
+            "refiner",
+            {"primary": "regional_attention", "regional_attention": {"heads": 3, "samples": 2, "temperature": 20.0}},
+            r"config\.model\.refiner\.regional_attention: 16 channels do not divide into 3 heads",
+        ),
     ],
 )
-def test_parts_that_do_not_exist_get_a_sentence(section, setting, sentence):
+def test_parts_that_do_not_exist_or_do_not_fit_get_a_sentence(section, setting, sentence):
     config = tiny.config(model="dino").model
     config[section].update(setting)
     with pytest.raises(UserError, match=sentence):
@@ -98,7 +107,8 @@ def test_parts_that_do_not_exist_get_a_sentence(section, setting, sentence):
 
 @pytest.mark.parametrize("model", ["deformable_detr", "dino", "align_detr", "ddq"])
 def test_heads_start_as_published(model):
-    """All layers from one head; DDQ's branches from the same, those of the others from heads of their own."""
+    """The heads of all layers start as copies of one. The branches of DDQ start from the same head, and those of the other
+    detectors from heads of their own."""
     detector = build_detector(tiny.config(model=model).model, tiny.CLASSES, rngs=nnx.Rngs(0))
     kernel = detector.heads.matching.classes.kernel
     np.testing.assert_array_equal(kernel[0], kernel[1])
@@ -111,7 +121,7 @@ def test_heads_start_as_published(model):
 
 
 def test_more_queries_than_tokens():
-    """Queries without a token are seen by none, and give no detections."""
+    """Queries that find no token are seen by none, and give no detections."""
     config = tiny.config(model="dino").model
     config.queries.count = 100
     detector = build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0))
@@ -121,7 +131,7 @@ def test_more_queries_than_tokens():
     assert tokens < 100
     valid = np.asarray(outputs.primary.matching.valid)
     assert valid[:, 0].sum(axis=-1).tolist() == [tokens, tokens]
-    *_, found = detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 300)
+    *_, found = top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 300)
     assert np.asarray(found).sum() == tokens * tiny.CLASSES
 
 
@@ -131,23 +141,21 @@ def test_one_layer_of_a_stack():
     assert all(np.array_equal(a[1], b) for a, b in zip(stacked, single))
 
 
-def test_kept_queries_see_all_and_are_seen():
-    kept = jnp.array([[False, True, False, True]])
-    mask = np.asarray(distinct_attention(kept))[0]
-    assert mask[1].all()
-    assert mask[:, 3].all()
-    assert mask[0].tolist() == [False, True, False, True]
+@pytest.mark.parametrize(
+    ("folder", "table", "setting"),
+    [
+        ("backbones", build.BACKBONES, "model.backbone.kind"),
+        ("queries", build.QUERIES, "model.queries.kind"),
+        ("refiner", build.INTERACTIONS, "model.refiner.auxiliaries"),
+    ],
+)
+def test_words_of_configs_are_names_of_files(folder, table, setting):
+    assert set(table) == set(SETTINGS[setting].choices)
+    for word, module in table.items():
+        assert module.__module__ == f"hpr_jax.models.{folder}.{word}"
 
 
-def test_all_count_when_the_first_is_kept():
-    assert counted(jnp.array([True, False, True])).tolist() == [True, True, True]
-    assert counted(jnp.array([False, False, True])).tolist() == [False, False, True]
-
-
-def test_twins_break_ties_by_index():
-    boxes = jnp.full((4, 4), 0.5)
-    # Rounding put the third of three identical queries first.
-    scores = jnp.array([0.1, 0.5, 0.5, 0.5000001])
-    twins = jnp.array([False, True, True, True])
-    kept = select_distinct(scores, boxes, jnp.ones(4, bool), twins, 0.8)
-    assert kept.tolist() == [False, True, False, False]
+def test_choices_of_modules_are_those_of_settings():
+    assert SETTINGS["model.backbone.norm"].choices == NORMS
+    assert SETTINGS["model.refiner.merge"].choices == MERGES
+    assert SETTINGS["model.refiner.merge_points"].choices == MERGE_POINTS

@@ -1,4 +1,6 @@
-"""The decoder's first queries: which tokens may become proposals."""
+"""Proposals: which tokens have an anchor inside of the image."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def test_sides_of_anchors_count_from_the_sixth_level_on():
 def test_tokens_outside_have_infinite_anchors_and_others_the_logits_of_theirs():
     # One row of two tokens in an image whose second column is padding.
     memory = pyramid([[[1, 1]]], [(1, 2)])
-    tokens = ProposalGenerator.tokens(memory.replace(valid=jnp.array([[True, False]])))
+    tokens = ProposalGenerator.tokens(dataclasses.replace(memory, valid=jnp.array([[True, False]])))
     assert tokens.inside[0, :, 0].tolist() == [True, False]
     np.testing.assert_allclose(tokens.anchors[0, 0], [0, 0, np.log(0.05 / 0.95), np.log(0.05 / 0.95)], rtol=1e-5)
     assert np.isposinf(tokens.anchors[0, 1]).all()

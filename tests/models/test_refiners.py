@@ -1,4 +1,4 @@
-"""Refiners as settings: every ablation of the paper builds, trains and evaluates; so do other subsets and orders."""
+"""Refiners as settings: every ablation of the paper builds, trains and evaluates; so do other choices and orders."""
 
 import re
 
@@ -13,11 +13,12 @@ from hpr_jax.config import load_config
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 from hpr_jax.evaluation.evaluator import Evaluator
-from hpr_jax.inference.detect import detections
+from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.build import make_criterion
+from hpr_jax.models import build
 from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.models.refiner.layer import Merge
-from hpr_jax.runtime.devices import replicate, spread
+from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.build import make_optimizer
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
@@ -28,7 +29,7 @@ IMAGES = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3))
 
 
 def shallow(**refiner):
-    """The tiny Deformable DETR with other refiner settings, one layer of each kind, and less to compile elsewhere."""
+    """Config of the tiny Deformable DETR with these refiner settings, one layer of each kind, and little else to compile."""
     c = tiny.config(model="deformable_detr")
     c.model.refiner.update(refiner)
     c.model.encoder.layers = c.model.refiner.layers = 1
@@ -38,7 +39,7 @@ def shallow(**refiner):
 
 
 def random_weights(c):
-    """A detector with weights of the size that initialisation gives them, but drawn by NumPy: nothing to compile."""
+    """A detector, split, whose weights are about as large as initial ones, but drawn by NumPy: nothing is compiled."""
     detector, rng = abstract_detector(c.model, tiny.CLASSES), np.random.default_rng(0)
     filled = []
     for path, variable in nnx.to_flat_state(nnx.state(detector)):
@@ -48,24 +49,24 @@ def random_weights(c):
         value = np.abs(value) + 1 if path[-1] == "variance" else value
         filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
     nnx.update(detector, nnx.from_flat_state(filled))
-    return nnx.split(detector, nnx.Param, ...)
+    return tiny.split_parameters(detector)
 
 
 @jax.jit
 def detect(detector, images, sizes):
     outputs = detector(detector.normalize(images, sizes), sizes)
-    return detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
+    return top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
 
 def assert_trains_and_evaluates(c, dataset):
-    """Steps on one batch lower the loss and move every weight of the refiner; then it is evaluated on a data set."""
+    """Asserts that steps on one batch lower the loss and move every weight of the refiner, and that it can be evaluated."""
     graph, params, frozen = random_weights(c)
     before = jax.tree.map(np.array, nnx.to_pure_dict(params)["refiner"])
     optimizer = make_optimizer(c)
     step, losses = TrainStep(graph, make_criterion(c), optimizer, 0), []
     state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
     batch = DeviceBatch(jnp.asarray(IMAGES), tiny.targets([2, 1], 4, [[64, 64], [48, 40]]))
-    state, batch = replicate(step.mesh, state), spread(step.mesh, jax.tree.map(lambda x: x[None], batch), axis=1)
+    state, batch = replicate(step.mesh, state), shard(step.mesh, jax.tree.map(lambda x: x[None], batch), axis=1)
     for _ in range(4):
         state, numbers = step(state, batch, 3e-3)
         losses.append(float(numbers["loss"]))
@@ -88,7 +89,7 @@ def dataset(tmp_path_factory):
     return load_coco(directory, "val2017", "annotations/instances_val2017.json")
 
 
-def test_there_are_the_rows_of_three_tables():
+def test_the_ablations_are_the_rows_of_three_tables():
     assert [sum(name.startswith(f"table{number}") for name in VARIANTS) for number in (5, 6, 7)] == [6, 7, 6]
 
 
@@ -102,14 +103,35 @@ def test_every_row_trains_and_evaluates(variant, dataset):
 
 
 def test_all_refiners_at_once_in_another_order(dataset):
-    """As auxiliaries of another primary, with branches of their own."""
+    """Each refiner but one is an auxiliary one of another primary refiner, with a branch of its own."""
     auxiliaries = ("point", "deformable", "region_fc", "regional_attention", "global_attention")
     assert_trains_and_evaluates(shallow(primary="dynamic_conv", auxiliaries=auxiliaries, merge="fixed"), dataset)
 
 
-@pytest.mark.parametrize(
-    "refiner", ["deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point"]
-)
+class Scale(nnx.Module):
+    """An interaction with a setting of its own: multiplies the query."""
+
+    needs_regions = False
+
+    def __init__(self, shared, *, factor, rngs):
+        self.factor = nnx.Param(jnp.full(shared.channels, factor))
+
+    def __call__(self, query, position, surroundings):
+        return query * self.factor
+
+
+def test_a_new_refiner_needs_an_entry_alone(monkeypatch):
+    monkeypatch.setitem(build.INTERACTIONS, "scale", Scale)
+    config = shallow(primary="deformable", auxiliaries=("scale",)).model
+    config.refiner.scale = {"factor": 3.0}
+    detector = build_detector(config, tiny.CLASSES, rngs=nnx.Rngs(0))
+    (auxiliary,) = detector.refiner.layers.auxiliaries
+    assert isinstance(auxiliary.interaction, Scale)
+    np.testing.assert_array_equal(auxiliary.interaction.factor.get_value(), np.full((1, 16), 3.0))
+    assert detector.refiner.branches == ("scale",)
+
+
+@pytest.mark.parametrize("refiner", sorted(build.INTERACTIONS))
 def test_padding_does_not_matter_to_any_refiner(refiner):
     graph, params, frozen = random_weights(shallow(primary=refiner, auxiliaries=()))
     detector = nnx.merge(graph, params, frozen)
@@ -136,8 +158,6 @@ def test_initial_weights_of_merges(kind):
     [
         ({"auxiliaries": ("dynamic_convolution",)}, "dynamic_convolution"),
         ({"primary": "deformabel"}, "deformabel"),
-        ({"layers": 0}, "refiner.layers is 0"),
-        ({"regional_attention": {"samples": 0}}, "refiner.regional_attention.samples is 0"),
         ({"auxiliaries": ("deformable", "dynamic_conv")}, "twice"),
         ({"merge_initial": (1.0, 1.0)}, "merge_initial has 2 weights for 3 refiners"),
         ({"merge_initial": (1.0, 1.0, 1.0), "merge_xavier": True}, "merge_xavier=False"),

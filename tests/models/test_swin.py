@@ -1,6 +1,7 @@
 """Swin Transformer: official values, independence from padding, drop path, frozen stages, settings."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,15 @@ from flax import nnx
 from reference import arrays, assert_close
 
 from hpr_jax.errors import UserError
-from hpr_jax.models.backbones.swin import SwinTransformer, drop_path, relative_positions
+from hpr_jax.models.backbones.swin import SwinTransformer, drop_path
+from hpr_jax.models.backbones.window_attention import relative_positions
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.weights.official import entries, load_official
 
-SMALL = {"embed_channels": 8, "depths": (2, 2, 4, 2), "heads": (1, 2, 4, 8), "window": 4}
-# Half of it, for what does not depend on depth.
+SMALL: dict[str, Any] = {"embed_channels": 8, "depths": (2, 2, 4, 2), "heads": (1, 2, 4, 8), "window": 4}
+# A network of half the depth, for what does not depend on depth.
 SHALLOW = {"depths": (2, 2), "heads": (1, 2)}
-# Odd in all maps, whole windows, less than a window.
+# (height, width) of images whose maps have odd sides, consist of whole windows, or are smaller than a window.
 SIZES = ((75, 90), (64, 33), (5, 61))
 CANVAS = (80, 96)
 RNG = np.random.default_rng(0)
@@ -31,7 +33,7 @@ def build(**settings):
 
 @functools.cache
 def model(*, remat=False, **settings):
-    """The reference model with its weights, which make all parts matter; settings may leave out some of it."""
+    """The backbone of the reference values with its weights, in which all parts matter; settings may leave some out."""
     config = tiny.config(model="dino").model
     config.backbone = {"kind": "swin", **SMALL, **settings}
     detector = abstract_detector(config, tiny.CLASSES, {"remat": ("backbone",) if remat else ()})
@@ -41,7 +43,7 @@ def model(*, remat=False, **settings):
     return detector.backbone
 
 
-# Compiled once per shape and setting.
+# It is compiled once for each shape and setting.
 @jax.jit
 def extract(model, images, sizes, keys=None):
     return model(images, sizes, keys)
@@ -97,30 +99,30 @@ def test_neither_neighbours_nor_canvas_nor_padding_matter(canvas):
 
 def test_without_key_or_rate_nothing_is_dropped():
     batch = padded(IMAGES)
-    kept, _ = extract(model(**SHALLOW), *batch)
+    undropped, _ = extract(model(**SHALLOW), *batch)
     again, _ = extract(model(**SHALLOW), *batch)
     without_rate = model(**SHALLOW, drop_path=0.0)
-    assert_same(again, kept, 0)
-    assert_same(extract(without_rate, *batch)[0], kept)
-    assert_same(extract(without_rate, *batch, jax.random.split(jax.random.key(0), len(IMAGES)))[0], kept)
+    assert_same(again, undropped, 0)
+    assert_same(extract(without_rate, *batch)[0], undropped)
+    assert_same(extract(without_rate, *batch, jax.random.split(jax.random.key(0), len(IMAGES)))[0], undropped)
 
 
 def test_drop_path_zeroes_whole_branches_of_an_image():
-    # One image many times: the copies differ by what was dropped alone. The rates are 0, 0.3, 0.6, 0.9.
+    # A batch of copies of one image, which differ only by what was dropped. The rates are 0, 0.3, 0.6, 0.9.
     images, sizes = padded([IMAGES[0][:20, :20]] * 32, (20, 20))
     dropping = model(**SHALLOW, drop_path=0.9)
-    kept, _ = extract(dropping, images, sizes)
+    undropped, _ = extract(dropping, images, sizes)
     keys = jax.random.split(jax.random.key(0), 32)
     dropped, _ = extract(dropping, images, sizes, keys)
-    # Of the two branches of the second block, none, one, the other or both.
+    # The second block drops none of its two branches, one, the other or both.
     assert len(np.unique(np.asarray(dropped[0]).round(4), axis=0)) == 4
     assert len(np.unique(np.asarray(dropped[1]).round(4), axis=0)) > 8
-    assert len(np.unique(np.asarray(kept[1]).round(4), axis=0)) == 1
+    assert len(np.unique(np.asarray(undropped[1]).round(4), axis=0)) == 1
     again, _ = extract(dropping, images, sizes, keys)
     other, _ = extract(dropping, images, sizes, jax.random.split(jax.random.key(1), 32))
     swapped, _ = extract(dropping, images, sizes, keys[::-1])
     assert_same(again, dropped, 0)
-    # What an image drops is its own key's matter.
+    # What an image drops depends on its own key alone.
     assert_same([map_[::-1] for map_ in swapped], dropped)
     assert not np.array_equal(other[0], dropped[0])
 
@@ -194,15 +196,15 @@ def test_frozen_stages_are_not_parameters():
 
 def test_frozen_stages_drop_nothing():
     frozen, batch = model(**SHALLOW, drop_path=0.9, frozen_stages=1), padded(IMAGES)
-    kept, _ = extract(frozen, *batch)
+    undropped, _ = extract(frozen, *batch)
     dropped, _ = extract(frozen, *batch, jax.random.split(jax.random.key(0), len(IMAGES)))
-    assert_same(dropped[:1], kept[:1])
-    assert np.abs(dropped[1] - kept[1]).max() > 0.01
+    assert_same(dropped[:1], undropped[:1])
+    assert np.abs(dropped[1] - undropped[1]).max() > 0.01
 
 
 @jax.jit
 def gradients(model, images, sizes, keys):
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = tiny.split_parameters(model)
 
     def loss(params):
         maps, _ = nnx.merge(graph, params, rest)(images, sizes, keys)
@@ -229,13 +231,13 @@ def test_dtype_follows_the_images():
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"depths": (2, 2, 3, 2)}, r"config\.model\.backbone\.depths .*even"),
-        ({"depths": (2, 2, 0, 2)}, r"config\.model\.backbone\.depths .*at least 2"),
-        ({"heads": (1, 2, 4)}, r"config\.model\.backbone\.heads .*4 stages"),
-        ({"heads": (1, 2, 5, 8)}, r"config\.model\.backbone\.heads .*32 channels .* 5 heads"),
-        ({"window": 0}, r"config\.model\.backbone\.window"),
-        ({"drop_path": 1.0}, r"config\.model\.backbone\.drop_path"),
-        ({"frozen_stages": 5}, r"config\.model\.backbone\.frozen_stages"),
+        ({"depths": (2, 2, 3, 2)}, r"depths .*even"),
+        ({"depths": (2, 2, 0, 2)}, r"depths .*at least 2"),
+        ({"heads": (1, 2, 4)}, r"heads .*4 stages"),
+        ({"heads": (1, 2, 5, 8)}, r"heads .*32 channels .* 5 heads"),
+        ({"window": 0}, r"window"),
+        ({"drop_path": 1.0}, r"drop_path"),
+        ({"frozen_stages": 5}, r"frozen_stages"),
     ],
 )
 def test_ill_formed_settings_get_a_sentence(setting, sentence):

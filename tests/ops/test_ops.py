@@ -1,5 +1,7 @@
 """Operations against plain loops and hand-computed values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ from hpr_jax.ops.attention import attention
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, iou, xyxy_to_cxcywh
 from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.deformable_sampling import deformable_sampling
+from hpr_jax.ops.layer_norm import normalized
+from hpr_jax.ops.linear import affine
 from hpr_jax.ops.nms import nms_first, nms_mask
-from hpr_jax.ops.order import after
+from hpr_jax.ops.order import compute_after
 from hpr_jax.ops.padding import halve, valid_mask, zero_padding
 from hpr_jax.ops.roi_align import roi_align
 
@@ -49,11 +53,15 @@ def test_padding():
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
 @pytest.mark.parametrize(("height", "width"), [(8, 9), (7, 6)])
 def test_convolution_against_loops(height, width, size, stride):
+    """Of two images, the second is smaller; what its padding holds does not matter."""
     x, kernel = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((2, height, width, 3), (size, size, 3, 4)))
+    sizes = jnp.array([[height, width], [height - 3, width - 2]])
+    inside = np.ones((2, height, width, 1), bool)
+    inside[1, height - 3 :] = inside[1, :, width - 2 :] = False
     pad = size // 2
 
     def by_loops(x, kernel):
-        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        x = jnp.pad(jnp.where(inside, x, 0), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
         def pixel(row, column):
             return jnp.einsum("bhwi,hwio->bo", x[:, row : row + size, column : column + size], kernel)
@@ -67,10 +75,10 @@ def test_convolution_against_loops(height, width, size, stride):
         out, back = jax.vjp(function, x, kernel)
         return out, *back(weights.astype(out.dtype))
 
-    ours = run(lambda x, kernel: convolution(x, kernel, stride), x)
+    ours = run(lambda x, kernel: convolution(x, kernel, stride, sizes), x)
     for a, b in zip(ours, run(by_loops, x)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    rounded = run(lambda x, kernel: convolution(x, kernel, stride), x.astype(jnp.bfloat16))
+    rounded = run(lambda x, kernel: convolution(x, kernel, stride, sizes), x.astype(jnp.bfloat16))
     assert [array.dtype for array in rounded] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     for a, b in zip(rounded, ours):
         assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
@@ -80,20 +88,20 @@ def test_convolution_against_loops(height, width, size, stride):
 @pytest.mark.parametrize("seen", ["all", "some keys", "some pairs", "some pairs of all images"])
 def test_attention_head_by_head(seen, monkeypatch):
     rng = np.random.default_rng(0)
-    # Values far from zero, beside which the gradients of queries and keys are small.
+    # The values are far from zero, so that the gradients of queries and keys are small differences.
     arrays = (rng.normal(mean, size=(2, n, 3, 4)) for n, mean in ((5, 0), (7, 0), (7, 20), (5, 0)))
-    # Numbers that bfloat16 has, too.
+    # The numbers are rounded to bfloat16, so that they are the same in both types.
     query, key, value, weights = (jnp.asarray(array, jnp.bfloat16).astype(jnp.float32) for array in arrays)
-    mask = None
+    mask: jax.Array | None = None
     if seen != "all":
         shape = {"some keys": (2, 1, 7), "some pairs": (2, 5, 7), "some pairs of all images": (1, 5, 7)}[seen]
-        mask = rng.random(shape) < 0.5
-        # A query, or all of an image, that see nothing.
-        mask[0, 0] = False
-        mask = jnp.asarray(mask)
+        may_see = rng.random(shape) < 0.5
+        # A query, or all queries of an image, may see no key.
+        may_see[0, 0] = False
+        mask = jnp.asarray(may_see)
 
     def run(*arguments):
-        out, back = jax.vjp(lambda *arguments: attention(*arguments, mask), *arguments)
+        out, back = jax.vjp(functools.partial(attention, mask=mask), *arguments)
         return out, *back(weights.astype(out.dtype))
 
     together = run(query, key, value)
@@ -110,11 +118,11 @@ def test_attention_head_by_head(seen, monkeypatch):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="only programs for CPUs are put into an order")
 @pytest.mark.parametrize("other", [1.0, np.inf, np.nan])
-def test_after_waits_and_changes_nothing(other):
+def test_compute_after_makes_a_dependency_and_changes_nothing(other):
     x = jnp.asarray(RNG.normal(size=(3, 2)), jnp.bfloat16)
-    waited = jax.jit(after)(jnp.full((4, 5), other), x)
+    waited = jax.jit(compute_after)(jnp.full((4, 5), other), x)
     assert waited.dtype == x.dtype
-    # That NaN arrives shows that the compiler has not taken the one for independent of the other.
+    # That NaN arrives shows that the compiler did not remove the dependency.
     expected = np.full(x.shape, np.nan) if np.isnan(other) else x.astype(jnp.float32)
     np.testing.assert_array_equal(waited.astype(jnp.float32), expected)
 
@@ -218,12 +226,12 @@ def test_roi_align_counts_samples_beyond_the_border_as_zero():
 
 
 def greedy(boxes, scores, candidates, threshold):
-    """Textbook NMS: kept indices by falling score."""
-    kept = []
+    """Textbook NMS: indices of the survivors by falling score."""
+    survivors: list[int] = []
     for i in sorted(np.flatnonzero(candidates), key=lambda i: (-scores[i], i)):
-        if all(float(iou(jnp.asarray(boxes[k]), jnp.asarray(boxes[i]))) <= threshold for k in kept):
-            kept.append(int(i))
-    return kept
+        if all(float(iou(jnp.asarray(boxes[k]), jnp.asarray(boxes[i]))) <= threshold for k in survivors):
+            survivors.append(int(i))
+    return survivors
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32, 64])
@@ -291,3 +299,47 @@ def test_sampling_gradients_are_finite_far_outside():
     locations, weights = jnp.full((1, 1, 1, 1, 1, 2), 1e6), jnp.ones((1, 1, 1, 1, 1))
     gradients = jax.grad(lambda *a: deformable_sampling(a[0], ((2, 2),), *a[1:]).sum(), (0, 1, 2))(value, locations, weights)
     assert all(np.all(np.asarray(g) == 0) for g in gradients)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
+def test_gradients_of_linear_layers(inputs, outputs, with_bias):
+    rng = np.random.default_rng(0)
+    shapes = (2, 4, inputs), (inputs, outputs), (outputs,)
+    x, kernel, *biases = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    bias = biases[0] if with_bias else None
+
+    def plain(x, kernel, bias):
+        return x @ kernel + (0 if bias is None else bias)
+
+    def run(function, x):
+        # Cubed, so that each result has a different gradient.
+        return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, kernel, bias)
+
+    for ours, theirs in zip(*map(jax.tree.leaves, (run(affine, x), run(plain, x)))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    _, (of_x, *of_parameters) = run(affine, x.astype(jnp.bfloat16))
+    assert of_x.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(of_parameters))
+
+
+def test_gradients_of_layer_normalisation():
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(rng.normal(loc=2.0, size=s), jnp.float32) for s in ((2, 4, 6), (6,), (6,)))
+
+    def plain(x, scale, bias):
+        centered = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + 1e-5) * scale + bias
+
+    def run(function, x):
+        # Cubed, so that each result has a different gradient.
+        return jax.value_and_grad(lambda *arguments: jnp.sum(function(*arguments) ** 3), argnums=(0, 1, 2))(x, scale, bias)
+
+    ours = functools.partial(normalized, epsilon=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (run(ours, x), run(plain, x)))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    rounded = x.astype(jnp.bfloat16)
+    _, gradients = run(ours, rounded)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    for a, b in zip(gradients, run(ours, rounded.astype(jnp.float32))[1]):
+        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)

@@ -1,6 +1,7 @@
 """Deformable sampling and RoIAlign: every implementation that runs on this machine, against loops in float64.
 
-On CPUs that is XLA and the interpreted kernels; with a GPU (`JAX_PLATFORMS=cuda`) also the compiled kernels, in more shapes.
+On CPUs these are XLA and the interpreted kernels; with a GPU (`JAX_PLATFORMS=cuda`) also the compiled kernels, in more
+shapes.
 """
 
 import functools
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from sampling_in_float64 import SHAPES, inputs, sample_in_float64
 
 from hpr_jax.kernels import weighted_rows
 from hpr_jax.ops.deformable_sampling import deformable_sampling
@@ -18,44 +20,6 @@ from hpr_jax.ops.roi_align import roi_align
 ON_GPU = jax.default_backend() == "gpu"
 IMPLEMENTATIONS = ("xla", "pallas_interpret", *(["pallas"] if ON_GPU else []))
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-SHAPES = ((5, 7), (3, 4), (1, 2))
-
-
-def sample_in_float64(value, shapes, locations, weights, gradient):
-    """Output and the gradients of value, locations and weights, one corner of one sampling point after the other."""
-    value, locations, weights, gradient = (np.asarray(x, np.float64) for x in (value, locations, weights, gradient))
-    batch, queries, heads, levels, points, _ = locations.shape
-    out = np.zeros((batch, queries, heads, value.shape[-1]))
-    of_value, of_locations, of_weights = np.zeros_like(value), np.zeros_like(locations), np.zeros_like(weights)
-    starts = np.cumsum([0, *(h * w for h, w in shapes)])
-    for b, q, h, level, p in np.ndindex(batch, queries, heads, levels, points):
-        height, width = shapes[level]
-        weight = weights[b, q, h, level, p]
-        x, y = locations[b, q, h, level, p] * (width, height) - 0.5
-        x0, y0 = int(np.floor(x)), int(np.floor(y))
-        for column in (x0, x0 + 1):
-            for row in (y0, y0 + 1):
-                if not (0 <= column < width and 0 <= row < height):
-                    continue
-                token = starts[level] + row * width + column
-                weight_x, weight_y = 1 - abs(x - column), 1 - abs(y - row)
-                out[b, q, h] += weight * weight_x * weight_y * value[b, token, h]
-                of_value[b, token, h] += weight * weight_x * weight_y * gradient[b, q, h]
-                product = value[b, token, h] @ gradient[b, q, h]
-                of_weights[b, q, h, level, p] += weight_x * weight_y * product
-                sign = np.array([1 if column > x0 else -1, 1 if row > y0 else -1])
-                of_locations[b, q, h, level, p] += sign * (weight_y, weight_x) * (width, height) * weight * product
-    return out, of_value, of_locations, of_weights
-
-
-def inputs(rng, *, shapes=SHAPES, batch=2, queries=5, heads=2, width=8, points=2, dtype=jnp.float32):
-    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
-    value = jnp.asarray(rng.normal(size=(batch, tokens, heads, width)), dtype)
-    # Many of them at the borders and outside.
-    locations = jnp.asarray(rng.uniform(-0.4, 1.4, (batch, queries, heads, levels, points, 2)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(batch, queries, heads, levels, points)), jnp.float32)
-    gradient = jnp.asarray(rng.normal(size=(batch, queries, heads, width)), dtype)
-    return value, locations, weights, gradient
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -69,7 +33,7 @@ def output_and_gradients(implementation, shapes, value, locations, weights, grad
 
 
 def assert_agrees(implementation, shapes, *arrays):
-    # Inside, all is float32; results are rounded to the 8 bits of bfloat16 once.
+    # Everything is computed in float32; only the results are rounded to the 8 bits of bfloat16.
     tolerance = 4e-3 if arrays[0].dtype == jnp.bfloat16 else 1e-5
     computed = output_and_gradients(implementation, shapes, *arrays)
     for name, ours, theirs in zip(
@@ -98,7 +62,7 @@ def test_values_and_gradients(implementation, case):
 
 @implementations
 def test_borders_and_far_outside(implementation):
-    """Corners and edges of the maps, pixel centres (both are kinks), and places where pixel numbers overflow."""
+    """Places at pixel centres and at the edges of the map (both are kinks), and far out, where pixel numbers overflow."""
     value, locations, weights, gradient = inputs(np.random.default_rng(1), shapes=((4, 4),), queries=8, points=1)
     places = jnp.array([0.125, 0.375, -0.125, 1.125, 0.0, 1.0, 1e9, -1e30])
     locations = jnp.broadcast_to(places[None, :, None, None, None, None], locations.shape)
@@ -183,7 +147,7 @@ def _second_value_of_two(function, value, *others):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    """Of XLA's form: 5 queries, or regions, at once, and two by two."""
+    """The XLA implementations compute the same of 5 queries, or regions, at once and two at a time."""
     rng = np.random.default_rng(4)
     arrays = inputs(rng)[:3]
     features, sizes = jnp.asarray(rng.normal(size=(2, 150, 12)), jnp.float32), jnp.array([[[12, 10], [6, 5]]] * 2)
@@ -200,10 +164,10 @@ def test_chunks_change_nothing(monkeypatch):
             jax.value_and_grad(of_regions)(features),
         )
 
-    whole = run()
-    for module in ("deform_attn", "roi_align"):
+    at_once = run()
+    for module in ("deformable_sampling", "roi_align"):
         monkeypatch.setattr(f"hpr_jax.ops.{module}.CHUNK", 2)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run())):
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(run())):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -217,11 +181,11 @@ def test_refusals():
         deformable_sampling(value[:1], SHAPES, locations, weights)
     with pytest.raises(ValueError, match=r"weights \[B, Q, H, L, P\]"):
         deformable_sampling(value, SHAPES, locations, weights[..., 0])
-    # Left to itself, it finds another way.
+    # If no implementation is named, XLA is taken.
     assert deformable_sampling(value, SHAPES, locations, weights).shape == (2, 5, 2 * 130)
 
 
-@pytest.mark.skipif(ON_GPU, reason="of machines without a GPU: with one, kernels run, and nothing is refused")
+@pytest.mark.skipif(ON_GPU, reason="kernels are refused on machines without a GPU alone")
 def test_a_kernel_asked_for_without_a_gpu_raises():
     value, locations, weights, _ = inputs(np.random.default_rng(0))
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, and the default platform is cpu"):
@@ -231,7 +195,7 @@ def test_a_kernel_asked_for_without_a_gpu_raises():
 @implementations
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_roi_align(implementation, dtype):
-    """Regions of all levels, empty, outside, and beyond the valid area, against the definition in float64."""
+    """Regions of all levels, empty ones, and ones outside of the valid area, against the definition in float64."""
     rng = np.random.default_rng(0)
     shapes, strides, bins, ratio = ((12, 10), (6, 5)), (8, 16), 3, 2
     features = jnp.asarray(rng.normal(size=(2, 150, 12)), dtype)
@@ -240,7 +204,6 @@ def test_roi_align(implementation, dtype):
     boxes = np.concatenate([corners[:, :, 0], corners[:, :, 1]], axis=-1).astype(np.float32)
     boxes[0, 0], boxes[0, 1], boxes[1, 0] = (0, 0, 80, 96), (30, 30, 30, 30), (500, 500, 600, 600)
     gradient = jnp.asarray(rng.normal(size=(2, 6, bins**2, 12)), dtype)
-    settings = {"strides": strides, "output_size": bins, "sampling_ratio": ratio, "finest_scale": 30.0}
     expected, of_features = np.zeros(gradient.shape), np.zeros(features.shape)
     wide = np.asarray(features, np.float64)
     for b, q in np.ndindex(2, 6):
@@ -261,8 +224,18 @@ def test_roi_align(implementation, dtype):
                     expected[b, q, bin_y * bins + bin_x] += weight * wide[b, place]
                     of_features[b, place] += weight * np.asarray(gradient[b, q, bin_y * bins + bin_x], np.float64)
 
-    def align(features):
-        return roi_align(features, shapes, sizes, jnp.asarray(boxes), implementation=implementation, **settings)
+    def align(features, boxes=boxes):
+        return roi_align(
+            features,
+            shapes,
+            sizes,
+            jnp.asarray(boxes),
+            strides=strides,
+            output_size=bins,
+            sampling_ratio=ratio,
+            finest_scale=30.0,
+            implementation=implementation,
+        )
 
     out, pullback = jax.vjp(jax.jit(align), features)
     tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
@@ -270,18 +243,13 @@ def test_roi_align(implementation, dtype):
     np.testing.assert_allclose(
         np.asarray(pullback(gradient)[0], np.float64), of_features, atol=tolerance * np.abs(of_features).max()
     )
-    # Regions carry no gradient, and none may be there.
-    assert roi_align(features, shapes, sizes, jnp.zeros((2, 0, 4)), implementation=implementation, **settings).shape == (
-        2,
-        0,
-        9,
-        12,
-    )
+    # There may be no regions.
+    assert align(features, np.zeros((2, 0, 4))).shape == (2, 0, 9, 12)
 
 
 @pytest.mark.parametrize("channels", [3, 300])
 def test_weighted_rows_of_odd_widths(channels):
-    """Narrower and wider than the channels of one program, and rows that several sums share."""
+    """Tables narrower and wider than the tile of a program, with rows that several sums share."""
     rng = np.random.default_rng(0)
     table, gradient = rng.normal(size=(7, channels)).astype(np.float32), rng.normal(size=(9, channels)).astype(np.float32)
     index, weights = rng.integers(0, 7, (9, 4)).astype(np.int32), rng.normal(size=(9, 4)).astype(np.float32)

@@ -16,7 +16,7 @@ from hpr_jax.data.build import load_dataset
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.training.resume import check_same_everywhere, check_same_run, dependencies
-from hpr_jax.training.state import TrainState, evaluated, training_arrays
+from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
 from hpr_jax.weights.checkpoint import Meta, find_checkpoint
 
 CONFIG = to_plain(tiny.config())
@@ -229,7 +229,7 @@ class TestStates:
 
     @pytest.mark.parametrize(("averaged", "kernel"), [(False, 1), (True, 2)])
     def test_the_average_is_what_is_evaluated_and_saved(self, averaged, kernel):
-        found = nnx.to_pure_dict(evaluated(self.state(averaged=averaged)))
+        found = nnx.to_pure_dict(evaluation_variables(self.state(averaged=averaged)))
         assert found == {"kernel": kernel, "mean": 3}
 
     def test_a_run_goes_on_from_the_parameters_moments_and_step(self):

@@ -9,7 +9,7 @@ import tiny
 from flax import nnx
 
 from hpr_jax.losses.build import make_criterion
-from hpr_jax.runtime.devices import replicate, spread
+from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.optimizer import Optimizer
 from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
 from hpr_jax.training.state import TrainState
@@ -43,7 +43,7 @@ def state_and_batch():
     images = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3)).astype(np.uint8)
     batch = DeviceBatch(jnp.asarray(images), tiny.targets([2, 1], 4, [[60, 50], [64, 64]]))
     batch = jax.tree.map(lambda x: x[None], batch)
-    return replicate(step().mesh, state), spread(step().mesh, batch, axis=1)
+    return replicate(step().mesh, state), shard(step().mesh, batch, axis=1)
 
 
 def test_the_programs_do_what_one_does():

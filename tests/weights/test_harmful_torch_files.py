@@ -158,7 +158,7 @@ def test_numpy_states_are_checked(tmp_path, state):
 )
 def test_impossible_views_are_refused(tmp_path, packed, offset, shape, strides):
     storage = Storage(np.arange(4))
-    arguments = (storage, offset, shape, strides, False, {})
+    arguments: tuple = (storage, offset, shape, strides, False, {})
     refusal(tmp_path, packed([Call(named("torch._utils", "_rebuild_tensor_v2"), *arguments)]))
 
 

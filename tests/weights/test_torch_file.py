@@ -1,4 +1,4 @@
-"""PyTorch checkpoint files: both formats read, written files, and files that are none."""
+"""PyTorch checkpoint files: reading both formats, writing, and files that are no checkpoints."""
 
 import collections
 import pickle
@@ -43,7 +43,7 @@ def test_types_come_back_bit_exact(tmp_path, packed, dtype):
 @FORMATS
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_views_share_their_storage(tmp_path, packed, protocol):
-    base = np.float32(range(60)).reshape(3, 4, 5)
+    base = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
     storage = Storage(base.reshape(-1))
     part = base[:, ::2, 1:4]
     content = {
@@ -81,7 +81,7 @@ def test_legacy_views_of_storages(tmp_path):
 def test_training_checkpoints_of_mmengine(tmp_path, packed):
     found = read(tmp_path, packed(mmengine_content()))
     assert list(find_tensors(found)) == ["a.weight"]
-    np.testing.assert_array_equal(find_tensors(found)["a.weight"], np.float32(range(12)).reshape(3, 4))
+    np.testing.assert_array_equal(find_tensors(found)["a.weight"], np.arange(12, dtype=np.float32).reshape(3, 4))
     assert found["optimizer"]["state"][0]["step"] == 7
     assert found["meta"]["cfg"] == "model = ..."
     assert found["message_hub"]["info"]["iter"] == 5
@@ -123,7 +123,7 @@ def test_written_files_come_back(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {f"w.{dtype}": (rng.normal(size=(2, 3)) * 50).astype(dtype) for dtype in DTYPES}
     tensors |= {"scalar": np.array(2.5), "empty": np.zeros((0, 2)), "transposed": np.arange(6.0).reshape(2, 3).T}
-    tensors |= {"special": np.float32([np.nan, -0.0, np.inf])}
+    tensors |= {"special": np.array([np.nan, -0.0, np.inf], np.float32)}
     meta = {"epoch": 3, "big": 2**40, "rate": 1e-3, "text": "ü", "nothing": None, "list": [1, (2, True)], "dict": {"a": {}}}
     path.write_text("an older file")
     write_checkpoint(path, tensors, meta)
@@ -151,7 +151,7 @@ def test_written_entries_are_stored_and_aligned(tmp_path):
 
 
 def test_written_pickles_name_what_pytorch_knows(tmp_path):
-    write_checkpoint(tmp_path / "out.pth", {"w": np.float32([[1, 2]])}, {"epoch": 1})
+    write_checkpoint(tmp_path / "out.pth", {"w": np.array([[1, 2]], np.float32)}, {"epoch": 1})
     with zipfile.ZipFile(tmp_path / "out.pth") as archive:
         opcodes = list(pickletools.genops(archive.read("archive/data.pkl")))
     names = [argument for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"]

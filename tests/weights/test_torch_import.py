@@ -1,4 +1,4 @@
-"""Strictness and completeness of the weight import; parity shows that the weights land where they belong."""
+"""Official weights are loaded strictly and completely. That each goes where it belongs is shown by the parity tests."""
 
 import json
 import math
@@ -18,45 +18,47 @@ from hpr_jax.weights.backbone_names import OUTPUT_NORMS, as_official_backbone
 from hpr_jax.weights.official import IGNORED, entries, load_official, official_buffers, to_official
 
 
-def tensors():
+def official_tensors():
+    """Weights of the reference model, by official name."""
     return dict(reference.arrays("ddq_state_dict"))
 
 
-def fresh():
+def unfilled_detector():
+    """The reference model, without values."""
     config, classes = reference.model_config("ddq"), reference.sizes()["num_classes"]
     return nnx.eval_shape(lambda: build_detector(config, classes, rngs=nnx.Rngs(0)))
 
 
 def test_round_trip_is_bit_exact():
     back = to_official(reference.detector("ddq"))
-    original = {name: t for name, t in tensors().items() if not name.endswith("num_batches_tracked")}
+    original = {name: t for name, t in official_tensors().items() if not name.endswith("num_batches_tracked")}
     assert set(back) == set(original)
     for name, tensor in original.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
 def test_missing_and_left_over_tensors_are_named():
-    wrong = tensors()
+    wrong = official_tensors()
     wrong["encoder.layers.7.ffn.bias"] = wrong.pop("query_map.weight")
     with pytest.raises(UserError, match=r"missing: query_map.weight; not used: encoder.layers.7.ffn.bias"):
-        load_official(fresh(), wrong)
+        load_official(unfilled_detector(), wrong)
 
 
 def test_other_shapes_are_named():
-    wrong = tensors()
+    wrong = official_tensors()
     wrong["query_map.weight"] = wrong["query_map.weight"][:, :-1]
     with pytest.raises(UserError, match=r"shape of query_map.weight"):
-        load_official(fresh(), wrong)
+        load_official(unfilled_detector(), wrong)
 
 
 def test_second_names_must_agree():
-    twice = tensors()
+    twice = official_tensors()
     original = "bbox_head.aux_reg_branches.0.0.bias"
     twice["decoder.aux_reg_branches.0.0.bias"] = twice[original]
-    load_official(fresh(), twice)
+    load_official(unfilled_detector(), twice)
     twice["decoder.aux_reg_branches.0.0.bias"] = twice[original] + 1
     with pytest.raises(UserError, match="two names of one tensor"):
-        load_official(fresh(), twice)
+        load_official(unfilled_detector(), twice)
 
 
 FULL_SIZE = {
@@ -78,13 +80,13 @@ def test_full_size_models_have_the_official_weights(model):
     config = load_config(f"{tiny.ROOT}/configs/{FULL_SIZE[model]}").model
     detector = abstract_detector(config, 80)
     flat = dict(nnx.to_flat_state(nnx.state(detector)))
-    ours = {}
+    ours: dict[str, tuple[int, ...]] = {}
     for entry in entries(detector):
         tensors = entry.to_official(np.broadcast_to(np.float32(0), flat[entry.path].shape))
         ours |= {name: tensor.shape for name, tensor in zip(entry.names, tensors)}
     assert ours == wanted
     assert sum(v.get_value().size for v in flat.values()) == sum(math.prod(shape) for shape in wanted.values())
-    # What strict loading of the official code asks for beside.
+    # Strict loading in the official code asks for these buffers, too.
     tables = {name: np.broadcast_to(np.float32(0), s) for name, s in ours.items() if name.endswith("position_bias_table")}
     buffers = official_buffers(tables)
     assert {name for name in official if name.endswith("relative_position_index")} == set(buffers)
@@ -99,7 +101,7 @@ def swin_detector():
 
 
 def test_both_namings_of_swin_are_the_same_backbone():
-    """Features of mmdet's naming are checked in test_swin."""
+    """test_swin.py compares features of weights in mmdet's naming with the reference."""
     arrays, filled = reference.arrays("backbone_swin"), {}
     for naming in ("mmdet", "original"):
         tensors = {name.removeprefix(f"{naming}."): t for name, t in arrays.items() if name.startswith(f"{naming}.")}
@@ -108,7 +110,7 @@ def test_both_namings_of_swin_are_the_same_backbone():
         filled[naming] = nnx.to_flat_state(nnx.state(detector.backbone))
     for (path, mmdet), (_, original) in zip(filled["mmdet"], filled["original"]):
         if path[0] == "norms":
-            # The classifier that the original comes from has none.
+            # Weights of the original release come from a classifier, which has no output norms.
             assert isinstance(original.get_value(), jax.ShapeDtypeStruct)
         else:
             np.testing.assert_array_equal(mmdet.get_value(), original.get_value(), err_msg=str(path))
@@ -127,11 +129,11 @@ NAMINGS = {
 
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_namings_of_resnet(naming):
-    backbone = {name: t for name, t in tensors().items() if name.startswith("backbone.")}
+    backbone = {name: t for name, t in official_tensors().items() if name.startswith("backbone.")}
     renamed = {NAMINGS[naming](name): tensor for name, tensor in backbone.items()}
     renamed |= {"torchvision": {"fc.weight": np.zeros((10, 8)), "fc.bias": np.zeros(10)}}.get(naming, {})
     renamed |= {"neck.lateral_convs.0.conv.weight": np.zeros(1)} if naming.startswith("SoCo") else {}
-    detector = fresh()
+    detector = unfilled_detector()
     load_official(detector, as_official_backbone(renamed, "file"), only="backbone.")
     flat = dict(nnx.to_flat_state(nnx.state(detector)))
     for entry in entries(detector):

@@ -1,5 +1,5 @@
-"""What happens to an image and its objects between file and batch.
+"""Augmentation: what happens to an image and its objects between the file and the batch.
 
-Geometry is drawn before an image is opened; the rest when it is loaded.
+The geometry of the weak view is drawn before the image is opened, everything else when the image is loaded.
 May import the top of data.
 """

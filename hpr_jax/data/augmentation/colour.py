@@ -1,7 +1,7 @@
 """Colour operations of strong views: those of RandAugment (Cubuk et al. 2020) that HPR draws from.
 
-All map RGB uint8 `[h, w, 3]` to the same, in new memory. A strength of 1 is the image itself where operations blend; results
-between two levels are cut off to the lower one, as in the official pipeline, except in `color`, which rounds.
+Each maps RGB uint8 `[h, w, 3]` to the same, in new memory. Operations that blend the image with another one give the image
+itself at strength 1. A result between two levels becomes the lower one, as in the official pipeline; only `color` rounds.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+# All levels of a channel.
 LEVELS = np.arange(256)
 
 
@@ -44,8 +45,8 @@ def sharpness(image: np.ndarray, strength: float) -> np.ndarray:
     """Blends with a smoothed copy: below 1 blurs, above 1 sharpens. Strengths have one decimal."""
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     smooth = cv2.filter2D(image, -1, kernel)
-    # Sums are multiples of a tenth: with this offset, rounding to the nearest level cuts them off. (The official sums are
-    # inexact, and one level lower where they should be whole: in a tenth of the pixels.)
+    # Sums are multiples of a tenth. OpenCV rounds to the nearest level; with this offset, the result is the level below.
+    # (The official sums are inexact: where they should be whole, in a tenth of the pixels, they are one level lower.)
     return cv2.addWeighted(image, strength, smooth, 1 - strength, -0.45)
 
 
@@ -77,8 +78,9 @@ def brightness(image: np.ndarray, strength: float) -> np.ndarray:
     return cv2.LUT(image, _blended_levels(strength, 0))
 
 
-# Each operation with the range that its strength is drawn from, uniformly, rounded to one decimal.
+# The range of strengths of operations that blend, and of those that ignore their strength.
 BLEND = (0.1, 1.9)
+# The operations by name, each with the range that its strength is drawn from: uniformly, rounded to one decimal.
 OPERATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[float, float]]] = {
     "identity": (identity, BLEND),
     "auto_contrast": (auto_contrast, BLEND),
@@ -93,7 +95,8 @@ OPERATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[flo
 
 
 def _blended_levels(strength: float, other: int) -> np.ndarray:
-    # In single precision, as the official blends: 0.7 x 10 is 7 there, and a little less in double precision.
+    """What becomes of each level where it is blended with the level `other`: uint8 `[256]`."""
+    # The official blends are in single precision, too. There 0.7 x 10 is 7; in double precision it is a little less.
     levels = LEVELS.astype(np.float32)
     blended = cv2.addWeighted(levels, strength, np.full_like(levels, other), 1 - strength, 0)
     return np.clip(blended, 0, 255).astype(np.uint8).ravel()

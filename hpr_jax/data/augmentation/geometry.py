@@ -1,7 +1,7 @@
-"""Decoding, and geometry that is drawn before any image is opened.
+"""Crop, resize and flip: what maps an image to the network's input.
 
-A `Geometry` maps a window of the original image to the network's input: crop, resize, flip. It is drawn from the image's
-size alone, so that the plan of batches knows every shape beforehand.
+A `Geometry` is drawn from the size of an image alone, before the image is opened, so that the plan of batches knows every
+shape beforehand.
 """
 
 import dataclasses
@@ -11,25 +11,25 @@ from typing import Any
 import cv2
 import numpy as np
 
-# Threads come from the loader; OpenCV's own would compete with them.
+# The loader has threads or processes of its own, with which OpenCV's would compete.
 cv2.setNumThreads(0)
 
-
-# Of canvases, as in the official large-scale jitter.
+# The level of a canvas where no image covers it, as in the official large-scale jitter.
 GREY = 114
-# Boxes that are not wider and higher than this, in pixels, are dropped where geometries are applied.
+# Boxes must be wider and higher than this after a geometry, in pixels; others are dropped.
 MIN_BOX_SIDE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """What happens to one image.
+    """What happens to one image: a window of it is mirrored or not, and resized.
 
     Attributes:
-      window: (left, top, right, bottom) of the part that is used, in pixels of the original.
+      window: (left, top, right, bottom) of the part of the image that is used, in pixels.
       size: (height, width) of the result.
-      flip: mirrored left to right.
-      content: (height, width) that the window is resized to, at the top left of a grey canvas of `size`; None: all of it.
+      flip: whether the window is mirrored left to right.
+      content: (height, width) that the window is resized to, to lie at the top left of a grey canvas of `size`. None: the
+        window is resized to `size`, without a canvas.
     """
 
     window: tuple[int, int, int, int]
@@ -44,7 +44,7 @@ class Geometry:
 
     @property
     def matrix(self) -> np.ndarray:
-        """Maps (x, y) of the original to the result: float64 `[2, 3]`."""
+        """Maps (x, y) of the image to (x, y) of the result, both between edges of pixels: float64 `[2, 3]`."""
         left, top, right, bottom = self.window
         height, width = self.resized
         x, y = width / (right - left), height / (bottom - top)
@@ -53,17 +53,30 @@ class Geometry:
         return np.array([[x, 0, -left * x], [0, y, -top * y]])
 
 
-def fit(heights: np.ndarray, widths: np.ndarray, sides: np.ndarray, max_side: float) -> np.ndarray:
-    """Sizes with the shorter side `sides`, or the longer one `max_side` where it would become longer: int `[M, 2]`."""
+def fit(heights: np.ndarray, widths: np.ndarray, sides: np.ndarray | float, max_side: np.ndarray | float) -> np.ndarray:
+    """Resizes in proportion: the shorter side becomes `sides`, unless the longer one would become longer than `max_side`,
+    which it then has.
+
+    Args:
+      heights, widths: of M images, `[M]`.
+      sides, max_side: for all images, or `[M]`.
+
+    Returns:
+      (height, width) of the results, at least 1: int64 `[M, 2]`.
+    """
     shorter, longer = np.minimum(heights, widths), np.maximum(heights, widths)
     scale = np.minimum(sides / shorter, max_side / longer)
     size = np.stack([heights * scale, widths * scale], axis=-1)
     return np.maximum((size + 0.5).astype(np.int64), 1)
 
 
-def whole(sizes: np.ndarray, side: int, max_side: int, canvas: int = 0) -> list[Geometry]:
-    """Geometries of evaluation: the whole image, resized, on a square grey canvas of side `canvas` if that is not 0.
-    `sizes` is (height, width) `[M, 2]`."""
+def evaluation_geometries(sizes: np.ndarray, side: int, max_side: int, canvas: int = 0) -> list[Geometry]:
+    """Geometries that evaluation and inference apply: the whole image is resized, as `fit` does.
+
+    Args:
+      sizes: (height, width) of the images, `[M, 2]`.
+      canvas: side of the square grey canvas that the image is put onto; 0: there is none.
+    """
     targets = [(int(h), int(w)) for h, w in fit(sizes[:, 0], sizes[:, 1], np.float64(side), max_side)]
     windows = [(0, 0, int(w), int(h)) for h, w in sizes]
     if canvas:
@@ -72,11 +85,11 @@ def whole(sizes: np.ndarray, side: int, max_side: int, canvas: int = 0) -> list[
 
 
 def draw_weak(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator) -> list[Geometry]:
-    """DETR's augmentation: flip; resize, or with probability `crop`: resize, crop, resize.
+    """Draws DETR's augmentation: flip; then resize, or with probability `crop` resize, crop and resize.
 
     Args:
-      sizes: (height, width) `[M, 2]` of the images.
-      settings: `flip`, `sides`, `max_side`, `crop`, `crop_sides`, `crop_range` of a config.
+      sizes: (height, width) of the images, `[M, 2]`.
+      settings: `flip`, `sides`, `max_side`, `crop`, `crop_sides` and `crop_range` of a config's section `augmentation`.
     """
     count = len(sizes)
     heights, widths = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
@@ -107,12 +120,12 @@ def draw_weak(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.random.Gen
 
 
 def draw_large_scale(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator) -> list[Geometry]:
-    """Large-scale jitter (Ghiasi et al. 2021): the longer side becomes `lsj.side` times a random scale; what exceeds a
-    square of that side is cropped at a random place, what it lacks is grey; flip.
+    """Draws large-scale jitter (Ghiasi et al. 2021): flip; then the longer side is resized to `lsj.side` times a random
+    scale, and the image put onto a grey square of side `lsj.side`, cropped at a random place where it is larger.
 
     Args:
-      sizes: (height, width) `[M, 2]` of the images.
-      settings: `flip`, `lsj.side`, `lsj.scale_range` of a config.
+      sizes: (height, width) of the images, `[M, 2]`.
+      settings: `flip`, `lsj.side` and `lsj.scale_range` of a config's section `augmentation`.
     """
     count, side = len(sizes), settings["lsj"]["side"]
     low, high = settings["lsj"]["scale_range"]
@@ -132,29 +145,13 @@ def draw_large_scale(sizes: np.ndarray, settings: Mapping[str, Any], rng: np.ran
     ]
 
 
-def apply(
-    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, geometry: Geometry
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Applies a geometry.
-
-    Args:
-      image: uint8 `[h, w, 3]`.
-      boxes: xyxy `[n, 4]` in pixels; labels: `[n]`.
-
-    Returns:
-      The new image, and the boxes and labels of what remains in it, clipped to it.
-    """
-    boxes, remains = apply_to_boxes(boxes, geometry)
-    return apply_to_image(image, geometry), boxes[remains], labels[remains]
-
-
 def apply_to_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """The image, uint8 `[h, w, 3]`, after a geometry: new memory."""
+    """The image, uint8 `[h, w, 3]`, after a geometry: uint8 `[*geometry.size, 3]`, in new memory."""
     left, top, right, bottom = geometry.window
     height, width = geometry.resized
     window = image[top:bottom, left:right]
     result = np.empty((*geometry.size, 3), np.uint8)
-    # Flipped before resizing, since that is the smaller image as a rule.
+    # Mirroring is cheaper before the image is resized, since most images become larger.
     window = cv2.flip(window, 1) if geometry.flip else window
     cv2.resize(window, (width, height), result[:height, :width], interpolation=cv2.INTER_LINEAR)
     result[:height, width:] = GREY
@@ -163,31 +160,48 @@ def apply_to_image(image: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def apply_to_boxes(boxes: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes, xyxy `[n, 4]`, after a geometry, clipped to it, and which of them remain, bool `[n]`."""
+    """Boxes after a geometry.
+
+    Args:
+      boxes: xyxy `[n, 4]`, in pixels of the original image.
+
+    Returns:
+      The boxes in pixels of the result, clipped to the resized window, float32 xyxy `[n, 4]`, and which of them remain,
+      bool `[n]`.
+    """
     boxes = move_boxes(boxes, geometry.matrix, geometry.resized)
     return boxes, has_area(boxes)
 
 
 def move_boxes(boxes: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The boxes around the corners of xyxy boxes `[n, 4]` moved by `matrix` `[2, 3]`, clipped to (height, width) `size`."""
+    """Moves the corners of boxes, and takes the smallest boxes around them.
+
+    Args:
+      boxes: xyxy `[n, 4]` in pixels.
+      matrix: `[2, 3]`, maps (x, y).
+      size: (height, width) of the result, to which the boxes are clipped.
+
+    Returns:
+      float32 xyxy `[n, 4]`.
+    """
     corners = boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2) @ matrix[:, :2].T + matrix[:, 2]
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
     return np.clip(boxes, 0, np.array(size[::-1] * 2)).astype(np.float32)
 
 
 def has_area(boxes: np.ndarray) -> np.ndarray:
-    """Which boxes, xyxy `[n, 4]`, are wide and high enough to be seen: bool `[n]`."""
+    """Which boxes, xyxy `[n, 4]` in pixels, are wide and high enough to be seen: bool `[n]`."""
     return np.all(boxes[:, 2:] - boxes[:, :2] > MIN_BOX_SIDE, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One image of a batch.
+    """The place of an image in a planned batch.
 
     Attributes:
-      index: in the data set.
-      geometry: of the weak view.
-      seed: of everything else that is drawn for the image.
+      index: index of the image in the data set.
+      geometry: geometry of its weak view.
+      seed: seed of everything else that is drawn for the image when it is loaded.
     """
 
     index: int

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from hpr_jax.data.augmentation.regions import Region
+from hpr_jax.data.augmentation.drawn_masks import DrawnMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Objects:
     Attributes:
       boxes: float32 xyxy `[n, 4]`.
       labels: int32 `[n]`.
-      regions: masks, one for each object; None where masks play no part.
+      masks: the mask of each object; () if masks play no part.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
-    regions: tuple[Region, ...] | None = None
+    masks: tuple[DrawnMask, ...] = ()
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -27,11 +27,11 @@ class Objects:
     def take(self, which: np.ndarray) -> "Objects":
         """Some of the objects: indices, or bool `[n]`."""
         indices = np.arange(len(self))[which]
-        regions = None if self.regions is None else tuple(self.regions[index] for index in indices)
-        return Objects(self.boxes[indices], self.labels[indices], regions)
+        masks = tuple(self.masks[index] for index in indices) if self.masks else ()
+        return Objects(self.boxes[indices], self.labels[indices], masks)
 
 
 def join(first: Objects, second: Objects) -> Objects:
-    """All objects of both, which have regions."""
+    """The objects of both, which all have masks."""
     boxes, labels = np.concatenate([first.boxes, second.boxes]), np.concatenate([first.labels, second.labels])
-    return Objects(boxes, labels, first.regions + second.regions)
+    return Objects(boxes, labels, first.masks + second.masks)

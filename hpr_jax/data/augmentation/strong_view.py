@@ -1,9 +1,9 @@
 """Data re-augmentation (paper section 3.2): the strong view of a weakly augmented image.
 
-One colour and one geometric operation in random order, then erased patches; the size stays. Operations, ranges and the
-treatment of boxes are those of the official configs: all operations of a list are equally likely, strengths are uniform and
-rounded to one decimal, both signs of a geometric one are equally likely. A translation, as a part of the side, is rounded to
-nothing or a tenth.
+A colour and a geometric operation are applied in random order, then patches are erased. The size of the image stays.
+Operations, ranges and the treatment of boxes are those of the official configs: all operations of a kind are equally likely,
+magnitudes are uniform and rounded to one decimal, and both signs of a geometric magnitude are equally likely. Translations
+are fractions of the side; rounded to one decimal, they are 0 or 0.1.
 """
 
 import dataclasses
@@ -13,18 +13,19 @@ import cv2
 import numpy as np
 
 from hpr_jax.data.augmentation.colour import OPERATIONS
+from hpr_jax.data.augmentation.drawn_masks import Patch
 from hpr_jax.data.augmentation.geometry import has_area, move_boxes
 from hpr_jax.data.augmentation.objects import Objects
-from hpr_jax.data.masks import Patch
 
-# What geometric operations bare, and what patches are filled with.
+# The level of erased patches, and of pixels that a geometric operation leaves without a source.
 FILL = 128
-# Largest magnitude of each geometric operation: degrees, or a fraction of the side.
+# The largest magnitude of each geometric operation: degrees of rotations and shears, a fraction of the side of translations.
 GEOMETRIC = {"rotate": 30.0, "shear_x": 30.0, "shear_y": 30.0, "translate_x": 0.1, "translate_y": 0.1}
-# From one to five patches with sides up to a fifth of the image's.
+# The smallest and the largest number of patches.
 PATCHES = (1, 5)
+# The largest side of a patch, as a fraction of the image's.
 PATCH_SIDE = 0.2
-# Objects with this part of their box under patches are dropped; what two patches cover counts twice.
+# The fraction of a box that patches must cover for its object to be dropped. What two patches cover counts twice.
 ERASED = 0.9
 
 
@@ -34,10 +35,10 @@ class StrongView:
 
     Attributes:
       size: (height, width) of the image.
-      colour, strength: a colour operation.
-      geometric, magnitude: a geometric operation, with its sign.
-      colour_first: which of them comes first.
-      patches: erased rectangles.
+      colour, strength: the colour operation and its strength.
+      geometric, magnitude: the geometric operation and its magnitude, with a sign.
+      colour_first: whether the colour operation comes before the geometric one.
+      patches: the rectangles that are erased.
     """
 
     size: tuple[int, int]
@@ -50,7 +51,7 @@ class StrongView:
 
     @functools.cached_property
     def matrix(self) -> np.ndarray:
-        """Where the geometric operation moves (x, y), centres of pixels having whole numbers: float64 `[2, 3]`."""
+        """Maps (x, y) as the geometric operation does; centres of pixels have integer coordinates. float64 `[2, 3]`."""
         height, width = self.size
         if self.geometric == "rotate":
             return cv2.getRotationMatrix2D(((width - 1) * 0.5, (height - 1) * 0.5), -self.magnitude, 1.0)
@@ -82,29 +83,33 @@ def draw_strong_view(size: tuple[int, int], rng: np.random.Generator) -> StrongV
 
 
 def strong_image(image: np.ndarray, view: StrongView) -> np.ndarray:
-    """The strong view, in new memory, of a weak one: uint8 `[h, w, 3]`."""
-    colour = functools.partial(OPERATIONS[view.colour][0], strength=view.strength)
-    image = _move_image(colour(image), view) if view.colour_first else colour(_move_image(image, view))
+    """The strong view of a weak one, both uint8 `[h, w, 3]`; it is in new memory."""
+    colour = OPERATIONS[view.colour][0]
+    if view.colour_first:
+        image = _move_image(colour(image, view.strength), view)
+    else:
+        image = colour(_move_image(image, view), view.strength)
     for left, top, right, bottom in view.patches:
         image[top:bottom, left:right] = FILL
     return image
 
 
 def strong_objects(objects: Objects, view: StrongView, *, drop_vanished: bool) -> Objects:
-    """The objects of the strong view of an image with these objects.
+    """The objects of the strong view of an image that has `objects`.
 
-    Boxes become the boxes around their moved corners, clipped. An object that is moved out of sight has a box without area
-    then, at the border of the image: it is kept as in the official pipeline, or dropped.
+    Boxes become the boxes around their moved corners, clipped to the image.
+
+    Args:
+      drop_vanished: whether to drop objects that are moved out of sight. Otherwise they stay, as in the official pipeline,
+        with a box without area at the border of the image.
     """
     boxes = move_boxes(objects.boxes, view.matrix, view.size)
-    keep = _erased_part(boxes, np.array(view.patches).reshape(-1, 4)) < ERASED
+    stays = _erased_fraction(boxes, np.array(view.patches).reshape(-1, 4)) < ERASED
     if drop_vanished:
-        keep &= has_area(boxes)
-    kept = dataclasses.replace(objects, boxes=boxes).take(keep)
-    if kept.regions is None:
-        return kept
-    regions = tuple(region.warp(view.matrix, view.size).without(view.patches) for region in kept.regions)
-    return dataclasses.replace(kept, regions=regions)
+        stays &= has_area(boxes)
+    remaining = dataclasses.replace(objects, boxes=boxes).take(stays)
+    masks = tuple(mask.warp(view.matrix, view.size).without(view.patches) for mask in remaining.masks)
+    return dataclasses.replace(remaining, masks=masks)
 
 
 def _move_image(image: np.ndarray, view: StrongView) -> np.ndarray:
@@ -115,12 +120,13 @@ def _move_image(image: np.ndarray, view: StrongView) -> np.ndarray:
         target = moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
         target[...] = image[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
         return moved
-    # OpenCV warps four channels in half the time that it takes for three.
+    # OpenCV warps four channels in half the time that three take.
     four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
     return cv2.cvtColor(cv2.warpAffine(four, view.matrix, (width, height), borderValue=(FILL,) * 4), cv2.COLOR_RGBA2RGB)
 
 
-def _erased_part(boxes: np.ndarray, patches: np.ndarray) -> np.ndarray:
+def _erased_fraction(boxes: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """The fraction of each box, xyxy `[n, 4]`, that patches `[k, 4]` cover, overlaps counted twice: `[n]`."""
     low = np.maximum(boxes[:, None, :2], patches[:, :2])
     high = np.minimum(boxes[:, None, 2:], patches[:, 2:])
     covered = np.maximum(high - low, 0).prod(axis=-1).sum(axis=-1)

@@ -1,7 +1,7 @@
-"""The views of an image that a training batch holds: weak, or weak and strong, with copy-paste if asked for."""
+"""The views of an image in a training batch: a weak one, or a weak and a strong one, with pasted objects if asked for."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from hpr_jax.data.dataset import Dataset
 from hpr_jax.data.images import UnreadableImageError, read_annotated_image
 
 
+class DrawDonorGeometry(Protocol):
+    """Draws geometries of images whose objects are pasted."""
+
+    def __call__(self, sizes: np.ndarray, *, rng: np.random.Generator) -> list[Geometry]:
+        """(height, width) of the images, `[M, 2]` -> a geometry for each."""
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """An image, uint8 `[h, w, 3]`, and its objects."""
@@ -22,13 +29,14 @@ class View:
 
 
 class ViewMaker:
-    """Makes the views of a planned image; everything random in them follows from its slot.
+    """Makes the views of a planned image. Everything random in them follows from the image's slot.
 
     Args:
-      strong: whether there is a strong view behind the weak one.
-      drop_vanished: drops objects that a strong view moves out of sight; else they keep a box without area, as published.
-      draw_donor: sizes (height, width) `[M, 2]`, rng=generator -> geometries. With it, objects of another image, as it is
-        before strong augmentation, are pasted onto each view, and the data set must have masks. None: nothing is pasted.
+      strong: whether a strong view follows the weak one.
+      drop_vanished: whether to drop objects that a strong view moves out of sight. Otherwise they keep a box without area,
+        as published.
+      draw_donor: draws the geometry of a donor, an image of the data set whose objects are pasted onto a view; the masks of
+        the data set must have been read. Each view has a donor of its own. None: nothing is pasted.
     """
 
     def __init__(
@@ -37,20 +45,20 @@ class ViewMaker:
         *,
         strong: bool = False,
         drop_vanished: bool = False,
-        draw_donor: Callable[..., list[Geometry]] | None = None,
+        draw_donor: DrawDonorGeometry | None = None,
     ):
         self.dataset, self.strong, self.drop_vanished, self.draw_donor = dataset, strong, drop_vanished, draw_donor
 
     @property
     def count(self) -> int:
-        """Views of an image."""
+        """Number of views of an image."""
         return 1 + self.strong
 
     def __call__(self, slot: Slot) -> tuple[list[View], list[str]]:
-        """The views, and sentences for the log.
+        """The views of an image, and sentences for the log.
 
         Raises:
-          UnreadableImageError: for the image; a donor that cannot be read is reported, and nothing is pasted.
+          UnreadableImageError: the image cannot be read. If a donor cannot, a sentence says so and nothing is pasted.
         """
         rng = np.random.default_rng(slot.seed)
         record = self.dataset.records[slot.index]
@@ -60,19 +68,20 @@ class ViewMaker:
             objects = Objects(boxes, record.labels).take(remains)
         else:
             objects = masked_objects(record, slot.geometry)
-        views, reports = [View(image, objects)], []
+        views = [View(image, objects)]
         if self.strong:
             drawn = draw_strong_view(image.shape[:2], rng)
             moved = strong_objects(objects, drawn, drop_vanished=self.drop_vanished)
             views.append(View(strong_image(image, drawn), moved))
+        reports: list[str] = []
         if self.draw_donor is not None:
-            views = [self._paste(view, rng, reports) for view in views]
+            views = [self._paste(view, self.draw_donor, rng, reports) for view in views]
         return views, reports
 
-    def _paste(self, view: View, rng: np.random.Generator, reports: list[str]) -> View:
-        """Pastes objects of an image of the data set, all as likely; possibly none, possibly of the same image."""
-        donor = self.dataset.records[rng.integers(len(self.dataset))]
-        (geometry,) = self.draw_donor(np.array([[donor.height, donor.width]]), rng=rng)
+    def _paste(self, view: View, draw_donor: DrawDonorGeometry, rng: np.random.Generator, reports: list[str]) -> View:
+        """Pastes objects of a random image of the data set, which may have none, and may be the view's own image."""
+        donor = self.dataset.records[int(rng.integers(len(self.dataset)))]
+        (geometry,) = draw_donor(np.array([[donor.height, donor.width]]), rng=rng)
         donated, crowds = choose_donated(donor, geometry, rng)
         if not len(donated) and not crowds:
             return view

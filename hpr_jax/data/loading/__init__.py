@@ -1,5 +1,5 @@
-"""Batches: which images make one up, in which padded shape, and how they are loaded.
+"""Batches: which images each is made of, the shape they are padded to, and how they are loaded.
 
-A plan follows from a seed alone, so that every process and every resumed run has the same.
-May import the top of data and augmentation. Imports no JAX, since processes that load data do not.
+A plan follows from a seed alone, so that every process and every resumed run has the same plan.
+May import the top of data and augmentation. Imports no JAX, since worker processes do without it.
 """

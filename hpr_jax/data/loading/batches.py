@@ -1,14 +1,15 @@
-"""Loads planned batches: decode, transform, pad, and box counts of fixed size.
+"""Loading of planned batches: images are decoded, transformed and padded, and boxes are padded to a fixed number.
 
-A training batch has all weak views of its images, then, if there are strong ones, all strong views in the same order.
+A training batch has the weak views of all its images, then, if there are any, their strong views in the same order.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from hpr_jax.data.augmentation.geometry import Slot, apply
+from hpr_jax.data.augmentation.geometry import Slot, apply_to_image
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Dataset, Record
 from hpr_jax.data.images import UnreadableImageError, read_annotated_image
@@ -24,12 +25,13 @@ class Batch:
 
     Attributes:
       images: RGB uint8 `[B, H, W, 3]`, zero where padded.
-      sizes: int32 `[B, 2]`, valid (height, width).
-      boxes: float32 `[B, N, 4]`, cxcywh relative to the valid size, the real ones first.
-      labels: int32 `[B, N]`; valid: bool `[B, N]`.
-      records: the images' records, None for slots that only fill up the batch.
+      sizes: valid (height, width) of each image, int32 `[B, 2]`.
+      boxes: float32 `[B, N, 4]`, cxcywh relative to the valid size; the real ones come first.
+      labels: int32 `[B, N]`.
+      valid: which boxes are real, bool `[B, N]`.
+      records: the records of the images, None where the batch is only filled up.
       reports: sentences for the log.
-      views: of each image; view v of image i of `B // views` is at `v * (B // views) + i`.
+      views: number of views of each image. View v of image i is at `v * (B // views) + i`.
     """
 
     images: np.ndarray
@@ -43,7 +45,7 @@ class Batch:
 
 
 def empty_batch(batch_size: int, shape: Shape, max_boxes: int) -> Batch:
-    """A batch of no images. Its slots have the size 1 x 1, so that nothing divides by zero."""
+    """A batch without images. The size of each place is 1 x 1, so that nothing divides by zero."""
     return Batch(
         images=np.zeros((batch_size, *shape, 3), np.uint8),
         sizes=np.ones((batch_size, 2), np.int32),
@@ -55,8 +57,15 @@ def empty_batch(batch_size: int, shape: Shape, max_boxes: int) -> Batch:
     )
 
 
-def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray):
-    """Puts a transformed image and its boxes (xyxy in its pixels) into a batch."""
+def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> None:
+    """Puts a transformed image and its objects into a batch; objects that it has no room for are left out and reported.
+
+    Args:
+      place: index of the image in the batch.
+      image: uint8 `[h, w, 3]`.
+      boxes: xyxy `[n, 4]` in pixels of the image.
+      labels: int32 `[n]`.
+    """
     height, width = image.shape[:2]
     batch.images[place, :height, :width] = image
     batch.sizes[place] = height, width
@@ -75,13 +84,28 @@ def fill_slot(batch: Batch, place: int, record: Record, image: np.ndarray, boxes
     batch.records[place] = record
 
 
+class BatchLoader(Protocol):
+    """Random access to batches."""
+
+    def __getitem__(self, step: int, /) -> Batch: ...
+
+
+class BatchIterator(Iterator[Batch], Protocol):
+    """Batches in order, loaded ahead; `close()` ends the loading."""
+
+    def close(self) -> object: ...
+
+
 class TrainLoader:
-    """Random access to the batches of a plan. A slot whose image cannot be read takes the plan's next image of the same
-    bucket instead, and the batch reports it.
+    """Random access to the batches of a plan. If an image cannot be read, the next planned image that fits into the batch
+    takes its place, and the batch reports it.
 
     Args:
-      share: (index, count): loads, of the images of a batch, the part with this index out of so many equal ones, as one of
-        several processes does.
+      plan: which images a batch is made of.
+      make_views: makes the views of an image.
+      max_boxes: boxes that a view has room for.
+      share: (index, count): the images of every batch are divided into `count` equal parts, and the part with this index is
+        loaded. So several processes share the work.
 
     Raises:
       ValueError: the images of a batch cannot be shared equally.
@@ -95,7 +119,7 @@ class TrainLoader:
         part = plan.batch_size // count
         self.places = slice(index * part, (index + 1) * part)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int, /) -> Batch:
         planned, views = self.plan[step], self.make_views.count
         slots = planned.slots[self.places]
         batch = empty_batch(views * len(slots), planned.shape, self.max_boxes)
@@ -108,7 +132,7 @@ class TrainLoader:
         return batch
 
     def _load(self, batch: Batch, place: int, slot: Slot) -> None:
-        """Stores the views of one image; a batch whose image cannot be read is left unchanged."""
+        """Puts the views of one image into the batch. If the image cannot be read, the batch stays as it is."""
         views, reports = self.make_views(slot)
         batch.reports += reports
         for number, view in enumerate(views):
@@ -117,6 +141,7 @@ class TrainLoader:
             fill_slot(batch, target, record, view.image, view.objects.boxes, view.objects.labels)
 
     def _refill(self, batch: Batch, place: int, step: int, slot: Slot, error: Exception) -> None:
+        """Puts the views of another planned image in the place of one that cannot be read."""
         tried = {slot.index}
         for other in self.plan.successors(step):
             if other.index in tried:
@@ -132,12 +157,12 @@ class TrainLoader:
         raise UserError(f"{error}, and none of the images planned next could be read in its place.")
 
 
-def train_batches(loader: TrainLoader, start: int, stop: int, threads: int, workers: int = 0) -> Iterator[Batch]:
-    """Batches of the steps from `start` to `stop`, loaded ahead by worker processes or, without any, by threads of this
-    process: the same ones, always in order. The iterator's `close()` ends the loading.
+def train_batches(loader: BatchLoader, start: int, stop: int, threads: int, workers: int = 0) -> BatchIterator:
+    """The batches of the steps from `start` to before `stop`, loaded ahead by worker processes, or by threads of this
+    process if `workers` is 0. The batches and their order are the same either way.
 
-    Raises, with a worker's batch:
-      RunError: the worker was ended from outside.
+    The iterator raises what the loader raises, and:
+      RunError: a worker process ended before its time.
     """
     keep_freed_memory()
     if workers:
@@ -145,9 +170,9 @@ def train_batches(loader: TrainLoader, start: int, stop: int, threads: int, work
     return _loaded_by_threads(loader, range(start, stop), threads)
 
 
-def _loaded_by_threads(loader: Sequence[Batch], steps: range, threads: int) -> Iterator[Batch]:
-    """At most two batches a thread are loaded ahead."""
-    # Grain imports JAX, which workers, who import this file, have no use for.
+def _loaded_by_threads(loader: BatchLoader, steps: range, threads: int) -> BatchIterator:
+    """Batches in order; at most two for each thread are loaded ahead."""
+    # Not imported above, since Grain imports JAX, which worker processes do without, and they import this file.
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -156,12 +181,11 @@ def _loaded_by_threads(loader: Sequence[Batch], steps: range, threads: int) -> I
 
 
 class EvaluationLoader:
-    """Random access to the batches of an evaluation plan, all `batch_size` long; images that cannot be read stay out, and
-    the batch reports them.
+    """Random access to the batches of an evaluation plan, all filled up to `batch_size`. Images that cannot be read are left
+    out, and the batch reports them.
 
     Args:
-      share: (index, count): has, of the batches, those at this index, counting anew from every `count`-th, as one of several
-        processes does.
+      share: (index, count): every `count`-th batch is loaded, from `index` on. So several processes share the work.
     """
 
     def __init__(self, dataset: Dataset, plan: Sequence[PlannedBatch], batch_size: int, share: tuple[int, int] = (0, 1)):
@@ -171,7 +195,7 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int, /) -> Batch:
         planned = self.plan[index]
         batch = empty_batch(self.batch_size, planned.shape, max_boxes=0)
         for place, slot in enumerate(planned.slots):
@@ -182,10 +206,10 @@ class EvaluationLoader:
                 batch.reports.append(f"{error}; it has no detections")
                 continue
             no_boxes, no_labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-            fill_slot(batch, place, record, *apply(image, no_boxes, no_labels, slot.geometry))
+            fill_slot(batch, place, record, apply_to_image(image, slot.geometry), no_boxes, no_labels)
         return batch
 
 
-def evaluation_batches(loader: EvaluationLoader, threads: int) -> Iterator[Batch]:
-    """All batches, loaded ahead by threads, in order."""
+def evaluation_batches(loader: EvaluationLoader, threads: int) -> BatchIterator:
+    """All batches in order, loaded ahead by threads."""
     return _loaded_by_threads(loader, range(len(loader)), threads)

@@ -4,27 +4,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Padded sides are multiples of this; finer steps would save nothing at stride 64.
+# Padded sides are multiples of this. Finer steps would save nothing, since the coarsest feature map has stride 64.
 GRID = 32
 
-
+# (height, width) in pixels.
 Shape = tuple[int, int]
 
 
 def choose_buckets(sizes: np.ndarray, count: int, cover: Sequence[Shape] = ()) -> list[Shape]:
-    """At most `count` padded shapes that hold images of `sizes` and of `cover` with little padding, smallest first.
+    """At most `count` padded shapes that hold all images with little padding, smallest first.
 
-    Starts from every size that occurs, rounded up to the grid, and joins the two shapes whose common bound adds the least
-    padding, until few enough are left.
+    The search starts with every size that occurs, rounded up to the grid. Until few enough are left, it replaces two shapes
+    by the smallest shape that holds both, taking the two for which this adds the fewest pixels of padding.
 
     Args:
-      sizes: (height, width) `[M, 2]`.
-      cover: sizes that must fit, too, although none of `sizes` may need them.
+      sizes: (height, width) of the images, `[M, 2]`.
+      cover: further sizes that must fit although no image may have them.
     """
-    sizes, cover = np.asarray(sizes, np.int64).reshape(-1, 2), np.asarray(cover, np.int64).reshape(-1, 2)
-    shapes, index = np.unique(-(-np.concatenate([sizes, cover]) // GRID) * GRID, axis=0, return_inverse=True)
-    # Covered sizes count as one image in a hundred: for nothing, they would be joined to a bucket larger than all images.
-    weights = np.ones(len(sizes) + len(cover), np.int64)
+    sizes, covered = np.asarray(sizes, np.int64).reshape(-1, 2), np.asarray(cover, np.int64).reshape(-1, 2)
+    shapes, index = np.unique(-(-np.concatenate([sizes, covered]) // GRID) * GRID, axis=0, return_inverse=True)
+    # A covered size counts like one image in a hundred. If it counted nothing, two covered sizes would be joined for free,
+    # into a shape larger than every image.
+    weights = np.ones(len(sizes) + len(covered), np.int64)
     weights[len(sizes) :] = max(len(sizes) // 100, 1)
     counts = np.bincount(index.ravel(), weights, minlength=len(shapes)).astype(np.int64)
     while len(shapes) > count:
@@ -45,10 +46,10 @@ def fits(size: Shape, bucket: Shape) -> bool:
 
 
 def smallest_bucket(buckets: Sequence[Shape], size: Shape) -> Shape:
-    """The first bucket that holds an image of this size.
+    """The first of the buckets, which are ordered by area, that holds an image of this size.
 
     Raises:
-      ValueError: none does.
+      ValueError: no bucket holds it.
     """
     for bucket in buckets:
         if fits(size, bucket):

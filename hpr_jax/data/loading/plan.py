@@ -1,7 +1,7 @@
-"""Which images make up which batch, in which padded shape: decided before anything is loaded.
+"""The plan of batches: which images each is made of, and which shape they are padded to, decided before any is loaded.
 
-Everything follows from (seed, epoch), so that every process has the same plan, and a run resumed at step n goes on as the
-one that was not stopped. What is drawn when an image is loaded follows from its slot's seed.
+An epoch's plan follows from (seed, epoch), so that every process has the same plan, and a run that is resumed at any step
+goes on as if it had not been stopped. What is drawn when an image is loaded follows from the seed of its slot.
 """
 
 import dataclasses
@@ -26,16 +26,18 @@ class PlannedBatch:
 
 
 class TrainPlan:
-    """An endless sequence of batches, epoch after epoch in a new order with new geometries.
+    """An endless sequence of batches. Every epoch has a new order of the images and new geometries.
 
-    Each epoch shuffles the images and collects them by bucket. What is left over at its end is joined, in a bucket that
-    holds most of it; a batch that stays short is filled with images that the epoch had already. So every epoch has
-    `count // batch_size` batches; the few images that find no place are others in each epoch.
+    An epoch shuffles the images and collects them by their smallest bucket; when a bucket has a batch of images, they become
+    one. The images that are left over in the end are put together in the bucket that holds most of them; a batch that is
+    still short is filled up with images that the epoch had already. So each epoch has `count // batch_size` batches. A few
+    images may find no place in an epoch, others in each.
 
     Args:
       draw: draws the geometry of every image of the data set.
-      count: images in the data set, at least `batch_size`.
-      buckets: hold every size that `draw` can give.
+      count: number of images in the data set, at least `batch_size`.
+      buckets: padded shapes, smallest first, that hold every size which `draw` can give.
+      seed: the epochs are drawn from it.
     """
 
     def __init__(self, draw: DrawGeometry, count: int, *, batch_size: int, buckets: Sequence[Shape], seed: int):
@@ -44,6 +46,7 @@ class TrainPlan:
         self._cache_epochs()
 
     def _cache_epochs(self) -> None:
+        # Two, since batches that are loaded ahead, and stand-ins for unreadable images, may be those of the next epoch.
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def __getstate__(self) -> dict:
@@ -58,8 +61,8 @@ class TrainPlan:
         return self._epoch(epoch)[place]
 
     def successors(self, step: int, limit: int = 1000) -> Iterator[Slot]:
-        """Slots planned behind `step` to stand in for images that cannot be read: first those of batches of its shape,
-        then all that fit into it."""
+        """Slots that can take the place of unreadable images in the batch of `step`: of the steps behind it, fewer than
+        `limit`, first all slots of batches with the same shape, then all whose images fit into it."""
         shape, later = self[step].shape, range(step + 1, step + limit)
         for other in later:
             if self[other].shape == shape:
@@ -74,7 +77,7 @@ class TrainPlan:
         waiting: dict[Shape, list[Slot]] = {}
         batches = []
         for index in order:
-            # Never (seed, epoch, 0): that would be the epoch's own stream.
+            # The seed is never (seed, epoch, 0), which NumPy takes for (seed, epoch), the epoch's own.
             slot = Slot(int(index), geometries[index], (self.seed, epoch, int(index) + 1))
             shape = smallest_bucket(self.buckets, slot.geometry.size)
             queue = waiting.setdefault(shape, [])
@@ -94,7 +97,7 @@ class TrainPlan:
 
 
 def evaluation_plan(geometries: Sequence[Geometry], *, batch_size: int, buckets: Sequence[Shape]) -> list[PlannedBatch]:
-    """Every image once, by bucket; the last batch of a bucket may be shorter."""
+    """Batches with every image once, in its smallest bucket. The last batch of a bucket may be shorter than the others."""
     groups: dict[Shape, list[Slot]] = {}
     for index, geometry in enumerate(geometries):
         groups.setdefault(smallest_bucket(buckets, geometry.size), []).append(Slot(index, geometry))

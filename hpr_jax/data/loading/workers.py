@@ -1,8 +1,9 @@
-"""Worker processes that load batches, each of its own steps in turn, so that batches come in order whatever their number.
+"""Worker processes that load batches.
 
-A worker is a new interpreter that runs this file: not a fork, which is unsafe beside JAX's threads, and not a process of
-`multiprocessing`, which would run the caller's script again. It imports no JAX. Batches cross in memory that is shared
-through files without names, which are gone with the last process that has them open, however that ends.
+Of N workers, each loads every N-th step, so that batches come in order whatever N is. A worker is a new interpreter that
+runs this file. (A fork would be unsafe beside JAX's threads, and a process of `multiprocessing` would run the script of the
+caller again.) It imports no JAX. Batches are handed over in shared memory: files without names, which the system removes
+when the last process that has them open ends, in whatever way.
 """
 
 import contextlib
@@ -29,16 +30,20 @@ import numpy as np
 
 from hpr_jax.errors import RunError
 
-# Of arrays in shared memory, in bytes.
+# Arrays begin at multiples of this in shared memory, in bytes.
 ALIGNMENT = 64
-# Threads of NumPy's products would compete with the processes. If a caller's own loader imports JAX, it leaves the
-# accelerator alone.
+# Environment variables of workers. They keep NumPy from starting threads, which would compete with the other workers, and
+# JAX, should a caller's own loader import it, from taking the accelerator.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def keep_freed_memory() -> None:
-    """Makes the process keep the memory of freed images for the next ones: getting it from the system anew, page by page,
-    takes a quarter of the loading time. With the GNU C library alone; elsewhere nothing happens."""
+    """Makes this process keep the memory of freed images for the next ones.
+
+    Getting it from the system anew, page by page, takes a quarter of the loading time. Only the GNU C library has an option
+    for this; with others nothing happens.
+    """
+    # Names of options, as in the C library's malloc.h.
     trim_threshold, mmap_threshold = -1, -3
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -49,28 +54,28 @@ def keep_freed_memory() -> None:
 
 
 class LoadedByWorkers:
-    """Iterates over `loader[step]` of all steps, in order, loaded ahead by processes.
+    """Iterates over `loader[step]` for all steps, in order, loaded ahead by worker processes.
 
-    Two batches a worker are in flight at most: one in shared memory, which is as large as its largest batch so far, and one
-    that the worker loads meanwhile or holds.
+    A worker has at most two batches at a time: one in shared memory, which is as large as the worker's largest batch so far,
+    and one that it loads meanwhile.
 
-    Whatever is raised ends the iteration and the workers. `close()` ends them, too, as does forgetting the iterator.
+    The workers end with the iteration: when an error is raised, with `close()`, or when nothing refers to the iterator.
 
     Args:
-      loader: can be pickled, and its classes imported; each worker has a copy.
-      workers: at least 1.
+      loader: each worker has a copy, so it must be possible to pickle it and to import its classes.
+      workers: number of workers, at least 1.
 
     Raises, in the place of a batch:
-      RunError: its worker has ended before its time.
+      RunError: the batch's worker ended before its time.
       Exception: what the loader raised.
     """
 
     def __init__(self, loader: Any, steps: Sequence[int], workers: int):
         self._workers: list[_Worker] = []
-        self.close = weakref.finalize(self, _end, self._workers)
-        # Processes only read it, and the file lives until the last of them has.
+        self.close = weakref.finalize(self, _end_workers, self._workers)
+        # The workers read the loader from a file, which lives until the last of them has done so.
         with _file_in_memory() as pickled:
-            # Arrays of a newer protocol are views of others, which take a quarter more memory.
+            # With a newer protocol, arrays would be views of others, which take a quarter more memory.
             pickle.dump(loader, pickled, protocol=4)
             pickled.flush()
             for first in range(min(workers, len(steps))):
@@ -91,10 +96,11 @@ class LoadedByWorkers:
 
 
 class _Worker:
-    """A process, as seen from its parent."""
+    """A worker as its parent sees it."""
 
     def __init__(self, loader: BinaryIO, steps: Sequence[int]):
-        self.shared, self.memory = _file_in_memory(), None
+        self.shared = _file_in_memory()
+        self.memory: mmap.mmap | None = None
         self.connection, other_end = Pipe()
         files = [file.fileno() for file in (other_end, loader, self.shared)]
         path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
@@ -104,19 +110,19 @@ class _Worker:
                 pass_fds=files,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-                # Ctrl-C goes to the parent's group.
+                # Ctrl-C, which goes to the whole process group of the parent, does not reach a group of its own.
                 process_group=0,
             )
         self._send(steps)
         self._send("memory is free")
 
     def _send(self, message: Any) -> None:
-        # That the process has ended is found when its batch is wanted.
+        # If the process has ended, the error is raised when its batch is wanted.
         with contextlib.suppress(ConnectionError):
             self.connection.send(message)
 
     def take(self) -> Any:
-        """Waits for its next batch."""
+        """Waits for the worker's next batch."""
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionError):
@@ -132,19 +138,20 @@ class _Worker:
         copy = np.frombuffer(self.memory, np.uint8, total).copy()
         self._send("memory is free")
         head, *arrays = (copy[start : start + size] for start, size in zip(starts, message))
-        return pickle.loads(head, buffers=arrays)
+        return pickle.loads(head.data, buffers=arrays)
 
     def _how_it_ended(self) -> str:
-        """How a process that has closed its end of the connection has ended, to be read behind its name."""
+        """How the process, which has closed its end of the connection, ended: the end of a sentence that begins with it."""
         code = self.process.wait()
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _end(workers: list[_Worker]) -> None:
+def _end_workers(workers: list[_Worker]) -> None:
+    """Ends processes and frees what they shared."""
     for worker in workers:
         worker.process.kill()
     for worker in workers:
-        # A process that waits for a file system that does not answer cannot be ended.
+        # A process cannot be ended while it waits for a file system that does not answer.
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(5)
         worker.connection.close()
@@ -153,7 +160,7 @@ def _end(workers: list[_Worker]) -> None:
 
 
 def _file_in_memory() -> BinaryIO:
-    """A file without a name."""
+    """A file without a name, in memory if the system can."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("hpr_jax"), "r+b")
     return tempfile.TemporaryFile()
@@ -164,8 +171,8 @@ def _aligned(size: int) -> int:
 
 
 def _work(connection_file: int, loader_file: int, shared_file: int) -> None:
-    """What a worker does."""
-    # The parent decides what signals to the whole run mean.
+    """The main function of a worker; its arguments are descriptors of open files that it inherits."""
+    # The parent decides what a signal to all processes of the run means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(connection_file)
@@ -176,26 +183,26 @@ def _work(connection_file: int, loader_file: int, shared_file: int) -> None:
         loader = _unpickle(loader_file)
         for step in connection.recv():
             batch = loader[step]
-            # Not before the parent has taken the batch before.
+            # The parent says so when it has taken the last batch out of the shared memory.
             connection.recv()
             connection.send(shared.write(batch))
     except Exception as error:
-        # Nobody listens if this is the news that the parent is gone.
+        # If the error is that the parent is gone, there is nobody to tell.
         with contextlib.suppress(ConnectionError):
             connection.send(_portable(error))
 
 
 def _end_with_parent(connection_file: int) -> None:
-    """Ends this process as soon as the parent has closed its end or died."""
+    """Ends this process as soon as the parent has closed the connection or ended."""
     poll = select.poll()
-    # Hang-ups are reported, whatever is asked for.
+    # A hang-up is reported even if no events are asked for.
     poll.register(connection_file, 0)
     poll.poll()
     os._exit(0)
 
 
 def _unpickle(file: int) -> Any:
-    # Looking for garbage among millions of new objects takes as long as making them.
+    # Looking for garbage among the millions of new objects would take as long as making them.
     gc.disable()
     with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as pickled:
         loader = pickle.loads(pickled)
@@ -206,19 +213,20 @@ def _unpickle(file: int) -> Any:
 
 
 class _SharedMemory:
-    """The memory of a worker's batches, as large as the largest one so far."""
+    """The memory in which a worker hands over its batches, as large as the largest one so far."""
 
     def __init__(self, file: int):
-        self.file, self.memory = file, b""
+        self.file = file
+        self.memory: mmap.mmap | None = None
 
     def write(self, batch: Any) -> list[int]:
-        """Stores a pickled batch and, behind it, its arrays; returns the bytes of each."""
+        """Writes a pickled batch and, behind it, its arrays; returns the number of bytes of each."""
         arrays: list[pickle.PickleBuffer] = []
         head = pickle.dumps(batch, protocol=5, buffer_callback=arrays.append)
         parts = [memoryview(head), *(array.raw() for array in arrays)]
         sizes = [part.nbytes for part in parts]
         needed = sum(map(_aligned, sizes))
-        if needed > len(self.memory):
+        if self.memory is None or needed > len(self.memory):
             os.ftruncate(self.file, needed)
             self.memory = mmap.mmap(self.file, needed)
         start = 0
@@ -229,7 +237,7 @@ class _SharedMemory:
 
 
 def _portable(error: Exception) -> Exception:
-    """An exception that can be pickled, with the traceback as a note, which command line tools do not show."""
+    """The error, with the traceback as a note, which commands do not print; a description of it if it cannot be pickled."""
     error.add_note(f"In a worker process:\n{''.join(traceback.format_exception(error))}")
     try:
         pickle.loads(pickle.dumps(error))

@@ -1,7 +1,9 @@
-"""Annotations in COCO form (https://cocodataset.org/#format-data), checked; data sets that are a folder of them."""
+"""The format of COCO (https://cocodataset.org/#format-data): folders of images, and annotations in a JSON file.
+
+Other formats turn their annotations into entries of this one, and have `parse_entries` check them.
+"""
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import hashlib
@@ -13,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpr_jax.data.dataset import Classes, Dataset, Problem, Record, Records
-from hpr_jax.data.images import EncodedImage, ImageFile
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Problem, Records
+from hpr_jax.data.images import EncodedImages, ImageFolder
 from hpr_jax.data.masks import MalformedMaskError, Mask, parse_segmentation
 from hpr_jax.errors import UserError
 
@@ -26,28 +28,19 @@ _COCO_NAMES = (
     "pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell "
     "phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 )
-# The classes of COCO 2017; ten ids of the first draft went unused.
+# The classes of COCO 2017. Ten of the ids up to 90 are unused.
 COCO_CLASSES = Classes(
     tuple(_COCO_NAMES.split(", ")),
     tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})),
 )
 
-# An image's entry, and those of its annotations.
+# The entry of an image in an annotation file, and those of its annotations.
 Entry = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFolder(Sequence[EncodedImage]):
-    """Image files below a folder, by their names."""
-
-    folder: Path
-    names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> ImageFile:
-        return ImageFile(self.folder / self.names[index])
+def is_coco(directory: Path, images: str, annotations: str) -> bool:
+    """Whether the directory has the annotation file of a split."""
+    return (directory / annotations).exists()
 
 
 def load_coco(
@@ -58,36 +51,38 @@ def load_coco(
     Args:
       images: folder of the image files, relative to `directory`.
       annotations: JSON file, relative to `directory`.
-      classes: those of the training split or a checkpoint; the file's own when None.
+      classes: classes of the training split or a checkpoint, which the file's must be. None: the file's are taken.
       masks: whether to read the segmentations, too.
 
     Raises:
       UserError: a folder or file is missing, the JSON is broken or incomplete, a reference leads nowhere, or the file's
         categories are not `classes`.
     """
-    path = Path(directory) / annotations
-    if not Path(directory).is_dir():
+    directory = Path(directory)
+    path = directory / annotations
+    if not directory.is_dir():
         raise UserError(f"The data directory {directory} does not exist; set --config.data.directory.")
-    if not (Path(directory) / images).is_dir():
-        raise UserError(f"The image folder {Path(directory) / images} does not exist; set config.data.*_images.")
+    if not (directory / images).is_dir():
+        raise UserError(f"The image folder {directory / images} does not exist; set config.data.*_images.")
     if not path.is_file():
         raise UserError(f"The annotation file {path} does not exist; set config.data.*_annotations.")
     data = path.read_bytes()
     fingerprint = hashlib.sha256(data).hexdigest()
-    with no_collection(), named_errors(f"The annotation file {path}"):
-        content = _read_json(path, data)
-        # Half a gigabyte for COCO, as large as all that is kept of it.
+    with without_garbage_collection(), named_errors(f"The annotation file {path}"):
+        content = _parse_json(path, data)
+        # COCO's has half a gigabyte, as much as everything that is kept of it.
         del data
         entries = group_annotations(content, path)
         names = [str(image["file_name"]) for image in content["images"]]
-        folder = ImageFolder(Path(directory) / images, names)
-        parsed = parse_entries(entries, content["categories"], str(path), folder, classes, masks=masks)
+        parsed = parse_entries(
+            entries, content["categories"], str(path), ImageFolder(directory / images, names), classes, masks=masks
+        )
     return Dataset(str(path), fingerprint, functools.partial(read_json, path), *parsed)
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Without garbage collection: where millions of objects are made and all of them stay, it takes a third of the time."""
+def without_garbage_collection() -> Iterator[None]:
+    """Turns garbage collection off where millions of objects are made that all stay: it would take a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -99,7 +94,7 @@ def no_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_errors(what: str) -> Iterator[None]:
-    """Turns what goes wrong in entries that are not as they should be into a sentence about `what`."""
+    """Turns errors that come from entries which are not in COCO format into a `UserError` about `what`."""
     try:
         yield
     except UserError:
@@ -113,13 +108,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of an annotation file.
 
     Raises:
-      UserError: it is not JSON.
+      UserError: the file is not JSON.
     """
-    with no_collection():
-        return _read_json(path, path.read_bytes())
+    with without_garbage_collection():
+        return _parse_json(path, path.read_bytes())
 
 
-def _read_json(path: Path, data: bytes) -> dict[str, Any]:
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         return json.loads(data)
     except ValueError as error:
@@ -132,33 +127,34 @@ def group_annotations(content: Mapping[str, Any], path: Path) -> list[Entry]:
     Raises:
       UserError: an image id is listed twice, or an annotation belongs to no image.
     """
-    entries: dict[int, Entry] = {}
+    images: dict[int, Mapping[str, Any]] = {}
+    annotations: dict[int, list[Mapping[str, Any]]] = {}
     for image in content["images"]:
-        if image["id"] in entries:
+        if image["id"] in images:
             raise UserError(f"The annotation file {path} lists image id {image['id']} twice.")
-        entries[image["id"]] = image, []
+        images[image["id"]], annotations[image["id"]] = image, []
     for annotation in content["annotations"]:
-        image = annotation["image_id"]
-        if image not in entries:
-            raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image}, which is not listed.")
-        entries[image][1].append(annotation)
-    return list(entries.values())
+        image_id = annotation["image_id"]
+        if image_id not in images:
+            raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image_id}, which is not listed.")
+        annotations[image_id].append(annotation)
+    return list(zip(images.values(), annotations.values()))
 
 
 class Parsed(NamedTuple):
-    """What a `Dataset` holds of its annotations."""
+    """The fields of a `Dataset` that follow from its annotations."""
 
     classes: Classes
     records: Records
-    dropped: tuple[Problem, ...]
-    unmasked: tuple[Problem, ...]
+    dropped_boxes: tuple[Problem, ...]
+    dropped_masks: tuple[Problem, ...]
 
 
 def parse_entries(
     entries: Iterable[Entry],
     categories: Sequence[Mapping[str, Any]],
     name: str,
-    images: Sequence[EncodedImage],
+    images: EncodedImages,
     classes: Classes | None,
     *,
     masks: bool,
@@ -166,25 +162,27 @@ def parse_entries(
     """Checks annotations in COCO form.
 
     Args:
-      name: of the split, for messages.
-      images: the images of the entries, in their order; may be filled while the entries are read.
-      classes: those that the categories must be, or None.
+      entries: the images and their annotations.
+      categories: entries of the categories.
+      name: the name that messages give the split.
+      images: the images of the entries, in their order; reading the entries may be what fills it.
+      classes: classes that the categories must be. None: any.
       masks: whether to read the segmentations, too.
 
     Raises:
-      UserError: categories are missing, double or not `classes`, or an annotation's category is not listed.
+      UserError: there are no categories, a category is listed twice, the categories are not `classes`, or an annotation's
+        category is not listed.
     """
     classes = _parse_categories(categories, name, classes)
     label_of = {category: label for label, category in enumerate(classes.category_ids)}
-    dropped: list[Problem] = []
-    unmasked: list[Problem] = []
-
-    def records() -> Iterator[Record]:
-        for image, annotations in entries:
-            yield _parse_image(image, annotations, name, label_of, masks, dropped, unmasked)
-
-    packed = Records.pack(records(), images, with_masks=masks)
-    return Parsed(classes, packed, tuple(dropped), tuple(unmasked))
+    dropped_boxes: list[Problem] = []
+    dropped_masks: list[Problem] = []
+    parsed = (
+        _parse_image(image, annotations, name, label_of, masks, dropped_boxes, dropped_masks)
+        for image, annotations in entries
+    )
+    records = Records.pack(parsed, images, with_masks=masks)
+    return Parsed(classes, records, tuple(dropped_boxes), tuple(dropped_masks))
 
 
 def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classes: Classes | None) -> Classes:
@@ -198,10 +196,12 @@ def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classe
     if len(set(own.category_ids)) != len(own.category_ids):
         raise UserError(f"{name} lists a category id twice.")
     if classes is not None and classes.as_set() == own.as_set():
-        # Models converted from elsewhere may number them in another order.
+        # A model that was converted from elsewhere may have them in another order, which its labels refer to.
         return classes
     if classes is not None:
-        raise UserError(f"The categories of {name} ({_show(own)}) are not those that the model knows ({_show(classes)}).")
+        raise UserError(
+            f"The categories of {name} ({_list_some(own)}) are not those that the model knows ({_list_some(classes)})."
+        )
     return own
 
 
@@ -211,14 +211,15 @@ def _parse_image(
     name: str,
     label_of: Mapping[int, int],
     with_masks: bool,
-    dropped: list[Problem],
-    unmasked: list[Problem],
-) -> Record:
-    """The record of an image, without the image; appends to `dropped` and `unmasked`."""
+    dropped_boxes: list[Problem],
+    dropped_masks: list[Problem],
+) -> ImageAnnotations:
+    """What is annotated of an image; what is wrong is appended to `dropped_boxes` and `dropped_masks`."""
     image_id, width, height = image["id"], float(image["width"]), float(image["height"])
     if width < 1 or height < 1:
         raise UserError(f"Image {image_id} of {name} is {width:g}x{height:g} pixels large.")
-    boxes, labels, masks, crowds = [], [], [], []
+    boxes, labels, masks = [], [], []
+    crowds: list[Mask] = []
     for annotation in annotations:
         subject, category = f"annotation {annotation.get('id')} of image {image_id}:", annotation["category_id"]
         if category not in label_of:
@@ -227,20 +228,20 @@ def _parse_image(
         if with_masks:
             mask, reason = _read_mask(annotation, width, height)
             if reason:
-                unmasked.append(Problem(f"{subject} its segmentation", reason))
+                dropped_masks.append(Problem(f"{subject} its segmentation", reason))
         if annotation.get("iscrowd", 0):
-            crowds += [mask] * (mask is not None)
+            if mask is not None:
+                crowds.append(mask)
             continue
         box, reason = clip_box(annotation["bbox"], width, height)
         if reason:
-            dropped.append(Problem(f"{subject} box {annotation['bbox']}", reason))
+            dropped_boxes.append(Problem(f"{subject} box {annotation['bbox']}", reason))
             continue
         boxes.append(box)
         labels.append(label_of[category])
         masks.append(mask)
-    return Record(
+    return ImageAnnotations(
         image_id=image_id,
-        image=None,
         height=int(height),
         width=int(width),
         boxes=np.array(boxes, np.float32).reshape(-1, 4),
@@ -251,7 +252,7 @@ def _parse_image(
 
 
 def _read_mask(annotation: Mapping[str, Any], width: float, height: float) -> tuple[Mask | None, str]:
-    """An annotation's mask, None without one, and what is wrong with it."""
+    """The mask of an annotation, None if it has none or an impossible one, and the reason why it is impossible, or ""."""
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return None, ""
@@ -261,8 +262,12 @@ def _read_mask(annotation: Mapping[str, Any], width: float, height: float) -> tu
         return None, str(error)
 
 
-def clip_box(bbox: Sequence[float], width: float, height: float) -> tuple[tuple, str]:
-    """COCO's (left, top, width, height) -> xyxy inside the image, or why the box cannot be."""
+def clip_box(bbox: Sequence[float], width: float, height: float) -> tuple[tuple[float, ...], str]:
+    """Turns COCO's (left, top, width, height) into xyxy, clipped to an image of this size.
+
+    Returns:
+      The box and "", or () and the reason why the box is impossible.
+    """
     if len(bbox) != 4:
         return (), "does not have four numbers"
     left, top, w, h = map(float, bbox)
@@ -276,6 +281,7 @@ def clip_box(bbox: Sequence[float], width: float, height: float) -> tuple[tuple,
     return box, ""
 
 
-def _show(classes: Classes) -> str:
-    shown = ", ".join(f"{number} {name}" for number, name in zip(classes.category_ids[:8], classes.names))
-    return shown + (f", and {len(classes.names) - 8} more" if len(classes.names) > 8 else "")
+def _list_some(classes: Classes) -> str:
+    """The first few classes for a message."""
+    some = ", ".join(f"{number} {name}" for number, name in zip(classes.category_ids[:8], classes.names))
+    return some + (f", and {len(classes.names) - 8} more" if len(classes.names) > 8 else "")

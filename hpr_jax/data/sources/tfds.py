@@ -1,8 +1,8 @@
-"""Data sets of TensorFlow Datasets (https://www.tensorflow.org/datasets), in ArrayRecord files, without TensorFlow.
+"""The format of TensorFlow Datasets (https://www.tensorflow.org/datasets): ArrayRecord files, read without TensorFlow.
 
-Records have the features of TFDS's own detection data sets: `image`, and `objects` with `bbox` and `label`. Those that
-`scripts/make_tfds` writes have one more, `coco`, an image's entry and annotations as in the COCO file: it is used in place
-of the others, with masks, and nothing is rounded.
+Records have the features of TFDS's own detection data sets: `image`, and `objects` with `bbox` and `label`. Records that
+`scripts/make_tfds` wrote have one more, `coco`: the image's entry and its annotations as in the COCO file. It is read in
+place of the others, so that masks are there and nothing is rounded.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,26 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes, Dataset
-from hpr_jax.data.images import EncodedImage, UnreadableImageError
-from hpr_jax.data.sources.coco import Entry, named_errors, no_collection, parse_entries
+from hpr_jax.data.images import UnreadableImageError
+from hpr_jax.data.sources.coco import Entry, named_errors, parse_entries, without_garbage_collection
 from hpr_jax.errors import UserError
 
-# Of each record, JSON: {"image": entry, "annotations": [entry, ...]}; of the data set, in its metadata: {"categories": ...}.
+# The file that TFDS writes into the directory of each version of a data set.
+INFO_FILE = "dataset_info.json"
+# The name of our own feature, which holds {"image": entry, "annotations": [entry, ...]} as JSON, and of the part of the data
+# set's metadata that holds {"categories": [entry, ...]}.
 COCO = "coco"
 
+# The features of a record, by their names.
 Features = Mapping[str, Any]
+# Reads a record: its features, its index, and an id for its first annotation, should it have none of its own -> its COCO
+# entry, and bytes that identify it for the fingerprint.
+ReadEntry = Callable[[Features, int, int], tuple[Entry, bytes]]
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsImage:
-    """The image of a record; the files are opened once in each process that reads."""
+    """The image of a record. Each process that reads images opens the files once."""
 
     directory: str
     split: str
@@ -52,8 +59,8 @@ class TfdsImage:
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsImages(Sequence[EncodedImage]):
-    """The images of a split, by their names."""
+class TfdsImages:
+    """The images of a split, with their file names."""
 
     directory: str
     split: str
@@ -63,29 +70,44 @@ class TfdsImages(Sequence[EncodedImage]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> TfdsImage:
+    def __getitem__(self, index: int, /) -> TfdsImage:
         return TfdsImage(self.directory, self.split, int(index), self.names[index], self.exif)
+
+
+def is_tfds(directory: Path, split: str) -> bool:
+    """Whether the directory is that of one version of a TFDS data set, whatever its splits."""
+    return (directory / INFO_FILE).is_file()
+
+
+def find_below(directory: Path) -> Path | None:
+    """The directory of a version in the folders below, where it is if the folder that `tfds.load` wants was given."""
+    for pattern in ("*", "*/*", "*/*/*"):
+        for file in directory.glob(f"{pattern}/{INFO_FILE}"):
+            return file.parent
+    return None
 
 
 def load_tfds(directory: Path, split: str, classes: Classes | None = None, *, masks: bool = False) -> Dataset:
     """Reads the annotations of one split, for which it goes through all records.
 
     Args:
-      directory: that of one version, with `dataset_info.json`.
-      split: its name, or a part of it as TFDS writes it, like `train[:90%]`.
-      classes, masks: as for `load_coco`. Where the directory knows names of classes alone, their category
-        ids are those of `classes`, else the labels' numbers.
+      directory: the directory of one version of the data set.
+      split: name of the split, or of a part of one in TFDS's notation, like `train[:90%]`.
+      classes: classes of the training split or a checkpoint, which the split's must be. None: the split's are taken. If
+        the directory has no category ids, they are those of the same names in `classes`, or else the labels.
+      masks: whether to read masks, which only records with the feature `coco` have.
 
     Raises:
-      UserError: no such split, files of another format, other features, damaged files, or other classes.
+      UserError: there is no such split, files are damaged or of another format, or features or classes are others.
     """
     builder, name = _builder(directory), f"{directory} (split {split!r})"
     source, features = _open(str(directory), split), builder.info.features
-    exact = COCO in features and COCO in (builder.info.metadata or {})
-    with no_collection(), named_errors(name):
+    metadata = builder.info.metadata or {}
+    exact = COCO in features and COCO in metadata
+    with without_garbage_collection(), named_errors(name):
         if exact:
-            categories = builder.info.metadata[COCO]["categories"]
-            read_entry = _exact_entry
+            categories = metadata[COCO]["categories"]
+            read_entry: ReadEntry = _exact_entry
         else:
             label_names = _check_features(features, directory)
             ids = _category_ids(label_names, classes)
@@ -99,9 +121,11 @@ def load_tfds(directory: Path, split: str, classes: Classes | None = None, *, ma
 
 
 class _Scan:
-    """Goes through a split's records once; keeps names, ground truth and fingerprint of what it has seen."""
+    """Goes through the records of a split once, and keeps names, ground truth and a digest of those that it has seen."""
 
-    def __init__(self, directory: str, split: str, count: int, categories: Sequence[Mapping[str, Any]], read_entry):
+    def __init__(
+        self, directory: str, split: str, count: int, categories: Sequence[Mapping[str, Any]], read_entry: ReadEntry
+    ):
         self.directory, self.split, self.count, self.read_entry = directory, split, count, read_entry
         self.names: list[str] = []
         self.objects = 0
@@ -124,13 +148,13 @@ class _Scan:
             self.objects += len(annotations)
             self.names.append(str(image["file_name"]))
             self.digest.update(identity + b"\n")
-            # Box evaluation has no use for masks, which are the most of it.
+            # Masks are left out, since the evaluation of boxes does without them, and they are most of the bytes.
             boxes = [{key: value for key, value in a.items() if key != "segmentation"} for a in annotations]
             self._packed += self._packer.compress(json.dumps([image, boxes]).encode() + b"\n")
             yield image, annotations
 
     def packed(self) -> bytes:
-        """The ground truth, compressed: a line of JSON for each image, with its entry and its annotations."""
+        """The ground truth, compressed: for each image a line of JSON with its entry and its annotations."""
         return bytes(self._packed + self._packer.flush())
 
 
@@ -141,20 +165,22 @@ def _ground_truth(categories: Sequence[Mapping[str, Any]], packed: bytes) -> dic
 
 
 def _exact_entry(features: Features, index: int, first_id: int) -> tuple[Entry, bytes]:
+    """The COCO entry of a record that has the feature `coco`, and its identity."""
     text = _bytes(features, COCO)
     entry = json.loads(text)
     return (entry["image"], entry["annotations"]), text
 
 
 def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int]) -> tuple[Entry, bytes]:
-    """A COCO entry of a record with TFDS's features alone. Boxes refer to the image as stored: TensorFlow ignores EXIF."""
+    """The COCO entry of a record that has TFDS's features alone, and its identity. Boxes refer to the image as it is stored,
+    since TensorFlow ignores EXIF."""
     name = _bytes(features, "image/filename").decode() if "image/filename" in features else f"record {index}"
     numbers = _numbers(features, "image/id")
     image_id = int(numbers[0]) if len(numbers) else index + 1
     try:
         width, height = Image.open(io.BytesIO(_bytes(features, "image"))).size
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-        # Known by name, and left out where it is to be decoded.
+        # The image has a record with an arbitrary size; it is left out, and named, when it is to be decoded.
         width = height = 1
     relative = _numbers(features, "objects/bbox").reshape(-1, 4).astype(np.float64)
     top, left, bottom, right = (relative * [height, width, height, width]).T
@@ -173,10 +199,10 @@ def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence
 
 
 def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
-    """The names of the labels, if the features are those of detection.
+    """The names of the classes, if the features are those of detection.
 
     Raises:
-      UserError: says what is wanted.
+      UserError: they are not; the message says what detection wants.
     """
     import tensorflow_datasets as tfds
 
@@ -184,7 +210,7 @@ def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
         return key in place and isinstance(place[key], kind)
 
     fits = is_a(features, "image", tfds.features.Image) and is_a(features, "objects", tfds.features.Sequence)
-    objects = features["objects"].feature if fits else None
+    objects: Any = features["objects"].feature if fits else None
     fits = isinstance(objects, tfds.features.FeaturesDict) and is_a(objects, "bbox", tfds.features.BBoxFeature)
     if not fits or not is_a(objects, "label", tfds.features.ClassLabel):
         raise UserError(
@@ -199,13 +225,15 @@ def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
 
 
 def _category_ids(names: Sequence[str], classes: Classes | None) -> list[int]:
+    """Category ids of classes without any: those of the same names in `classes`, or else the labels."""
     if classes is not None and len(set(names)) == len(names) and sorted(names) == sorted(classes.names):
         return [dict(zip(classes.names, classes.category_ids))[name] for name in names]
     return list(range(len(names)))
 
 
 @functools.lru_cache(maxsize=8)
-def _builder(directory: Path):
+def _builder(directory: Path) -> Any:
+    """TFDS's builder of the version in a directory, which is to be in ArrayRecord files."""
     import tensorflow_datasets as tfds
 
     try:
@@ -222,8 +250,8 @@ def _builder(directory: Path):
 
 
 @functools.lru_cache(maxsize=8)
-def _open(directory: str, split: str):
-    """The serialised records of a split."""
+def _open(directory: str, split: str) -> Any:
+    """The serialised records of a split, by their index."""
     import tensorflow_datasets as tfds
 
     builder = _builder(Path(directory))
@@ -237,7 +265,7 @@ def _open(directory: str, split: str):
 
 
 def _read(directory: str, split: str, index: int) -> Features:
-    """A record's features, by their names; ten times faster than TFDS's own reader, which looks at each number.
+    """The features of a record. This is ten times faster than TFDS's own reader, which looks at each number.
 
     Raises:
       RuntimeError: the file is missing or damaged.
@@ -252,6 +280,7 @@ def _bytes(features: Features, key: str) -> bytes:
 
 
 def _numbers(features: Features, key: str) -> np.ndarray:
+    """The numbers of a feature; none if there is no such feature."""
     if key not in features:
         return np.zeros(0)
     feature = features[key]

@@ -1,10 +1,7 @@
-"""A COCO folder as a TFDS data set in ArrayRecord files, made without TensorFlow.
+"""Writing of a COCO folder as a TFDS data set in ArrayRecord files, without TensorFlow.
 
-scripts/make_tfds --config FILE.py[:VARIANT] [--config.data.directory=DIR ...] DATA_DIR
-
-Takes the folder, and the names in it, from the config's section `data`. Writes DATA_DIR/coco_folder/1.0.0 with the splits
-train and validation: TFDS's features of detection, and the annotations as they are in the COCO files, masks and all. Image
-files are copied byte by byte.
+The result is DATA_DIR/coco_folder/1.0.0 with the splits train and validation. Records have TFDS's features of detection, and
+the annotations as they are in the COCO files, masks among them. Image files are copied byte by byte.
 """
 
 import contextlib
@@ -20,17 +17,26 @@ import numpy as np
 from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes
-from hpr_jax.data.sources.coco import Entry, ImageFolder, clip_box, group_annotations, load_coco, read_json
+from hpr_jax.data.images import ImageFolder
+from hpr_jax.data.sources.coco import Entry, clip_box, group_annotations, load_coco, read_json
 from hpr_jax.data.sources.tfds import COCO
 from hpr_jax.errors import UserError
 
+# Name and version of the data set that is written.
 NAME, VERSION = "coco_folder", "1.0.0"
-# Bytes of images in a file of the result, about.
+# A file of the result has about so many bytes of images.
 SHARD = 2**28
 
 
 def make_tfds(settings: Mapping[str, Any], target: Path) -> Path:
-    """Writes the data set of a config's section `data`; returns the directory of its version.
+    """Writes a data set.
+
+    Args:
+      settings: section `data` of a config, with the COCO folder and the names in it.
+      target: folder in which TFDS data sets are kept.
+
+    Returns:
+      The directory of the version that was written.
 
     Raises:
       UserError: the folder is no COCO data set, image files are missing, or the data set is there already.
@@ -41,7 +47,7 @@ def make_tfds(settings: Mapping[str, Any], target: Path) -> Path:
     train = _Split(source, settings["train_images"], settings["train_annotations"], None)
     val = _Split(source, settings["val_images"], settings["val_annotations"], train.classes)
     target.mkdir(parents=True, exist_ok=True)
-    # What is written in part must not be taken for a data set, nor must TFDS's own folders be left.
+    # Written elsewhere and moved when it is complete, so that nothing is left of a conversion that is stopped.
     with tempfile.TemporaryDirectory(dir=target, prefix=f"{NAME}.") as work:
         _write({"train": train, "validation": val}, Path(work))
         (target / NAME).mkdir(exist_ok=True)
@@ -50,7 +56,7 @@ def make_tfds(settings: Mapping[str, Any], target: Path) -> Path:
 
 
 class _Split:
-    """A split of the folder, whose files are all there."""
+    """A split of the COCO folder. All of its image files are there."""
 
     def __init__(self, source: Path, images: str, annotations: str, classes: Classes | None):
         dataset = load_coco(source, images, annotations, classes)
@@ -69,7 +75,7 @@ class _Split:
             raise UserError(f"Image id {wrong[0]!r} of {path} is not a whole number, as TFDS wants it.")
 
     def shards(self, split: str) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
-        """Generators of TFDS examples, one for each file of the result."""
+        """Functions that make the numbered TFDS examples, one for each file of the result."""
         count = max(1, round(sum(file.stat().st_size for file in self.files) / SHARD))
         bounds = [len(self.files) * number // count for number in range(count + 1)]
         return [functools.partial(self._examples, split, start, stop) for start, stop in zip(bounds, bounds[1:])]
@@ -80,13 +86,14 @@ class _Split:
 
 
 def _example(entry: Entry, file: Path, category_ids: Sequence[int]) -> dict[str, Any]:
+    """The features of a record."""
     image, annotations = entry
     width, height = float(image["width"]), float(image["height"])
     objects = []
     for number, annotation in enumerate(annotations):
         box, reason = clip_box(annotation["bbox"], width, height)
         if reason:
-            # TFDS knows no such boxes; the feature `coco` has it.
+            # TFDS has no such boxes. The feature `coco` keeps it.
             continue
         left, top, right, bottom = box
         own_id, area = annotation.get("id"), annotation.get("area")
@@ -109,6 +116,7 @@ def _example(entry: Entry, file: Path, category_ids: Sequence[int]) -> dict[str,
 
 
 def _write(splits: Mapping[str, _Split], target: Path) -> None:
+    """Has TFDS write the splits."""
     import tensorflow_datasets as tfds
 
     classes, categories = splits["train"].classes, splits["train"].categories
@@ -132,12 +140,13 @@ def _write(splits: Mapping[str, _Split], target: Path) -> None:
         COCO: tfds.features.Text(),
     }
 
-    class Folder(tfds.core.ShardBasedBuilder, skip_registration=True):
-        """Keeps the order of the images."""
+    # TFDS comes without types, so mypy takes the base class for `object`, which knows no `skip_registration`.
+    class Folder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        """A builder that keeps the order of the images."""
 
         name = NAME
         VERSION = tfds.core.Version(VERSION)
-        # Beside its code TFDS would look for checksums of downloads, by means of a package that it does not install.
+        # TFDS would look for checksums of downloads beside the builder's code, with a package that it does not install.
         code_path = None
 
         def _info(self):
@@ -152,6 +161,6 @@ def _write(splits: Mapping[str, _Split], target: Path) -> None:
         def _shard_iterators_per_split(self, dl_manager):
             return {name: split.shards(name) for name, split in splits.items()}
 
-    # It speaks of downloads.
+    # TFDS prints messages about downloads, of which there are none.
     with contextlib.redirect_stdout(io.StringIO()):
         Folder(data_dir=target, file_format="array_record").download_and_prepare()

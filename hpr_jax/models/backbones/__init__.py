@@ -1,5 +1,5 @@
 """Backbones: from images to feature maps.
 
-A config's `backbone.kind` is the name of a file here.
+The setting `backbone.kind` of a config is the name of a file here: `resnet` or `swin` (with `window_attention.py`).
 May import layers of models, ops and kernels.
 """

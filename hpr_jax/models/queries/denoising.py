@@ -9,11 +9,18 @@ from hpr_jax.types import DenoisingQueries, Targets
 
 
 class Denoiser(nnx.Module):
-    """Draws noisy copies of the ground truth and embeds their labels.
+    """Draws noisy copies of the ground truth, and embeds their labels.
 
-    The copies form groups of [positives; negatives], each half as long as the most boxes of any view of a chunk. As many
-    groups are made as fit into `queries` positives. Chunks are all views of fixed runs of images, `views_per_chunk` views in
-    all, so that the number of groups does not depend on how a batch is spread over devices.
+    The copies form groups. A group has a positive copy of each box, then a negative copy of each box; both halves are as
+    long as the view with the most boxes in its chunk requires. A view has as many groups as fit into `queries` positive
+    copies. A chunk is a fixed run of images with all their views, `views_per_chunk` views together, so that the number of
+    groups does not depend on how a batch is split over devices.
+
+    Args:
+      queries: number of positive copies of a view at most, except that there is always one group.
+      label_noise: twice the probability that a label is drawn anew.
+      box_noise: scale of the noise on boxes; 1 moves the sides of a positive copy by up to half the box's size.
+      views_per_chunk: see above.
     """
 
     def __init__(
@@ -32,10 +39,11 @@ class Denoiser(nnx.Module):
         self.label_noise, self.box_noise = label_noise, box_noise
 
     def draw(self, key: jax.Array, targets: Targets, views: int = 1) -> DenoisingQueries:
-        """Noisy queries for a batch; 2 max(queries, N) slots a view, always enough.
+        """Noisy queries for a batch, in 2 max(queries, N) slots for each view, which is always enough.
 
         Args:
-          views: of each image, side by side in the batch.
+          targets: ground truth of the B views of the batch.
+          views: number of views of each image, which stand side by side in the batch.
         """
         batch, most, _ = targets.boxes.shape
         slots = 2 * max(self.queries, most)
@@ -44,12 +52,13 @@ class Denoiser(nnx.Module):
         boxes = jnp.take_along_axis(targets.boxes, layout["target"][..., None], axis=1)
 
         flip_key, label_key, sign_key, noise_key = jax.random.split(key, 4)
-        # Half of the noise rate, as published; a drawn label may be the true one.
+        # Labels are drawn anew at half of the noise rate, as published; a drawn label may be the true one.
         flip = jax.random.uniform(flip_key, labels.shape) < 0.5 * self.label_noise
         labels = jnp.where(flip, jax.random.randint(label_key, labels.shape, 0, len(self.embedding.get_value())), labels)
 
         sign = jax.random.rademacher(sign_key, boxes.shape, jnp.float32)
-        # Positives move each side by up to half the box size, negatives by half to once the box size.
+        # The noise moves each side of a positive copy by up to half the box's size, and each side of a negative copy by half
+        # to once the box's size.
         noise = jax.random.uniform(noise_key, boxes.shape) + jnp.where(layout["positive"], 0.0, 1.0)[..., None]
         half_sides = jnp.tile(boxes[..., 2:], 2) * 0.5
         corners = jnp.clip(cxcywh_to_xyxy(boxes) + sign * noise * half_sides * self.box_noise, 0.0, 1.0)
@@ -58,7 +67,7 @@ class Denoiser(nnx.Module):
         return DenoisingQueries(labels=labels, boxes=boxes, **layout)
 
     def embed(self, queries: DenoisingQueries) -> jax.Array:
-        """Content of the queries: `[B, D, C]`, zero where there is no object."""
+        """Content of the queries, `[B, D, C]`: the embedding of their labels, zero where there is no object."""
         return jnp.where(queries.object[..., None], self.embedding[queries.labels], 0.0)
 
     def _layout(self, targets: Targets, slots: int, views: int) -> dict[str, jax.Array]:
@@ -70,17 +79,21 @@ class Denoiser(nnx.Module):
 
 
 def group_layout(counts: jax.Array, most: jax.Array, groups: jax.Array, slots: int) -> dict[str, jax.Array]:
-    """Which slot belongs to what: the fields of `DenoisingQueries` that do not depend on chance.
+    """What each slot is for: the fields of `DenoisingQueries` that are not drawn at random.
 
     Args:
-      counts: boxes of each image, int `[B, 1]`.
-      most: length of a half group, int `[B, 1]`.
+      counts: number of boxes of each view, int `[B, 1]`.
+      most: length of half a group, int `[B, 1]`.
       groups: number of groups, int `[B, 1]`.
-      slots: D.
+      slots: D, the number of slots of each view.
+
+    Returns:
+      Fields by name, `[B, D]` each.
     """
     slot = jnp.arange(slots)[None, :]
     length = jnp.maximum(most, 1)
-    # In floating point, exact for such numbers: integer division is slow to compile, and fused into every reader.
+    # Divided in floating point, which is exact for such small numbers: an integer division compiles slowly, and XLA repeats
+    # it in everything that reads the result.
     group = jnp.floor((slot + 0.5) / (2 * length)).astype(jnp.int32)
     place = slot - group * 2 * length
     target = jnp.where(place < length, place, place - length)

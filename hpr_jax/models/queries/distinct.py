@@ -1,4 +1,6 @@
-"""The best proposals that survive NMS, and dense ones (DDQ)."""
+"""The initial queries `distinct`: the best proposals that survive NMS, and dense queries beside them (DDQ)."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +9,25 @@ from flax import nnx
 from hpr_jax.models.heads import PredictionHead
 from hpr_jax.models.layers import linear
 from hpr_jax.models.pyramid import Pyramid
-from hpr_jax.models.queries.proposals import InitialQueries, ProposalGenerator, best_tokens, rows
+from hpr_jax.models.queries.proposals import InitialQueries, ProposalGenerator, best_tokens, take_rows
 from hpr_jax.ops.boxes import cxcywh_to_xyxy
 from hpr_jax.ops.nms import nms_first
 
 
 class DistinctQueries(nnx.Module):
-    """DDQ's initial queries (Zhang et al. 2023, section 3): the best proposals that survive class-agnostic NMS, and in
-    training as many and a half more, ranked by score alone, on heads of their own. Content comes from the memory.
+    """DDQ's initial queries (Zhang et al. 2023, section 3): the matching queries are the best proposals that survive
+    class-agnostic NMS. The dense queries, in training alone, are the best proposals by the score of a head of their own,
+    without NMS. The content of both comes from the memory.
 
-    With fewer survivors than queries the rest is filled with zero content, zero logits and the box (.5, .5, .5, .5); these
-    twins take part in everything.
+    Where fewer proposals survive than there are matching queries, the remaining queries are duplicates: they all have zero
+    content, zero logits and the box (.5, .5, .5, .5), and take part in everything.
+
+    Args:
+      head: scores the proposals of the matching queries and moves their boxes.
+      dense_head: the same for the dense queries.
+      queries: number of matching queries.
+      dense_ratio: number of dense queries per matching query.
+      nms_threshold: IoU above which a proposal suppresses a worse one.
     """
 
     def __init__(
@@ -38,11 +48,11 @@ class DistinctQueries(nnx.Module):
         self.queries, self.dense_ratio, self.nms_threshold = queries, dense_ratio, nms_threshold
 
     def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]:
-        """-> matching queries, and dense ones if asked for."""
+        """The matching queries, and the dense ones if asked for."""
         tokens = self.generator.tokens(memory)
 
-        def initial(head, index, found):
-            content = self.content(rows(jax.lax.stop_gradient(memory.tokens), index))
+        def content_and_proposals(head, index, found):
+            content = self.content(take_rows(jax.lax.stop_gradient(memory.tokens), index))
             content = jnp.where(found[..., None], content, 0.0)
             return content, self.generator.chosen(tokens, head, index, found)
 
@@ -50,15 +60,17 @@ class DistinctQueries(nnx.Module):
         index, found = jax.vmap(
             lambda boxes, scores, valid: nms_first(boxes, scores, valid, self.queries, self.nms_threshold)
         )(cxcywh_to_xyxy(boxes), _scores(logits), memory.valid)
-        content, proposals = initial(self.head, index, found)
-        matching = InitialQueries(content, proposals.replace(valid=jnp.ones_like(found)), ~found)
+        content, proposals = content_and_proposals(self.head, index, found)
+        proposals = dataclasses.replace(proposals, valid=jnp.ones_like(found))
+        matching = InitialQueries(content, proposals, duplicates=~found)
         if not with_dense:
             return matching, None
 
         logits, _ = self.generator.candidates(tokens, self.dense_head)
         count = min(int(self.queries * self.dense_ratio), logits.shape[1])
         index, found = best_tokens(logits, memory.valid, count)
-        return matching, InitialQueries(*initial(self.dense_head, index, found), jnp.zeros_like(found))
+        content, proposals = content_and_proposals(self.dense_head, index, found)
+        return matching, InitialQueries(content, proposals, duplicates=jnp.zeros_like(found))
 
 
 def _scores(logits: jax.Array) -> jax.Array:

@@ -1,31 +1,27 @@
-"""Refiners that look at the memory as a whole or not at all: deformable attention, global cross-attention, and the object
-feature alone (HPR section 3.2). Those that look at regions are in `region.py`."""
+"""The refiner `deformable`: deformable attention around the reference boxes."""
 
 import jax
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention
-from hpr_jax.models.refiner.interaction import Surroundings
+from hpr_jax.models.refiner.interaction import SharedSettings, Surroundings
 
 
-class DeformableRefiner(nnx.Module):
-    """Deformable attention around the reference boxes, the refiner of all base detectors."""
+class DeformableInteraction(nnx.Module):
+    """Multi-scale deformable attention to the memory, the interaction of all base detectors (HPR section 3.2)."""
 
     needs_regions = False
 
-    def __init__(
-        self, channels: int, heads: int, levels: int, points: int, *, implementation: str | None = None, rngs: nnx.Rngs
-    ):
-        self.attention = DeformableAttention(channels, heads, levels, points, implementation=implementation, rngs=rngs)
+    def __init__(self, shared: SharedSettings, *, rngs: nnx.Rngs):
+        self.attention = DeformableAttention(
+            shared.channels,
+            shared.heads,
+            shared.levels,
+            shared.points,
+            implementation=shared.implementation,
+            rngs=rngs,
+        )
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
-        memory = surroundings.memory
-        return self.attention(
-            query,
-            position,
-            memory.tokens,
-            memory.valid,
-            memory.spatial_shapes,
-            memory.level_sizes,
-            surroundings.reference_boxes,
-        )
+        """Queries and position encodings `[B, Q, C]` -> `[B, Q, C]`, the residual included."""
+        return self.attention(query, position, surroundings.memory, surroundings.reference_boxes)

@@ -1,42 +1,45 @@
-"""Dynamic convolution on each query's region."""
+"""The refiner `dynamic_conv`: each query filters its own region."""
 
 import jax
 from flax import nnx
 
-from hpr_jax.models.layers import kept, layer_norm, xavier_linear
-from hpr_jax.models.refiner.interaction import CHUNK, Surroundings, flat
-from hpr_jax.ops.chunks import by_chunks
+from hpr_jax.models.layers import layer_norm, xavier_linear
+from hpr_jax.models.refiner.interaction import SharedSettings, Surroundings, map_regions
 from hpr_jax.ops.linear import affine
 
 
 class DynamicConv(nnx.Module):
-    """Each query generates two 1x1 kernels for its own region (Sparse R-CNN, Sun et al. 2021, section 3.2)."""
+    """Each query generates two 1x1 kernels, which are applied to its region (Sparse R-CNN, Sun et al. 2021, section 3.2).
+
+    Args:
+      hidden: number of channels between the two kernels.
+    """
 
     needs_regions = True
 
-    def __init__(self, channels: int, hidden: int, region_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, shared: SharedSettings, *, hidden: int, rngs: nnx.Rngs):
+        channels = shared.channels
         self.generator = xavier_linear(channels, 2 * channels * hidden, rngs=rngs)
         self.norm1 = layer_norm(hidden, rngs=rngs)
         self.norm2 = layer_norm(channels, rngs=rngs)
-        self.project = xavier_linear(region_size**2 * channels, channels, rngs=rngs)
+        self.project = xavier_linear(shared.region_size**2 * channels, channels, rngs=rngs)
         self.norm3 = layer_norm(channels, rngs=rngs)
         self.hidden = hidden
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
-        """`[B, Q, C]` -> `[B, Q, C]`, the residual included."""
+        """Queries `[B, Q, C]` -> `[B, Q, C]`, the residual included; `position` is not read."""
         channels = query.shape[-1]
         half = channels * self.hidden
+        assert self.generator.bias is not None
         kernel, bias = self.generator.kernel[...], self.generator.bias[...]
-        # Two products instead of one that is split: their gradients need not be joined.
+        # The generator is applied as two products: their gradients need not be concatenated.
         to_squeeze, to_expand = (kernel[:, :half], bias[:half]), (kernel[:, half:], bias[half:])
 
-        def of_chunk(rows):
-            query, regions = rows
+        def filtered(query, regions):
             squeeze = affine(query, *to_squeeze).reshape(-1, channels, self.hidden)
             expand = affine(query, *to_expand).reshape(-1, self.hidden, channels)
             x = jax.nn.relu(self.norm1(regions @ squeeze))
             x = jax.nn.relu(self.norm2(x @ expand))
             return self.project(x.reshape(len(query), -1))
 
-        x = kept(by_chunks(of_chunk, CHUNK, flat(query, surroundings))).reshape(query.shape)
-        return query + jax.nn.relu(self.norm3(x))
+        return query + jax.nn.relu(self.norm3(map_regions(filtered, query, surroundings)))

@@ -1,8 +1,8 @@
-"""The hybrid proposal refiner: a decoder layer in which several refiners work on the same queries (HPR section 3.1).
+"""The hybrid refiner: a decoder in whose layers several refiners work side by side on the same queries (HPR section 3.1).
 
-Each refiner is a path of its own through the layer: self-attention, an interaction with the image (deformable attention,
-dynamic convolution, regional attention, ...), an FFN. Behind the self-attention and behind the FFN (or where settings say)
-the primary path takes a merge of all paths; the auxiliary paths end in branches that are supervised but not passed on.
+Each refiner has a path of its own through a layer: self-attention, an interaction with the image (deformable attention,
+dynamic convolution, regional attention, ...), an FFN. Behind some of these parts the primary path goes on with a merge of
+all paths. The primary path's result goes on to the next layer; each auxiliary path ends in a branch, which losses supervise.
 """
 
 import dataclasses
@@ -27,44 +27,51 @@ from hpr_jax.ops.roi_align import roi_align
 
 @flax.struct.dataclass
 class DecoderInput:
-    """Queries in front of the first layer, in the order denoising, matching, dense.
+    """Queries in front of the first layer: first the denoising queries, then the matching ones, then the dense ones.
 
     Attributes:
       content: `[B, Q, C]`.
-      reference_boxes: normalised cxcywh `[B, Q, 4]`, without gradient.
+      reference_boxes: normalised cxcywh `[B, Q, 4]`; no gradient flows into them.
       mask: bool `[B, Q, Q]`, true: may see.
-      twins: bool `[B, num_matching]`, matching queries that start out identical.
-      num_denoising, num_matching, num_dense: static counts that sum to Q.
+      duplicates: bool `[B, num_matching]`, matching queries that start out identical.
+      num_denoising, num_matching, num_dense: numbers of queries, static, which sum to Q.
     """
 
     content: jax.Array
     reference_boxes: jax.Array
     mask: jax.Array
-    twins: jax.Array
+    duplicates: jax.Array
     num_denoising: int = flax.struct.field(pytree_node=False)
     num_matching: int = flax.struct.field(pytree_node=False)
     num_dense: int = flax.struct.field(pytree_node=False)
 
     @property
     def matching(self) -> slice:
+        """Where the matching queries are on the axis of queries."""
         return slice(self.num_denoising, self.num_denoising + self.num_matching)
 
 
 @flax.struct.dataclass
 class DecoderOutput:
-    """Per layer: hidden states `[layers, B, Q, C]`, branches `[layers, branches, B, Q, C]`, both before the heads' norm;
-    reference boxes `[layers + 1, B, Q, 4]`, those behind a layer differentiable; `kept` bool `[layers, B, M]`, the
-    matching queries that are distinct in front of each layer."""
+    """What all layers compute.
+
+    Attributes:
+      hidden: `[layers, B, Q, C]`, the queries behind each layer, in front of the norm that the heads read.
+      branches: `[layers, branches, B, Q, C]`, the same for the auxiliary branches.
+      reference_boxes: `[layers + 1, B, Q, 4]`, in front of each layer, and behind the last one; gradients flow into all but
+        the first.
+      selected: bool `[layers, B, M]`, the matching queries that were selected as distinct in front of each layer.
+    """
 
     hidden: jax.Array
     branches: jax.Array
     reference_boxes: jax.Array
-    kept: jax.Array
+    selected: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class RegionSettings:
-    """How region features are taken from the memory: arguments of `roi_align`."""
+    """How the features of regions are taken from the memory: keyword arguments of `roi_align`."""
 
     strides: tuple[int, ...] = (8, 16, 32, 64)
     output_size: int = 7
@@ -74,14 +81,16 @@ class RegionSettings:
 
 
 class HybridRefiner(nnx.Module):
-    """Decoder of equal refiner layers, scanned.
+    """A decoder whose layers have the same structure, and are scanned.
 
     Args:
       make_layer: makes one layer.
-      branches: names of the auxiliary branches, in the layer's order.
-      nms_threshold: DDQ's selection of distinct queries between layers at this IoU, or None.
-      region: how region features are taken.
-      remat: compute a layer's inner values again in the backward pass.
+      layers: number of layers.
+      branches: names of the auxiliary branches, in the order of the layers' auxiliary paths.
+      nms_threshold: IoU above which a query suppresses a worse one in DDQ's selection of distinct queries between layers;
+        None: no selection.
+      region: how the features of regions are taken.
+      remat: whether the backward pass computes a layer's inner values again.
     """
 
     def __init__(
@@ -104,48 +113,48 @@ class HybridRefiner(nnx.Module):
         self.nms_threshold, self.region, self.remat = nms_threshold, region, remat
 
     def regions(self, memory: Pyramid, boxes: jax.Array) -> jax.Array:
-        """RoIAlign features of normalised cxcywh boxes `[B, Q, 4]` -> `[B, Q, bins, C]`."""
+        """RoIAlign features of the memory at normalised cxcywh boxes `[B, Q, 4]`: `[B, Q, bins, C]`."""
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
         return roi_align(memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **dataclasses.asdict(self.region))
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
-        """Runs all layers; `heads` move the reference boxes, and rate queries for the selection of distinct ones."""
+        """Runs all layers. The primary branch's `heads` move the reference boxes, and score queries for the selection."""
         paths = [self.layers.primary, *self.layers.auxiliaries]
         needs_regions = any(path.interaction.needs_regions for path in paths)
 
         def step(carry, per_layer):
-            content, boxes, kept = carry
+            content, boxes, selected = carry
             layer, heads = per_layer
             mask = queries.mask
             if self.nms_threshold is not None:
-                matching = mask[:, queries.matching, queries.matching] & distinct_attention(kept)
+                matching = mask[:, queries.matching, queries.matching] & distinct_attention(selected)
                 mask = mask.at[:, queries.matching, queries.matching].set(matching)
             regions = self.regions(memory, boxes) if needs_regions else None
-            # The reference relative to the valid area, not to the padded map, is encoded.
+            # Boxes are encoded relative to the valid area, not to the padded map.
             position = self.position(box_encoding(boxes, content.shape[-1] // 2).astype(content.dtype))
             content, branches = layer(content, position, mask, Surroundings(memory, boxes, regions))
 
             refined = jax.nn.sigmoid(heads.offsets(content, queries.num_dense) + inverse_sigmoid(boxes, 1e-3))
             boxes = jax.lax.stop_gradient(refined)
             if self.nms_threshold is not None:
-                distinct = jax.vmap(functools.partial(select_distinct, threshold=self.nms_threshold))
+                select = jax.vmap(functools.partial(select_distinct, threshold=self.nms_threshold))
                 scores = jnp.max(heads.matching.logits(content[:, queries.matching]), axis=-1)
                 scores = jax.lax.stop_gradient(scores)
-                kept = distinct(jax.nn.sigmoid(scores), boxes[:, queries.matching], kept, queries.twins)
-            return (content, boxes, kept), (content, branches, refined, kept)
+                selected = select(jax.nn.sigmoid(scores), boxes[:, queries.matching], selected, queries.duplicates)
+            return (content, boxes, selected), (content, branches, refined, selected)
 
         batch = len(queries.content)
-        everything = jnp.ones((batch, queries.num_matching), bool)
+        all_selected = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
-        _, (hidden, branches, refined, kept) = jax.lax.scan(
+        _, (hidden, branches, refined, selected) = jax.lax.scan(
             rematerialized(step) if self.remat else step,
-            (queries.content, boxes, everything),
+            (queries.content, boxes, all_selected),
             (self.layers, heads),
         )
-        # No selection counts behind the last layer.
+        # The selection behind the last layer has no reader.
         return DecoderOutput(
             hidden=hidden,
             branches=branches,
             reference_boxes=jnp.concatenate([boxes[None], refined]),
-            kept=jnp.concatenate([everything[None], kept[:-1]]),
+            selected=jnp.concatenate([all_selected[None], selected[:-1]]),
         )

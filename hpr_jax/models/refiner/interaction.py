@@ -1,5 +1,6 @@
-"""What a refiner may look at besides the queries themselves."""
+"""The interface of an interaction, the part of a refiner that looks at the image, and what interactions share."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -7,17 +8,23 @@ import flax.struct
 import jax
 from flax import nnx
 
+from hpr_jax.models.layers import saved
 from hpr_jax.models.pyramid import Pyramid
+from hpr_jax.ops.chunks import by_chunks
+
+# Number of queries per chunk, chosen so that a chunk's regions, and the kernels generated for them, fit a CPU's cache.
+CHUNK = 128
 
 
 @flax.struct.dataclass
 class Surroundings:
-    """Inputs that all refiners of a layer share.
+    """What the interactions of a layer look at besides the queries.
 
     Attributes:
       memory: the encoder's output.
       reference_boxes: normalised cxcywh `[B, Q, 4]`.
-      regions: RoIAlign features `[B, Q, bins, C]` at the reference boxes, or None when no refiner of the layer asks.
+      regions: RoIAlign features at the reference boxes, `[B, Q, bins, C]`, or None if no interaction of the layer needs
+        them.
     """
 
     memory: Pyramid
@@ -26,7 +33,12 @@ class Surroundings:
 
 
 class Interaction(Protocol):
-    """How a refiner looks at the image: queries and their positions `[B, Q, C]` -> `[B, Q, C]`, residual included."""
+    """Maps queries `[B, Q, C]` and the encodings of their positions `[B, Q, C]` to refined queries `[B, Q, C]`, with the
+    residual already added.
+
+    Attributes:
+      needs_regions: whether it reads `Surroundings.regions`.
+    """
 
     needs_regions: bool
 
@@ -36,10 +48,32 @@ class Interaction(Protocol):
 InteractionFactory = Callable[[nnx.Rngs], Interaction]
 
 
-# Whose regions are looked at at once: they, and the kernels generated for them, stay in a CPU's caches.
-CHUNK = 128
+@dataclasses.dataclass(frozen=True)
+class SharedSettings:
+    """Settings of the detector that are passed to every interaction, in front of the interaction's own.
+
+    Attributes:
+      channels: C.
+      heads, levels, points: of the detector's deformable attention.
+      region_size: number of bins along each side of a region.
+      implementation: of `deformable_sampling`.
+    """
+
+    channels: int
+    heads: int
+    levels: int
+    points: int
+    region_size: int
+    implementation: str | None = None
 
 
-def flat(query: jax.Array, surroundings: Surroundings) -> tuple[jax.Array, jax.Array]:
-    """Queries and their regions, image after image: `[B * Q, C]` and `[B * Q, bins, C]`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, surroundings.regions))
+def map_regions(
+    function: Callable[[jax.Array, jax.Array], jax.Array], query: jax.Array, surroundings: Surroundings
+) -> jax.Array:
+    """Applies a function to the queries `[B, Q, C]` and their regions, on CPUs chunk by chunk -> `[B, Q, C]`.
+
+    Args:
+      function: queries `[n, C]` and their regions `[n, bins, C]` -> `[n, C]`. Its result is saved for the backward pass.
+    """
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, surroundings.regions))
+    return saved(by_chunks(lambda rows: function(*rows), CHUNK, rows)).reshape(query.shape)

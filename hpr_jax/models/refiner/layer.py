@@ -1,5 +1,6 @@
-"""One layer of the refiner: several paths, and the merges between them."""
+"""One layer of the hybrid refiner: the paths of several refiners, side by side, and the merges between them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -12,16 +13,12 @@ from hpr_jax.models.attention import MultiHeadAttention
 from hpr_jax.models.layers import FeedForward, Frozen, layer_norm
 from hpr_jax.models.refiner.interaction import InteractionFactory, Surroundings
 
+# How the paths are weighted in a merge.
 MergeKind = Literal["fixed", "learned_scalar", "learned_vector"]
-
-
 MERGES = get_args(MergeKind)
 
-
-# Behind which parts of a path features may be merged.
+# The parts of a path behind which the paths may be merged.
 MergePoint = Literal["attention", "interaction", "ffn"]
-
-
 MERGE_POINTS = get_args(MergePoint)
 
 
@@ -30,8 +27,12 @@ class Merge(nnx.Module):
 
     Args:
       kind: `fixed` weights, a learned weight per path, or a learned weight per channel and path.
-      initial: a weight per path (primary first; none: one for all), or, for vectors, `"xavier"`: drawn at random as the
-        published DDQ models do, whose Xavier initialisation overwrites the weights (+-0.15 at 256 channels).
+      initial: a weight per path, the primary one first; empty: 1 for every path. For `learned_vector` also `"xavier"`:
+        weights drawn at random as in the published DDQ models, whose Xavier initialisation overwrites the weights (+-0.15 at
+        256 channels).
+
+    Raises:
+      UserError: an unknown kind, or weights of another number than the paths.
     """
 
     def __init__(
@@ -44,42 +45,52 @@ class Merge(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if kind not in MERGES:
-            raise UserError(f"config.model.refiner.merge is {kind!r}; known are {', '.join(MERGES)}.")
-        if initial == "xavier":
-            weights = nnx.initializers.xavier_uniform()(rngs.params(), (channels, paths))
-        else:
-            initial = initial or (1.0,) * paths
-            if len(initial) != paths:
-                raise UserError(f"config.model.refiner.merge_initial has {len(initial)} weights for {paths} refiners.")
-            weights = jnp.array(initial, jnp.float32)
-            if kind == "learned_vector":
-                weights = jnp.tile(weights, (channels, 1))
-        self.weights = Frozen(weights) if kind == "fixed" else nnx.Param(weights)
+            raise UserError(f"merge is {kind!r}; known are {', '.join(MERGES)}.")
+        self.weights = (Frozen if kind == "fixed" else nnx.Param)(_initial_weights(paths, channels, kind, initial, rngs))
 
     def __call__(self, paths: Sequence[jax.Array]) -> jax.Array:
-        return sum(path * self.weights[..., index].astype(path.dtype) for index, path in enumerate(paths))
+        """Results of the paths, `[..., C]` each -> `[..., C]`."""
+        weighted = [path * self.weights[..., index].astype(path.dtype) for index, path in enumerate(paths)]
+        return functools.reduce(jnp.add, weighted)
+
+
+def _initial_weights(
+    paths: int, channels: int, kind: MergeKind, initial: Sequence[float] | Literal["xavier"], rngs: nnx.Rngs
+) -> jax.Array:
+    """`[channels, paths]` for vectors, else `[paths]`."""
+    if initial == "xavier":
+        return nnx.initializers.xavier_uniform()(rngs.params(), (channels, paths))
+    initial = initial or (1.0,) * paths
+    if len(initial) != paths:
+        raise UserError(f"merge_initial has {len(initial)} weights for {paths} refiners; give one for each, or none.")
+    weights = jnp.array(initial, jnp.float32)
+    return jnp.tile(weights, (channels, 1)) if kind == "learned_vector" else weights
 
 
 class RefinerPath(nnx.Module):
-    """The parts that a path has to itself: self-attention, interaction and FFN, each followed by its norm."""
+    """The modules of one refiner within one layer: self-attention, interaction and FFN, each followed by its norm."""
 
-    def __init__(self, make: InteractionFactory, channels: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
+    def __init__(self, make_interaction: InteractionFactory, channels: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
         self.attention = MultiHeadAttention(channels, heads, rngs=rngs)
         self.norm1 = layer_norm(channels, rngs=rngs)
-        self.interaction = make(rngs)
+        self.interaction = make_interaction(rngs)
         self.norm2 = layer_norm(channels, rngs=rngs)
         self.ffn = FeedForward(channels, hidden, rngs=rngs)
         self.norm3 = layer_norm(channels, rngs=rngs)
 
 
 class RefinerLayer(nnx.Module):
-    """One decoder layer of a primary and any number of auxiliary refiners; without auxiliaries the plain layer.
+    """One decoder layer: the path of the primary refiner, and one of each auxiliary refiner. Without auxiliary refiners it
+    is the plain decoder layer of the base detector.
 
     Args:
-      primary: makes the primary interaction.
-      auxiliaries: make the auxiliary interactions, in the order of their branches.
-      merge, merge_initial: see `Merge`.
-      merge_points: behind which parts the primary path takes a merge of all.
+      primary: makes the primary path's interaction.
+      auxiliaries: make the interactions of the auxiliary paths, in the order of their branches.
+      merge, merge_initial: kind and initial weights of the merges, see `Merge`.
+      merge_points: parts of the paths behind which the primary path goes on with a merge of all paths.
+
+    Raises:
+      UserError: an unknown merge point, or what `Merge` raises.
     """
 
     def __init__(
@@ -97,7 +108,7 @@ class RefinerLayer(nnx.Module):
     ):
         for point in merge_points:
             if point not in MERGE_POINTS:
-                raise UserError(f"config.model.refiner.merge_points names {point!r}; known are {', '.join(MERGE_POINTS)}.")
+                raise UserError(f"merge_points names {point!r}; known are {', '.join(MERGE_POINTS)}.")
         self.primary = RefinerPath(primary, channels, heads, hidden, rngs=rngs)
         self.auxiliaries = nnx.List([RefinerPath(make, channels, heads, hidden, rngs=rngs) for make in auxiliaries])
 
@@ -113,10 +124,14 @@ class RefinerLayer(nnx.Module):
     def __call__(
         self, query: jax.Array, position: jax.Array, mask: jax.Array | None, surroundings: Surroundings
     ) -> tuple[jax.Array, jax.Array]:
-        """Queries and positions `[B, Q, C]`, attention mask bool `[B, Q, Q]` (true: may see).
+        """Refines the queries once.
+
+        Args:
+          query, position: queries and the encodings of their positions, `[B, Q, C]`.
+          mask: bool `[B, Q, Q]`, true: may see; None: all see all.
 
         Returns:
-          The refined queries `[B, Q, C]` and the auxiliary branches `[branches, B, Q, C]`.
+          The refined queries `[B, Q, C]`, and the results of the auxiliary paths `[branches, B, Q, C]`.
         """
         paths = [self.primary, *self.auxiliaries]
 

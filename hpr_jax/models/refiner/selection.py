@@ -1,4 +1,4 @@
-"""The selection of distinct queries between layers (DDQ)."""
+"""The selection of distinct queries between layers (DDQ, Zhang et al. 2023)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,30 +7,37 @@ from hpr_jax.ops.boxes import cxcywh_to_xyxy
 from hpr_jax.ops.nms import nms_mask
 
 
-def distinct_attention(kept: jax.Array) -> jax.Array:
-    """DDQ's mask: kept queries see all and are seen by all. bool `[B, M]` -> `[B, M, M]`."""
-    return kept[:, :, None] | kept[:, None, :]
+def distinct_attention(selected: jax.Array) -> jax.Array:
+    """DDQ's attention mask: selected queries see all and are seen by all. bool `[B, M]` -> `[B, M, M]`, true: may see."""
+    return selected[:, :, None] | selected[:, None, :]
 
 
-def counted(kept: jax.Array) -> jax.Array:
-    """Queries that enter the next selection, the loss and the detections: bool `[..., M]` -> the same.
+def valid_queries(selected: jax.Array) -> jax.Array:
+    """Which queries enter the next selection, the losses and the detections: bool `[..., M]` -> `[..., M]`.
 
-    The published implementation reads them from row 0 of the attention mask, so that all count when query 0 is kept.
+    These are the selected ones, and all if query 0 is selected: the published implementation reads them from row 0 of the
+    attention mask, which is true everywhere if query 0 is selected.
     """
-    return kept | kept[..., :1]
+    return selected | selected[..., :1]
 
 
-def select_distinct(scores: jax.Array, boxes: jax.Array, kept: jax.Array, twins: jax.Array, threshold: float) -> jax.Array:
-    """DDQ's selection behind a layer: NMS among the queries that count.
+def select_distinct(
+    scores: jax.Array, boxes: jax.Array, selected: jax.Array, duplicates: jax.Array, threshold: float
+) -> jax.Array:
+    """DDQ's selection behind a layer: NMS among the valid queries of one image.
 
     Args:
-      scores: `[M]`; boxes: normalised cxcywh `[M, 4]`; kept: bool `[M]`, before the selection.
-      twins: bool `[M]`, queries that started out identical. Those that were treated alike still are, but for rounding:
-        they take the values of the first of them, so that ties go to the lowest index.
+      scores: `[M]`.
+      boxes: normalised cxcywh `[M, 4]`.
+      selected: bool `[M]`, the selection in front of the layer.
+      duplicates: bool `[M]`, queries that started out identical. As long as they have been selected alike they are still
+        identical but for rounding. They take the scores and boxes of the first among them, so that rounding decides nothing
+        and ties go to the lowest index.
+      threshold: a query suppresses a worse one if their IoU is above this.
 
     Returns:
-      bool `[M]`.
+      bool `[M]`, the selection behind the layer.
     """
-    first = jnp.where(kept, jnp.argmax(twins & kept), jnp.argmax(twins & ~kept))
-    same_as = jnp.where(twins, first, jnp.arange(len(scores)))
-    return nms_mask(cxcywh_to_xyxy(boxes[same_as]), scores[same_as], counted(kept), threshold)
+    first = jnp.where(selected, jnp.argmax(duplicates & selected), jnp.argmax(duplicates & ~selected))
+    same_as = jnp.where(duplicates, first, jnp.arange(len(scores)))
+    return nms_mask(cxcywh_to_xyxy(boxes[same_as]), scores[same_as], valid_queries(selected), threshold)

@@ -11,13 +11,18 @@ import pytest
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
-from hpr_jax.models.encoder import Pyramid
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
-from hpr_jax.models.interactions import GlobalAttention, PointRefiner
 from hpr_jax.models.position import map_encoding
-from hpr_jax.models.refiner import DecoderInput, HybridRefiner, RefinerLayer, RegionSettings, select_distinct
-from hpr_jax.models.region import DynamicConv, RegionalAttention, RegionFC
-from hpr_jax.models.surroundings import Surroundings
+from hpr_jax.models.pyramid import Pyramid
+from hpr_jax.models.refiner.dynamic_conv import DynamicConv
+from hpr_jax.models.refiner.global_attention import GlobalAttention
+from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner, RegionSettings
+from hpr_jax.models.refiner.interaction import Surroundings
+from hpr_jax.models.refiner.layer import RefinerLayer
+from hpr_jax.models.refiner.point import PointInteraction
+from hpr_jax.models.refiner.region_fc import RegionFC
+from hpr_jax.models.refiner.regional_attention import RegionalAttention
+from hpr_jax.models.refiner.selection import select_distinct
 
 RNG = np.random.default_rng(0)
 
@@ -106,7 +111,7 @@ class TestMerges:
 
 
 def point_refiner(rngs):
-    return PointRefiner(4, rngs=rngs)
+    return PointInteraction(4, rngs=rngs)
 
 
 @flax.struct.dataclass
@@ -460,7 +465,7 @@ class TestInteractions:
         np.testing.assert_allclose(self.interact(module, memory), expected, rtol=1e-3, atol=1e-3)
 
     def test_point_refiner(self):
-        module = filled(lambda rngs: PointRefiner(8, rngs=rngs))
+        module = filled(lambda rngs: PointInteraction(8, rngs=rngs))
         expected = self.QUERY[0] + relu(norm(module.norm, linear(module.project, self.QUERY[0])))
         np.testing.assert_allclose(self.interact(module), expected, rtol=1e-4, atol=1e-4)
 

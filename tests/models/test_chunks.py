@@ -1,4 +1,4 @@
-"""What is computed chunk by chunk, or again in the backward pass, is the same."""
+"""Modules compute the same chunk by chunk as at once, and with values computed again in the backward pass."""
 
 from types import SimpleNamespace
 
@@ -9,13 +9,15 @@ import pytest
 from flax import nnx
 
 from hpr_jax.models import layers
-from hpr_jax.models.layers import FeedForward, kept, rematerialized
-from hpr_jax.models.refiner import regional_attention as region
+from hpr_jax.models.layers import FeedForward, rematerialized, saved
+from hpr_jax.models.refiner import interaction
 from hpr_jax.models.refiner.dynamic_conv import DynamicConv
+from hpr_jax.models.refiner.interaction import SharedSettings
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
 from hpr_jax.ops.chunks import by_chunks
 
 RNG = np.random.default_rng(0)
+SHARED = SharedSettings(channels=8, heads=2, levels=1, points=1, region_size=2)
 QUERY, REGIONS = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (2, 5, 4, 8)))
 
 
@@ -24,11 +26,11 @@ def feed_forward(rngs):
 
 
 def dynamic_conv(rngs):
-    return DynamicConv(8, 4, 2, rngs=rngs), refine
+    return DynamicConv(SHARED, hidden=4, rngs=rngs), refine
 
 
 def regional_attention(rngs):
-    return RegionalAttention(8, 2, 3, 2, temperature=20.0, rngs=rngs), refine
+    return RegionalAttention(SHARED, heads=2, samples=3, temperature=20.0, rngs=rngs), refine
 
 
 def refine(module, query, regions):
@@ -37,31 +39,31 @@ def refine(module, query, regions):
 
 @pytest.mark.parametrize("make", [feed_forward, dynamic_conv, regional_attention])
 def test_modules_by_chunks(make, monkeypatch):
-    """Ten queries at once, and four by four: results, and gradients of parameters, queries and regions."""
+    """Ten queries at once and four at a time: the results, and the gradients of parameters, queries and regions."""
     module, call = make(nnx.Rngs(0))
     graph, state = nnx.split(module)
 
     def loss(state, query, regions):
-        # Sines, so that the gradient of each result is another.
+        # Sines, so that each result has a different gradient.
         return jnp.sum(jnp.sin(call(nnx.merge(graph, state), query, regions)))
 
     run = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    whole = run(state, QUERY, REGIONS)
+    at_once = run(state, QUERY, REGIONS)
     sizes = []
 
     def chunks(function, size, rows):
         sizes.append(size)
         return by_chunks(function, size, rows)
 
-    for owner, name in ((layers, "ROWS"), (region, "QUERIES")):
+    for owner, name in ((layers, "ROWS"), (interaction, "CHUNK")):
         monkeypatch.setattr(owner, name, 4)
         monkeypatch.setattr(owner, "by_chunks", chunks)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run(state, QUERY, REGIONS))):
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(run(state, QUERY, REGIONS))):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert sizes == [4]
 
 
-def test_kept_results_are_not_computed_again():
+def test_saved_results_are_not_computed_again():
     kernels = tuple(jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((8, 16), (16, 8)))
 
     def network(mark):
@@ -77,10 +79,10 @@ def test_kept_results_are_not_computed_again():
     def products(function):
         return str(jax.make_jaxpr(gradient(function))(kernels)).count("dot_general")
 
-    stored, again = network(kept), rematerialized(network(lambda x: x))
+    marked, unmarked = network(saved), network(lambda x: x)
     # Two products forward, three backward (the input has no gradient).
-    assert products(stored) == 5
-    assert products(again) == 7
-    assert products(rematerialized(stored)) == 6
-    for one, other in zip(gradient(stored)(kernels), gradient(rematerialized(stored))(kernels)):
+    assert products(marked) == 5
+    assert products(rematerialized(unmarked)) == 7
+    assert products(rematerialized(marked)) == 6
+    for one, other in zip(gradient(marked)(kernels), gradient(rematerialized(marked))(kernels)):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)

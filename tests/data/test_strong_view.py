@@ -1,4 +1,4 @@
-"""Strong views: each operation by value, boxes, erased patches, what is drawn."""
+"""Strong views: values of each operation, boxes, erased patches, and the distribution of what is drawn."""
 
 import dataclasses
 from collections import Counter
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hpr_jax.data.augmentation.colour import OPERATIONS
+from hpr_jax.data.augmentation.drawn_masks import draw_box
 from hpr_jax.data.augmentation.objects import Objects
-from hpr_jax.data.augmentation.regions import box_region
 from hpr_jax.data.augmentation.strong_view import FILL, GEOMETRIC, StrongView, draw_strong_view, strong_image, strong_objects
 
 PLAIN = StrongView((100, 100), "identity", 1.0, "translate_x", 0.0, True, ())
@@ -18,9 +18,9 @@ def view(geometric="translate_x", magnitude=0.0, size=(100, 100), patches=(), **
     return dataclasses.replace(PLAIN, geometric=geometric, magnitude=magnitude, size=size, patches=patches, **others)
 
 
-def objects(*boxes):
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return Objects(boxes, np.arange(len(boxes), dtype=np.int32))
+def objects(*boxes: list[float]):
+    corners = np.array(boxes, np.float32).reshape(-1, 4)
+    return Objects(corners, np.arange(len(corners), dtype=np.int32))
 
 
 def moved(box, changed, drop_vanished=False):
@@ -150,13 +150,13 @@ class TestGeometry:
             assert abs(bottom - rows.max() - 1) < 1.4
 
     def test_masks_move_with_boxes(self):
-        region = box_region(np.array([10, 20, 30, 40]), (100, 100))
-        seen = dataclasses.replace(objects([10, 20, 30, 40]), regions=(region,))
+        square = draw_box(np.array([10, 20, 30, 40]), (100, 100))
+        seen = dataclasses.replace(objects([10, 20, 30, 40]), masks=(square,))
         changed = view("shear_x", 45.0, patches=((30, 20, 50, 30),))
-        (region,) = strong_objects(seen, changed, drop_vanished=False).regions
+        (mask,) = strong_objects(seen, changed, drop_vanished=False).masks
         # Row y starts at 10 + y; the upper ten rows are erased up to column 50, the first one wholly.
-        assert region.box.tolist() == [40, 21, 69, 40]
-        assert region.area == 20 * 20 - sum(50 - (10 + y) for y in range(20, 30))
+        assert mask.box.tolist() == [40, 21, 69, 40]
+        assert mask.area == 20 * 20 - sum(50 - (10 + y) for y in range(20, 30))
 
     def test_what_is_moved_out_of_sight(self):
         changed = view("shear_x", 45.0)
@@ -188,7 +188,7 @@ class TestOrderAndErasing:
             ([(0, 0, 100, 17)], True),
             ([(0, 0, 100, 18)], False),
             ([(10, 0, 29, 20)], False),
-            # Counted twice, two patches over the same half cover everything.
+            # Two patches over the same half cover everything, since what both cover counts twice.
             ([(10, 0, 20, 20)], True),
             ([(10, 0, 20, 20), (10, 0, 20, 20)], False),
         ],

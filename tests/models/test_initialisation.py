@@ -8,15 +8,20 @@ import pytest
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
-from hpr_jax.models.denoising import Denoiser
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import PredictionHead
-from hpr_jax.models.interactions import PointRefiner
 from hpr_jax.models.layers import FeedForward
 from hpr_jax.models.neck import Projection
-from hpr_jax.models.queries import DistinctQueries, ProposalGenerator, TopQueries
-from hpr_jax.models.refiner import HybridRefiner, Merge, RegionSettings
-from hpr_jax.models.region import DynamicConv, RegionalAttention, RegionFC
+from hpr_jax.models.queries.denoising import Denoiser
+from hpr_jax.models.queries.distinct import DistinctQueries
+from hpr_jax.models.queries.proposals import ProposalGenerator
+from hpr_jax.models.queries.top import TopQueries
+from hpr_jax.models.refiner.dynamic_conv import DynamicConv
+from hpr_jax.models.refiner.hybrid import HybridRefiner, RegionSettings
+from hpr_jax.models.refiner.layer import Merge
+from hpr_jax.models.refiner.point import PointInteraction
+from hpr_jax.models.refiner.region_fc import RegionFC
+from hpr_jax.models.refiner.regional_attention import RegionalAttention
 
 # Parts are as wide as this wherever they can be: the fewer the shapes, the less there is to compile.
 WIDTH = 32
@@ -74,7 +79,7 @@ def test_deformable_attention():
         (lambda: DynamicConv(WIDTH, 16, 1, rngs=rngs()), ("generator", "project")),
         (lambda: RegionalAttention(WIDTH, 2, 1, 1, temperature=20.0, rngs=rngs()), ("spawn", "project")),
         (lambda: RegionFC(WIDTH, WIDTH, 1, rngs=rngs()), ("expand", "contract")),
-        (lambda: PointRefiner(WIDTH, rngs=rngs()), ("project",)),
+        (lambda: PointInteraction(WIDTH, rngs=rngs()), ("project",)),
         (lambda: ProposalGenerator(WIDTH, rngs=rngs()), ("project",)),
     ],
 )
@@ -89,7 +94,7 @@ def test_layers_of_encoder_and_decoder(make, names):
 
 def test_positions_of_the_decoder():
     def make_layer(rngs):
-        return PointRefiner(WIDTH, rngs=rngs)
+        return PointInteraction(WIDTH, rngs=rngs)
 
     settings = {"branches": (), "nms_threshold": None, "region": RegionSettings(), "remat": False, "rngs": rngs()}
     for layer in HybridRefiner(make_layer, layers=1, channels=WIDTH, **settings).position.layers:
@@ -97,7 +102,7 @@ def test_positions_of_the_decoder():
 
 
 def test_norms():
-    norm = PointRefiner(WIDTH, rngs=rngs()).norm
+    norm = PointInteraction(WIDTH, rngs=rngs()).norm
     assert_zero(norm.bias)
     np.testing.assert_array_equal(norm.scale[...], np.ones(WIDTH))
 

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hpr_jax.models.denoising import group_layout
-from hpr_jax.models.detector import Detector, _by_kind, detections
-from hpr_jax.models.encoder import Encoder, EncoderLayer, Pyramid, flatten, pixel_centers
+from hpr_jax.inference.detect import top_detections
+from hpr_jax.models.detector import Detector, _by_kind
+from hpr_jax.models.encoder import Encoder, EncoderLayer
 from hpr_jax.models.position import box_encoding, map_encoding
-from hpr_jax.models.queries import DistinctQueries, InitialQueries, ProposalGenerator, TopQueries, _best
-from hpr_jax.models.refiner import DecoderOutput
+from hpr_jax.models.pyramid import Pyramid, flatten, pixel_centers
+from hpr_jax.models.queries.denoising import group_layout
+from hpr_jax.models.queries.distinct import DistinctQueries
+from hpr_jax.models.queries.proposals import InitialQueries, ProposalGenerator
+from hpr_jax.models.queries.proposals import best_tokens as _best
+from hpr_jax.models.queries.top import TopQueries
+from hpr_jax.models.refiner.hybrid import DecoderOutput
 from hpr_jax.types import DenoisingQueries, Predictions
 
 
@@ -410,7 +415,7 @@ class TestDetections:
     LOGITS = np.float32([[[1, 3], [2, -5], [9, 9]]])
     BOXES = np.float32([[[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4], [0.5, 0.5, 1, 1]]])
     VALID = np.array([[True, True, False]])
-    detect = staticmethod(jax.jit(detections, static_argnums=2))
+    detect = staticmethod(jax.jit(top_detections, static_argnums=2))
 
     def test_the_best_pairs_of_query_and_class(self):
         """A query may be found twice; boxes are clipped; what does not count is not found."""

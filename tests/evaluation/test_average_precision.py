@@ -1,14 +1,11 @@
-"""Average precision: the fast evaluator against the reference, and edge cases."""
+"""Average precision: both evaluators give the same numbers, also for unusual annotations and detections."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
-from hpr_jax.training.metric_writer import MetricWriter
 
 RNG = np.random.default_rng(0)
 # Sides of squares that COCO counts as such.
@@ -17,16 +14,18 @@ SIDES = {"small": 20, "medium": 60, "large": 120}
 
 @pytest.fixture
 def annotations():
+    """Annotations of eight images in COCO's format, and their objects."""
+    rng = np.random.default_rng(0)
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in range(8)]
-    objects = []
+    objects: list[dict] = []
     for image in images:
         for _ in range(5):
-            x, y, w, h = RNG.uniform(5, 150, 4).tolist()
+            x, y, w, h = rng.uniform(5, 150, 4).tolist()
             objects.append(
                 {
                     "id": len(objects) + 1,
                     "image_id": image["id"],
-                    "category_id": int(RNG.choice([3, 8])),
+                    "category_id": int(rng.choice([3, 8])),
                     "bbox": [x, y, w, h],
                     "area": w * h,
                     "iscrowd": int(len(objects) % 9 == 0),
@@ -37,12 +36,14 @@ def annotations():
 
 
 def noisy(objects):
+    """Three detections for each object, with other boxes and random scores."""
+    rng = np.random.default_rng(1)
     return [
         {
             "image_id": o["image_id"],
             "category_id": o["category_id"],
-            "bbox": (np.array(o["bbox"]) * RNG.uniform(0.8, 1.2, 4)).tolist(),
-            "score": float(RNG.random()),
+            "bbox": (np.array(o["bbox"]) * rng.uniform(0.8, 1.2, 4)).tolist(),
+            "score": float(rng.random()),
         }
         for o in objects * 3
     ]
@@ -74,7 +75,7 @@ def test_perfect_detections(annotations):
 def test_no_detections(annotations):
     truth, _ = annotations
     metrics, per_class = coco_average_precision(truth, [])
-    # What no object defines is -1.
+    # Numbers of areas without objects are not defined.
     areas = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
     real = [o["area"] for o in annotations[1] if not o["iscrowd"]]
     for name, (low, high) in areas.items():
@@ -103,7 +104,7 @@ def test_files_that_lack_what_evaluators_want(annotations, evaluator):
 @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
 @pytest.mark.parametrize("number", [lambda place: place, lambda place: 1])
 def test_ids_of_objects_do_not_count(annotations, evaluator, number):
-    """Neither an id of 0 nor ids that occur twice."""
+    """An id of 0 and ids that occur twice change nothing."""
     truth, objects = annotations
     found = noisy(objects)
     expected, _ = coco_average_precision(truth, found, evaluator)
@@ -168,46 +169,3 @@ class TestHandMadeValues:
         assert per_class[category] == pytest.approx({"AP": 1.0, "AP50": 1.0})
         assert per_class[other] == {"AP": 0.0, "AP50": 0.0}
         assert metrics["AP"] == pytest.approx(0.5)
-
-
-def events(folder):
-    """Step, name and value of each number in TensorBoard's files."""
-    found = []
-    for path in sorted(folder.glob("events.*")):
-        data = path.read_bytes()
-        while data:
-            # Eight bytes of length and four of a checksum come first, and four of another one last.
-            length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            data = data[16 + length :]
-    return found
-
-
-def test_both_files_have_the_same_numbers(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        writer.write(3, {"loss": 1.5, "term/layer_0/class": 0.25})
-        writer.write(7, {"val/AP": 0.5})
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        {"step": 3, "loss": 1.5, "term/layer_0/class": 0.25},
-        {"step": 7, "val/AP": 0.5},
-    ]
-    assert events(tmp_path) == [(3, "loss", 1.5), (3, "term/layer_0/class", 0.25), (7, "val/AP", 0.5)]
-
-
-def test_metric_files(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        writer.write(3, {"loss": 1.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
-    assert list(tmp_path.glob("events.*"))
-
-
-def test_metrics_of_a_run_that_goes_on(tmp_path):
-    """What was written behind the checkpoint comes again; a kill may have left half a line."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "loss": 3.0}\n{"step": 8, "lo')
-    with MetricWriter(tmp_path, start=4) as writer:
-        writer.write(6, {"loss": 4.0})
-    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
-    with MetricWriter(None) as writer:
-        writer.write(6, {"loss": 4.0})

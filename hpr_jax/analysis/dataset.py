@@ -1,0 +1,279 @@
+"""Facts about a data set: counts, spreads, faults, copies of images, what splits have in common, the plan of an epoch."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hpr_jax.data.dataset import Dataset, Problem, Record
+from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
+from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.data.loading.plan import TrainPlan
+from hpr_jax.data.sources.coco import clip_box
+
+# COCO's small boxes have areas below SMALL, its medium ones below MEDIUM, in square pixels.
+SMALL, MEDIUM = 32**2, 96**2
+
+# What can be wrong with the file of an image.
+MISSING, UNREADABLE, OTHER_SIZE = "missing", "unreadable", "of another size"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The least, the median and the most of some numbers."""
+
+    least: float
+    median: float
+    most: float
+
+    @classmethod
+    def of(cls, numbers: np.ndarray) -> "Spread":
+        """The spread of numbers `[n]`, zeros if there are none."""
+        if not len(numbers):
+            return cls(0.0, 0.0, 0.0)
+        return cls(float(numbers.min()), float(np.median(numbers)), float(numbers.max()))
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxFacts:
+    """Sizes of the boxes of a split, in pixels. Boxes that were dropped do not count.
+
+    Attributes:
+      small, medium, large: number of boxes in each of COCO's ranges of areas.
+      widths, heights: spreads over all boxes.
+      clipped: number of boxes that reach beyond their image and were clipped to it.
+      beyond: by how many whole pixels they did.
+    """
+
+    small: int
+    medium: int
+    large: int
+    widths: Spread
+    heights: Spread
+    clipped: int
+    beyond: Spread
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotationFacts:
+    """What is annotated in a split.
+
+    Attributes:
+      images: number of images.
+      empty: number of images without objects.
+      objects, crowds: their numbers.
+      objects_per_image: spread over the images.
+      fullest: name of an image with the most objects, "" if there are no images.
+      widths, heights: spreads over the images, in pixels.
+      boxes: sizes of the boxes.
+      class_counts: number of objects of each class, in the order of the labels.
+      absent: names of the classes without objects.
+      repeated_ids: number of annotations whose id another one had before.
+      file_names: names of the image files.
+      repeated_names: those that are listed more than once.
+    """
+
+    images: int
+    empty: int
+    objects: int
+    crowds: int
+    objects_per_image: Spread
+    fullest: str
+    widths: Spread
+    heights: Spread
+    boxes: BoxFacts
+    class_counts: tuple[int, ...]
+    absent: tuple[str, ...]
+    repeated_ids: int
+    file_names: frozenset[str]
+    repeated_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedImage:
+    """What opening an image has shown.
+
+    Attributes:
+      name: the name that messages give the image.
+      digest: SHA-256 of its file; "" if there is no image of the annotated size.
+      failure: `MISSING`, `UNREADABLE` or `OTHER_SIZE`; "" if nothing is wrong.
+      sentence: says what is wrong.
+    """
+
+    name: str
+    digest: str
+    failure: str = ""
+    sentence: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """What the training split and the validation split have in common.
+
+    Attributes:
+      names: file names that are in both.
+      images: names of validation images whose file is, byte by byte, that of a training image.
+    """
+
+    names: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFacts:
+    """An epoch of training.
+
+    Attributes:
+      images_per_step: number of images in a batch.
+      steps: number of steps.
+      batches: number of batches in each padded shape, smallest shape first.
+      padding: pixels that padding adds, as a fraction of those of the images.
+    """
+
+    images_per_step: int
+    steps: int
+    batches: Mapping[Shape, int]
+    padding: float
+
+
+def annotation_facts(dataset: Dataset) -> AnnotationFacts:
+    """What is annotated in a split. Reads its annotation file again."""
+    counts, truth = dataset.records.counts, dataset.ground_truth()
+    classes = dataset.classes.names
+    class_counts = tuple(np.bincount(dataset.records.labels, minlength=len(classes)).tolist())
+    ids = collections.Counter(annotation.get("id") for annotation in truth["annotations"])
+    names = collections.Counter(str(image["file_name"]) for image in truth["images"])
+    return AnnotationFacts(
+        images=len(dataset),
+        empty=int(np.sum(counts == 0)),
+        objects=int(counts.sum()),
+        crowds=sum(bool(annotation.get("iscrowd", 0)) for annotation in truth["annotations"]),
+        objects_per_image=Spread.of(counts),
+        fullest=dataset.records[int(np.argmax(counts))].image.name if len(dataset) else "",
+        widths=Spread.of(dataset.sizes[:, 1]),
+        heights=Spread.of(dataset.sizes[:, 0]),
+        boxes=_box_facts(dataset.records.boxes, truth),
+        class_counts=class_counts,
+        absent=tuple(name for name, count in zip(classes, class_counts) if not count),
+        repeated_ids=sum(count - 1 for count in ids.values()),
+        file_names=frozenset(names),
+        repeated_names=tuple(name for name, count in names.items() if count > 1),
+    )
+
+
+def _box_facts(boxes: np.ndarray, truth: Mapping[str, Any]) -> BoxFacts:
+    sides = boxes[:, 2:] - boxes[:, :2]
+    areas = sides.prod(axis=1)
+    small, medium = int(np.sum(areas < SMALL)), int(np.sum((areas >= SMALL) & (areas < MEDIUM)))
+    beyond = _pixels_beyond(truth)
+    return BoxFacts(
+        small=small,
+        medium=medium,
+        large=len(boxes) - small - medium,
+        widths=Spread.of(sides[:, 0]),
+        heights=Spread.of(sides[:, 1]),
+        clipped=len(beyond),
+        beyond=Spread.of(beyond),
+    )
+
+
+def _pixels_beyond(truth: Mapping[str, Any]) -> np.ndarray:
+    """By how many pixels, rounded, boxes of objects reach beyond their image: float64 `[k]`, for those that do."""
+    sizes = {image["id"]: (float(image["width"]), float(image["height"])) for image in truth["images"]}
+    found = []
+    for annotation in truth["annotations"]:
+        width, height = sizes[annotation["image_id"]]
+        _, impossible = clip_box(annotation["bbox"], width, height)
+        if not impossible and not annotation.get("iscrowd", 0):
+            left, top, w, h = map(float, annotation["bbox"])
+            found.append(max(-left, -top, left + w - width, top + h - height))
+    beyond = np.rint(found)
+    return beyond[beyond > 0]
+
+
+def count_below(dataset: Dataset, min_side: int) -> int:
+    """Number of images whose shorter side is below `min_side` pixels."""
+    return int(np.sum(dataset.sizes.min(axis=1) < min_side))
+
+
+def by_reason(problems: Sequence[Problem]) -> dict[str, list[str]]:
+    """Subjects of problems by their reason, the most frequent reason first."""
+    subjects: dict[str, list[str]] = {}
+    for problem in problems:
+        subjects.setdefault(problem.reason, []).append(problem.subject)
+    return dict(sorted(subjects.items(), key=lambda item: -len(item[1])))
+
+
+def open_images(dataset: Dataset, threads: int) -> Iterator[OpenedImage]:
+    """Reads and decodes all images of a split on threads, in order."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(_open_image, dataset.records)
+
+
+def _open_image(record: Record) -> OpenedImage:
+    name = record.image.name
+    try:
+        data = record.image.read()
+    except UnreadableImageError as error:
+        return OpenedImage(name, "", MISSING, str(error))
+    try:
+        decode_annotated(data, record.image, record.height, record.width)
+    except OtherSizeError as error:
+        return OpenedImage(name, "", OTHER_SIZE, str(error))
+    except UnreadableImageError as error:
+        return OpenedImage(name, "", UNREADABLE, str(error))
+    return OpenedImage(name, hashlib.sha256(data).hexdigest())
+
+
+def find_copies(images: Sequence[OpenedImage]) -> list[tuple[str, ...]]:
+    """Names of images whose files are the same, byte by byte."""
+    names: dict[str, list[str]] = {}
+    for image in images:
+        if image.digest:
+            names.setdefault(image.digest, []).append(image.name)
+    return [tuple(same) for same in names.values() if len(same) > 1]
+
+
+def compare_splits(
+    train: AnnotationFacts,
+    val: AnnotationFacts,
+    train_images: Sequence[OpenedImage],
+    val_images: Sequence[OpenedImage],
+) -> Overlap:
+    """What the training split and the validation split have in common, both sorted."""
+    digests = {image.digest for image in train_images}
+    # Of copies within the validation split, the last one is named.
+    shared = {image.digest: image.name for image in val_images if image.digest and image.digest in digests}
+    return Overlap(tuple(sorted(train.file_names & val.file_names)), tuple(sorted(shared.values())))
+
+
+def training_obstacle(images: Sequence[OpenedImage], usable: Dataset) -> str:
+    """Why a training split cannot be trained on, as part of a sentence; "" if it can.
+
+    Args:
+      images: what opening all images of the split has shown.
+      usable: the part of the split that training uses.
+    """
+    if not usable.records.counts.sum():
+        return "no object is left to train on"
+    if not any(images[place].digest for place in usable.records.order):
+        return "none of the training images can be read"
+    return ""
+
+
+def plan_facts(plan: TrainPlan) -> PlanFacts:
+    """What the first epoch of a plan is like."""
+    batches = [plan[step] for step in range(plan.steps_per_epoch)]
+    shapes = collections.Counter(batch.shape for batch in batches)
+    padded = sum(len(batch.slots) * batch.shape[0] * batch.shape[1] for batch in batches)
+    filled = sum(slot.geometry.size[0] * slot.geometry.size[1] for batch in batches for slot in batch.slots)
+    return PlanFacts(
+        images_per_step=plan.batch_size,
+        steps=plan.steps_per_epoch,
+        batches={shape: shapes[shape] for shape in plan.buckets},
+        padding=padded / filled - 1,
+    )

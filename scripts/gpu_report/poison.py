@@ -1,0 +1,60 @@
+"""Fills the device's memory with NaN: what a kernel does not write is then seen in its results."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import triton as plt
+
+from gpu_report.compiled import on_gpu
+from hpr_jax.kernels.launch import Launch, pallas_call
+
+# Of the free memory.
+SHARE = 0.7
+# Numbers that the kernel of `unwritten_numbers` leaves out.
+LEFT_OUT = 512
+
+
+def poison(shapes: Sequence[tuple[int, ...]]) -> None:
+    """Leaves NaN in most of the free memory, and in blocks for arrays of these shapes, which are the first to be taken."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    arrays = []
+    if "bytes_limit" in statistics:
+        free = statistics["bytes_limit"] - statistics["bytes_in_use"]
+        # In steps of a gigabyte, so that few programs are compiled.
+        arrays.append(_filler(int(SHARE * free / 2**30))())
+    for shape in shapes:
+        for dtype in (np.float32, jnp.bfloat16):
+            arrays += [jax.device_put(np.full(shape, np.nan, dtype)) for _ in range(2)]
+    jax.block_until_ready(arrays)
+    for array in arrays:
+        array.delete()
+
+
+@functools.cache
+def _filler(gigabytes: int) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.full((gigabytes, 2**28), jnp.nan, jnp.float32))
+
+
+def unwritten_numbers() -> int:
+    """Runs a kernel that writes every other one of 1024 numbers on poisoned memory, and counts the NaNs in its result."""
+
+    def write_half(_, out):
+        index = jnp.arange(2 * LEFT_OUT)
+        plt.store(out.at[index], jnp.zeros(index.shape, jnp.float32), mask=index % 2 == 0)
+
+    call = pallas_call(
+        write_half,
+        out_shape=[((2 * LEFT_OUT,), jnp.float32)],
+        grid=(1,),
+        launch=Launch(num_warps=1, elements=4),
+        interpret=not on_gpu(),
+        name="write_half",
+    )
+    nothing = jnp.zeros(1)
+    program = jax.jit(call).lower(nothing).compile()
+    poison([(2 * LEFT_OUT,)])
+    (out,) = program(nothing)
+    return int(np.isnan(np.asarray(out)).sum())

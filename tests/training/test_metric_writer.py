@@ -1,0 +1,50 @@
+"""The files that the numbers of a run are written to."""
+
+import json
+
+from tensorboardX.proto.event_pb2 import Event
+
+from hpr_jax.training.metric_writer import MetricWriter
+
+
+def test_numbers_are_written_to_both_files(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 1.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
+    assert list(tmp_path.glob("events.*"))
+
+
+def test_a_run_goes_on_behind_its_checkpoint(tmp_path):
+    """Lines behind the checkpoint are dropped, as their steps are made again, and so is half a line that a kill left."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "loss": 3.0}\n{"step": 8, "lo')
+    with MetricWriter(tmp_path, start=4) as writer:
+        writer.write(6, {"loss": 4.0})
+    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
+    with MetricWriter(None) as writer:
+        writer.write(6, {"loss": 4.0})
+
+
+def events(folder):
+    """Step, name and value of each number in TensorBoard's files."""
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            # Eight bytes of length and four of a checksum come first, and four of another one last.
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_both_files_have_the_same_numbers(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 1.5, "term/layer_0/class": 0.25})
+        writer.write(7, {"val/AP": 0.5})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 3, "loss": 1.5, "term/layer_0/class": 0.25},
+        {"step": 7, "val/AP": 0.5},
+    ]
+    assert events(tmp_path) == [(3, "loss", 1.5), (3, "term/layer_0/class", 0.25), (7, "val/AP", 0.5)]

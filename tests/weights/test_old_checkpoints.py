@@ -1,0 +1,23 @@
+"""Checkpoints of earlier versions of this project, whose configs had other sections."""
+
+import tiny
+
+from hpr_jax.config import to_plain
+from hpr_jax.data.dataset import Classes
+from hpr_jax.weights.checkpoint import Meta
+
+
+def test_checkpoints_from_before_the_section():
+    """Rematerialisation was a part of their models' configs, and they knew no strong views."""
+    config = to_plain(tiny.config())
+    now = dict(config)
+    config.pop("compute")
+    config["model"] = {**config["model"], "remat": True, "backbone": {**config["model"]["backbone"], "remat": False}}
+    config["augmentation"]["strong_views"] = True
+    config["augmentation"] = {k: v for k, v in config["augmentation"].items() if k not in ("lsj", "drop_vanished")}
+    meta = Meta(config, Classes(("cup",), (1,)), 3, {})
+    read = Meta.from_json(meta.to_json()).config
+    assert read["model"] == now["model"]
+    assert read["compute"] == now["compute"]
+    assert read["augmentation"].keys() == now["augmentation"].keys()
+    assert not read["augmentation"]["strong_views"]
