@@ -1,14 +1,17 @@
 """The programs of a step against one program that does all of it at once."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
 from flax import nnx
+from loss_terms import loss_terms
 
 from hpr_jax.losses.build import make_criterion
+from hpr_jax.losses.criterion import Criterion
 from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.optimizer import Optimizer
 from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
@@ -58,7 +61,7 @@ def test_the_programs_do_what_one_does():
         images = detector.normalize(only_view.images, targets.sizes)
         drop_keys = jax.random.split(drop_key, len(images))
         outputs = detector(images, targets.sizes, denoising=denoising, train=True, keys=drop_keys)
-        terms = {name: jnp.sum(term) for name, term in CRITERION(outputs, targets, denoising).items()}
+        terms = {name: jnp.sum(term) for name, term in loss_terms(CRITERION, outputs, targets, denoising).items()}
         return sum(terms.values()), terms
 
     (loss, terms), gradients = jax.value_and_grad(at_once, has_aux=True)(state.params)
@@ -111,7 +114,7 @@ def test_what_is_saved_for_the_backward_pass():
 
 
 class Drawing(nnx.Module):
-    """In place of a detector: its logits are drawn by the keys for drop path, its denoising queries by theirs."""
+    """Takes the place of a detector: draws logits by the keys for drop path, and denoising queries by their key."""
 
     def __init__(self):
         self.weight = nnx.Param(jnp.ones(1))
@@ -130,25 +133,28 @@ class Drawing(nnx.Module):
         drawn = jax.vmap(lambda key: jax.random.uniform(key, (2, 4)))(keys)
         found = Predictions(drawn * self.weight[0], images[:, :2, 0, :1] + jnp.zeros((1, 1, 4)), drawn[..., 0] > 0)
         layers = jax.tree.map(lambda x: x[None], found)
-        return Outputs(BranchPredictions(layers, None, None), {}, found, None, None)
+        nothing: Any = None
+        return Outputs(BranchPredictions(layers, None, None), {}, found, None, intermediates=nothing)
 
 
-class NoRequests:
+class NoRequests(Criterion):
+    """A criterion that has nothing to match."""
+
     def requests(self, outputs, targets):
         return []
 
 
 @functools.cache
 def drawing_step(seed, parts):
-    return TrainStep(nnx.split(Drawing())[0], NoRequests(), Descent(), seed, parts=parts)
+    return TrainStep(nnx.split(Drawing())[0], NoRequests(branch_weights=()), Descent(), seed, parts=parts)
 
 
 class TestWhatIsRandom:
-    """Of two views of three images."""
+    """What steps draw for two views of three images."""
 
     def drawn(self, step=0, seed=SEED, parts=1):
-        """What is drawn for each view of each image, and the noise of the denoising queries."""
-        _, params, frozen = nnx.split(Drawing(), nnx.Param, ...)
+        """The logits of each view of each image, and the noise of the denoising queries."""
+        params, frozen = nnx.split_state(nnx.state(Drawing()), nnx.Param, ...)
         trained = drawing_step(seed, parts)
         batch = DeviceBatch(
             jnp.zeros((2, 3, 4, 4, 3), jnp.uint8),
@@ -177,8 +183,8 @@ class TestWhatIsRandom:
         assert not np.intersect1d(noise, other).size
 
     def test_the_same_step_draws_the_same_in_however_many_parts(self):
-        (whole, noise), (parts, again) = self.drawn(step=5), self.drawn(step=5, parts=3)
-        assert whole == parts
+        (at_once, noise), (in_parts, again) = self.drawn(step=5), self.drawn(step=5, parts=3)
+        assert at_once == in_parts
         np.testing.assert_array_equal(noise, again)
 
 

@@ -6,7 +6,6 @@ import time
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +20,6 @@ from hpr_jax.evaluation.evaluate import evaluate
 from hpr_jax.evaluation.evaluator import Evaluator
 from hpr_jax.inference.predict import predict
 from hpr_jax.training.loop import TrainingLoop
-from hpr_jax.training.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.training.run import train
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 
@@ -309,29 +307,3 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         (tmp_path / "checkpoints/5" / item).mkdir(parents=True)
     with pytest.raises(UserError, match="cannot be read"):
         load_detector(tmp_path)
-
-
-def test_learning_rate():
-    settings = {
-        "learning_rate": 2.0,
-        "warmup_steps": 10,
-        "warmup_factor": 0.1,
-        "milestones": (20, 30),
-        "gamma": 0.1,
-    }
-    values = [learning_rate(settings, step) for step in (0, 5, 10, 19, 20, 30)]
-    assert values == pytest.approx([0.2, 1.1, 2.0, 2.0, 0.2, 0.02])
-
-
-def test_the_optimizer_is_adamw_with_a_slower_backbone():
-    optimizer = Optimizer(clip_norm=0.1, weight_decay=0.2, backbone_multiplier=0.1)
-    params = {"backbone": {"kernel": jnp.array([1.0])}, "heads": {"bias": jnp.array([2.0])}}
-    gradients = jax.tree.map(lambda x: 3 * x, params)
-    assert global_norm(gradients) == pytest.approx(3 * 5**0.5)
-    params, state = optimizer.update(gradients, optimizer.init(params), params, jnp.float32(0.5))
-    # Adam's first update is the sign of the gradient. The decay, 0.2 times the value, is added before the learning rate.
-    assert params["backbone"]["kernel"][0] == pytest.approx(1.0 - 0.5 * 0.1 * (1 + 0.2 * 1), rel=1e-4)
-    assert params["heads"]["bias"][0] == pytest.approx(2.0 - 0.5 * (1 + 0.2 * 2), rel=1e-4)
-    # Adam saw the clipped gradient.
-    (moments,) = [leaf for leaf in jax.tree.leaves(state) if leaf.size == 2 and leaf.max() > 5e-3]
-    assert jnp.linalg.norm(moments) == pytest.approx(0.1 * 0.1, rel=1e-3)
