@@ -2,9 +2,9 @@
 
     python -m hpr_jax.main --config configs/ablations.py:table6_attention_ffn --workdir runs/t6 --config.data.directory=DIR
 
-All change settings of one base model (paper section 4.2): Deformable DETR with ResNet-50, 300 queries, 12 epochs, weak
-augmentation. Published AP on COCO val2017 behind each. The same settings, `config.model.refiner.*`, work in every
-detector; in DDQ set merge_xavier=False with those of table 7.
+All change settings of one base model (paper, section 4.2): Deformable DETR with ResNet-50, 300 queries, 12 epochs, weak
+augmentation. The comment behind each is its published AP on COCO val2017. The same settings, `config.model.refiner.*`, work
+in every detector; in DDQ, those of table 7 need merge_xavier=False.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 HPR = ("regional_attention", "dynamic_conv")
 
-# One refiner alone.
+# Table 5: one refiner alone.
 TABLE_5: dict[str, dict[str, Any]] = {
     "table5_global_attention": {"primary": "global_attention"},  # 42.3
     "table5_region_fc": {"primary": "region_fc", "layers": 1},  # 32.2
@@ -23,7 +23,7 @@ TABLE_5: dict[str, dict[str, Any]] = {
     "table5_regional_attention": {"primary": "regional_attention"},  # 47.6
     "table5_point": {"primary": "point", "layers": 1},  # 41.2
 }
-# Behind which parts of the paths features are merged; 49.3 is HPR.
+# Table 6: the parts of the paths behind which features are merged; the row with 49.3 is HPR.
 TABLE_6: dict[str, dict[str, Any]] = {
     "table6_attention": {"merge_points": ("attention",)},  # 48.0
     "table6_interaction": {"merge_points": ("interaction",)},  # 46.5
@@ -33,7 +33,7 @@ TABLE_6: dict[str, dict[str, Any]] = {
     "table6_attention_ffn": {"merge_points": ("attention", "ffn")},  # 49.3
     "table6_all": {"merge_points": ("attention", "interaction", "ffn")},  # 49.1
 }
-# How they are weighted; primary, regional attention, dynamic convolution.
+# Table 7: how paths are weighted, in the order primary, regional attention, dynamic convolution.
 TABLE_7: dict[str, dict[str, Any]] = {
     "table7_fixed_1_1_1": {"merge": "fixed", "merge_initial": (1.0, 1.0, 1.0)},  # 48.9
     "table7_fixed_2_1_1": {"merge": "fixed", "merge_initial": (2.0, 1.0, 1.0)},  # 49.1
@@ -48,7 +48,7 @@ VARIANTS = tuple(SETTINGS)
 
 
 def get_config(variant: str = "table6_attention_ffn") -> ConfigDict:
-    """Config of a variant."""
+    """The config of a variant."""
     config = deformable_detr.get_config("r50_1x")
     config.model.queries.count = 300
     config.augmentation.strong_views = False

@@ -16,13 +16,14 @@ VARIANTS = (*RECIPES, *common.FROM_SCRATCH)
 
 
 def get_config(variant: str = "r50_1x") -> ConfigDict:
-    """Config of a variant."""
+    """The config of a variant."""
     config = common.base()
     config.model.neck.bias = True
     config.model.encoder.update(position_temperature=10_000.0, position_offset=-0.5)
     config.model.backbone.frozen_stages = 0
-    # repeats: queries matched with one box, in each decoder layer; proposal_repeats: in the encoder. alpha: exponent of the
-    # score against the IoU in a class target; gamma: focus on hard negatives; tau: how fast the weight of ranks falls.
+    # repeats: how many queries are matched with one box, in each decoder layer; proposal_repeats: how many proposals. alpha:
+    # exponent of the score, against that of the IoU, in a class target. gamma: focus on hard negatives. tau: how slowly the
+    # weight of lower ranks falls.
     config.loss.aligned = {"repeats": (2, 2, 2, 2, 2, 1), "proposal_repeats": 2, "alpha": 0.25, "gamma": 2.0, "tau": 1.5}
     common.set_variant(config, variant, in_epochs=True)
     if variant in common.FROM_SCRATCH:

@@ -1,14 +1,20 @@
-"""Settings that the recipes share. Every value can be overridden on the command line as `--config.section.key=value`."""
+"""Settings that the recipes share. Every value can be overridden on the command line as `--config.section.key=value`.
+
+`--help-config` lists what each setting means; hpr_jax/settings.py has the same table.
+"""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
+# Mean and standard deviation of red, green and blue in ImageNet.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-# Published Deformable DETR and DINO weights were trained with this slip of a digit in red.
+# The published Deformable DETR and DINO weights were trained with this deviation, in which one digit of red is wrong.
 DINO_STD = (58.335, 57.12, 57.375)
 
-# Length of each schedule, and the milestones at which the learning rate falls: in steps of 16 images (of 118,287), and
-# in epochs for the recipes that count in them.
+# Length of each schedule, and the milestones at which the learning rate falls: in steps of 16 images (COCO has 118,287), and
+# in epochs for the recipes that count epochs.
 STEPS = {"1x": (88_000, (80_000,)), "2x": (176_000, (117_300, 161_300)), "3x": (264_000, (205_300, 249_300))}
 EPOCHS = {"1x": (12, (11,)), "2x": (24, (16, 22))}
 
@@ -17,7 +23,7 @@ FROM_SCRATCH = ("small", "demo")
 
 
 def base() -> ConfigDict:
-    """What all official recipes have in common (paper section 4 and its configs), with ResNet-50."""
+    """What all official recipes have in common (paper, section 4, and the official configs), with ResNet-50."""
     config = ConfigDict()
     config.model = {
         "channels": 256,
@@ -30,74 +36,77 @@ def base() -> ConfigDict:
         "backbone": resnet(),
         "neck": {"groups": 32, "bias": False},
         "encoder": {"layers": 6, "position_temperature": 20.0, "position_offset": 0.0},
-        # The best 900 proposals, with learned content; queries: at most so many positive denoising queries, 0 for none;
-        # views_per_chunk: the views on one GPU of the official run (2 images, weak and strong).
+        # The best 900 proposals, with learned content.
         "queries": {"kind": "top", "count": 900},
+        # At most 100 positive denoising queries; 0: no denoising. views_per_chunk is the number of views on one GPU of the
+        # official run: a weak and a strong one of 2 images.
         "denoising": {"queries": 100, "label_noise": 0.5, "box_noise": 1.0, "views_per_chunk": 4},
         "refiner": {
             "layers": 6,
-            # Refiners: deformable, dynamic_conv, regional_attention, global_attention, region_fc, point.
+            # The refiners are deformable, dynamic_conv, regional_attention, global_attention, region_fc and point.
             "primary": "deformable",
             "auxiliaries": ("regional_attention", "dynamic_conv"),
-            # fixed, learned_scalar or learned_vector weights, of the features behind: attention, interaction, ffn.
+            # Paths are merged with fixed, learned_scalar or learned_vector weights, behind some of attention, interaction
+            # and ffn.
             "merge": "learned_vector",
             "merge_points": ("attention", "ffn"),
-            # Initial weight of each path, the primary one first; (): one for all.
+            # Initial weight of each path, the primary one first; (): 1 for all.
             "merge_initial": (),
-            # Draw the merge weights at random instead, as the initialisation of the published DDQ models does.
+            # Whether the merge weights are drawn at random instead, as in the published DDQ models.
             "merge_xavier": False,
             "region": {"strides": (8, 16, 32, 64), "output_size": 7, "sampling_ratio": 2, "finest_scale": 56.0},
             "dynamic_conv": {"hidden": 64},
             "regional_attention": {"heads": 8, "samples": 5, "temperature": 20.0},
-            # Level of the pyramid, from the finest (0) on, that global attention reads.
+            # level: the level of the pyramid that global attention reads; 0 is the finest.
             "global_attention": {"heads": 8, "level": 2, "temperature": 20.0},
             "region_fc": {"hidden": 1024},
         },
     }
     config.compute = {
-        # Of activations: float32 or, on GPUs, bfloat16. Parameters, boxes, predictions and losses are float32.
+        # Type of activations: float32 or, on GPUs, bfloat16. Parameters, boxes, predictions and losses are always float32.
         "dtype": "float32",
-        # Sampling and RoIAlign as: auto (Pallas kernels on NVIDIA GPUs, else XLA), xla, pallas.
+        # How sampling and RoIAlign are computed: by xla, by pallas kernels, or auto: by kernels on NVIDIA GPUs, else by XLA.
         "operations": "auto",
-        # Parts whose layers compute their inner values again in the backward pass, of backbone, encoder and refiner: a
-        # quarter of the memory, little time.
+        # Parts whose layers compute their inner values again in the backward pass, some of backbone, encoder and refiner. It
+        # takes a quarter of the memory and little time.
         "remat": ("encoder", "refiner"),
     }
     config.loss = {"branch_weight": 0.5}
     config.data = {
-        # A folder in COCO layout, or the directory of one version of a TFDS data set, known by its dataset_info.json.
+        # A folder in COCO layout, or the directory of one version of a TFDS data set, which has a dataset_info.json.
         "directory": "data/coco",
         "train_images": "train2017",
         "train_annotations": "annotations/instances_train2017.json",
         "val_images": "val2017",
         "val_annotations": "annotations/instances_val2017.json",
-        # Of a TFDS directory instead; parts of splits are welcome, like train[:90%].
+        # Splits of a TFDS directory; a part of a split is written like train[:90%].
         "train_split": "train",
         "val_split": "validation",
-        # Images without objects, and those with a side below this, are left out of training.
+        # Images without objects, and images with a side below min_side pixels, are left out of training.
         "keep_empty": False,
         "min_side": 32,
-        # Ground-truth boxes a view has room for; 0: as many as the fullest training image has, and as are pasted at most.
+        # Ground-truth boxes that a view has room for; 0: as many as the fullest training image has, and as can be pasted.
         "max_boxes": 0,
-        # Static image shapes, chosen by the plan to waste little padding; each is compiled once. The curve of
-        # scripts/benchmarks/buckets.py: 6 add a third of the pixels, 12 a fifth, 24 an eighth.
+        # Number of static image shapes. They are chosen so that little is padded, and each is compiled once. By
+        # scripts/benchmarks/buckets.py, padding adds a third of the pixels with 6 shapes, a fifth with 12, an eighth with
+        # 24.
         "buckets": 12,
-        # Processes that load training batches, each with a copy of the annotations: as many as there are cores to spare; 0:
-        # threads of this process, as in evaluation. The batches are the same.
+        # Processes that load training batches; 0: threads of this process load them, as in evaluation. The batches are the
+        # same. As many as there are cores to spare are best; each has a copy of the annotations.
         "workers": 0,
         "threads": 4,
     }
     config.augmentation = detr_augmentation()
     config.train = {
-        # On all devices together.
+        # Images on all devices together.
         "batch_size": 16,
-        # Gradient accumulation: a device computes its images in so many parts, one after the other, which takes less memory,
-        # and a second forward pass of all parts but the last. Losses have the normalisers of the whole batch: the result is
-        # the same.
+        # Gradient accumulation: a device computes its images in so many parts, one after the other. That saves memory, and
+        # costs a second forward pass of all parts but the last. The result is the same, as losses have the normalisers of
+        # the whole batch.
         "accumulation_steps": 1,
-        # Of an exponential moving average of the weights, which evaluation then takes, e.g. 0.9997; 0: none.
+        # Decay of an exponential moving average of the weights, e.g. 0.9997, which is then evaluated; 0: no average.
         "ema_decay": 0.0,
-        # Length: in steps or, if that is 0, in epochs; evaluate_every and the optimizer's milestones count the same unit.
+        # Length in steps, or if that is 0 in epochs. evaluate_every and the optimizer's milestones count the same.
         "steps": 0,
         "epochs": 0,
         "seed": 0,
@@ -105,8 +114,9 @@ def base() -> ConfigDict:
         "checkpoint_every": 1000,
         "keep_checkpoints": 2,
         "evaluate_every": 8000,
-        # Weights to start from: a checkpoint or workdir of this project, or a .pth or .npz file with official names, of a
-        # whole detector or of a backbone alone. Another number of classes is fine.
+        # Weights to start from: a checkpoint or workdir of this project, or a .pth or .npz file of an official detector or
+        # of a backbone. The number of classes may differ. `random` asks for random weights; empty, for pre-trained weights
+        # of the backbone from data/ or torch's hub cache.
         "initial_weights": "",
     }
     config.optimizer = {
@@ -120,15 +130,15 @@ def base() -> ConfigDict:
         "gamma": 0.1,
     }
     config.evaluate = {"batch_size": 1, "side": 800, "max_side": 1333, "detections": 300, "buckets": 6}
-    # Side of a square grey canvas that images lie on, and that counts as image; 0: none.
+    # Side of a square grey canvas that images lie on, and that counts as image; 0: no canvas.
     config.evaluate.canvas = 0
-    # pycocotools (the reference), hotcoco (the same numbers, faster), or auto: the faster one if it is installed.
+    # What computes AP: pycocotools (the reference), hotcoco (the same numbers, faster), or auto: hotcoco if it is installed.
     config.evaluate.evaluator = "auto"
     return config
 
 
-def resnet() -> dict:
-    """ResNet-50 for pre-trained weights: BatchNorm frozen, stem and first stage too."""
+def resnet() -> dict[str, Any]:
+    """ResNet-50 for pre-trained weights: BatchNorm, stem and first stage are frozen."""
     return {
         "kind": "resnet",
         "blocks": (3, 4, 6, 3),
@@ -138,7 +148,7 @@ def resnet() -> dict:
     }
 
 
-def swin_l() -> dict:
+def swin_l() -> dict[str, Any]:
     """Swin-L for weights pre-trained on ImageNet-22K at 384 pixels (Liu et al. 2021)."""
     return {
         "kind": "swin",
@@ -151,14 +161,17 @@ def swin_l() -> dict:
     }
 
 
-def detr_augmentation() -> dict:
-    """Kind `detr`: flip, then one of: resize; resize, crop, resize (DETR, Carion et al. 2020, section A.4). Kind `lsj`:
-    large-scale jitter onto a grey canvas, and copy-paste, which needs masks (Ghiasi et al. 2021)."""
+def detr_augmentation() -> dict[str, Any]:
+    """The section `augmentation`, of kind `detr`.
+
+    Kind `detr` flips, and then either resizes, or resizes, crops and resizes (DETR, Carion et al. 2020, section A.4). Kind
+    `lsj` is large-scale jitter onto a grey canvas, and copy-paste, which needs masks (Ghiasi et al. 2021).
+    """
     return {
         "kind": "detr",
         # Data re-augmentation (paper section 3.2): a batch has a weak and a strong view of each image.
         "strong_views": True,
-        # As published, objects that a strong view moves out of sight keep a box without area at its border. True drops them.
+        # As published, objects that a strong view moves out of sight keep a box without area at the border. True drops them.
         "drop_vanished": False,
         "flip": 0.5,
         "sides": tuple(range(480, 801, 32)),
@@ -171,8 +184,11 @@ def detr_augmentation() -> dict:
 
 
 def set_variant(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None:
-    """One of `FROM_SCRATCH`, or an official recipe `{r50|swin_l}_{1x|2x|3x}[_lsj]`; `in_epochs`: ResNet-50 schedules without
-    LSJ count epochs."""
+    """Changes a config to a variant: one of `FROM_SCRATCH`, or an official recipe `{r50|swin_l}_{1x|2x|3x}[_lsj]`.
+
+    Args:
+      in_epochs: lengths of recipes with ResNet-50 and without LSJ count epochs.
+    """
     if variant in FROM_SCRATCH:
         _from_scratch(config, variant)
     else:
@@ -186,12 +202,12 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
         config.model.backbone = swin_l()
         config.compute.remat = ("backbone", "encoder", "refiner")
         config.model.neck.bias = True
-        # As published, regions are taken with the strides of ResNet's maps (8, 16, 32, 64), twice those of Swin's;
-        # config.model.refiner.region.strides=(4,8,16,32) would be right.
+        # As published, RoIAlign assumes the strides of ResNet's maps (8, 16, 32, 64), which are twice those of Swin's maps.
+        # Right would be config.model.refiner.region.strides=(4,8,16,32).
     if lsj:
         config.augmentation.kind = "lsj"
         config.data.update(keep_empty=True, min_side=0)
-        # As published: trained and tested on grey canvases that count as image, with or without `use_lsj`.
+        # As published, whether or not a recipe sets `use_lsj`: trained and tested on grey canvases that count as image.
         config.evaluate.update(side=1024, max_side=1024, canvas=1024)
     if lsj or backbone == "swin_l":
         config.model.denoising.views_per_chunk = 2
@@ -203,8 +219,10 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
 
 
 def _from_scratch(config: ConfigDict, variant: str) -> None:
-    """`small` or `demo`: a narrow detector whose backbone needs no pre-trained weights: all layers trained, GroupNorm over
-    valid pixels, full learning rate; weak views alone."""
+    """Changes a config to `small` or `demo`: a narrow detector that needs no pre-trained weights.
+
+    All layers of its backbone are trained, with GroupNorm and the full learning rate, and on weak views alone.
+    """
     config.model.backbone.update(norm="group", frozen_stages=-1)
     config.model.refiner.merge_xavier = False
     config.model.pixel_std = IMAGENET_STD
@@ -214,8 +232,8 @@ def _from_scratch(config: ConfigDict, variant: str) -> None:
 
 
 def _small(config: ConfigDict) -> None:
-    """For a few hundred images of about 320 to 480 pixels: a thirteenth of the parameters; about a second an image and
-    step on two CPU cores."""
+    """For a few hundred images of about 320 to 480 pixels. The detector has a thirteenth of the parameters, and a step takes
+    about a second for each image on two CPU cores."""
     model = config.model
     model.backbone.update(base_channels=32, blocks=(2, 2, 2, 2))
     model.update(channels=128, heads=4, hidden=512)
@@ -233,7 +251,7 @@ def _small(config: ConfigDict) -> None:
 
 
 def _demo(config: ConfigDict) -> None:
-    """For 128-pixel images; a few minutes on two CPU cores."""
+    """For images of 128 pixels; trains in a few minutes on two CPU cores."""
     model = config.model
     model.backbone.update(base_channels=16, blocks=(1, 1, 1, 1))
     model.update(channels=64, heads=4, hidden=128)
@@ -246,7 +264,7 @@ def _demo(config: ConfigDict) -> None:
     model.refiner.regional_attention.update(heads=4, samples=2)
     config.augmentation.update(sides=(128,), max_side=128, crop=0.0)
     config.data.update(directory="runs/demo/data", buckets=1, keep_empty=True, threads=2)
-    # What fits into the same time: queries that learn alone take cheap steps, and more of them, than dense or noisy ones.
+    # All detectors train for about the same time: steps with dense or denoising queries cost more, so there are fewer.
     steps = 1000 if model.queries.kind == "distinct" else 2000 if model.denoising.queries else 3000
     config.train.update(batch_size=8, steps=steps, checkpoint_every=250, evaluate_every=steps // 2, log_every=20)
     config.optimizer.update(learning_rate=1e-3, weight_decay=1e-3, warmup_steps=50, milestones=(steps * 4 // 5,))

@@ -16,10 +16,10 @@ VARIANTS = (*RECIPES, *common.FROM_SCRATCH)
 
 
 def get_config(variant: str = "r50_1x") -> ConfigDict:
-    """Config of a variant."""
+    """The config of a variant."""
     config = common.base()
     config.model.queries = {"kind": "distinct", "count": 300, "dense_ratio": 1.5, "nms_threshold": 0.8}
-    # DDQ's dense loss: positives per box, weight of GIoU, exponents of score and IoU in the alignment.
+    # DDQ's dense loss: queries matched with one box, weight of GIoU, exponents of score and IoU in the alignment.
     config.loss.dense = {"positives": 4, "giou_weight": 2.0, "alpha": 1.0, "beta": 6.0}
     config.model.refiner.merge_xavier = True
     config.optimizer.update(learning_rate=2e-4, weight_decay=0.05, warmup_steps=2000)

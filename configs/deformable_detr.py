@@ -13,7 +13,7 @@ VARIANTS = (*RECIPES, *common.FROM_SCRATCH)
 
 
 def get_config(variant: str = "r50_1x") -> ConfigDict:
-    """Config of a variant."""
+    """The config of a variant."""
     config = common.base()
     config.model.denoising.queries = 0
     config.model.pixel_std = common.DINO_STD

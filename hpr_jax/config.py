@@ -1,9 +1,10 @@
-"""Config files: loaded by path, overridden by dotted keys, checked with suggestions."""
+"""Loads config files by path or name, and overrides their settings by dotted keys."""
 
 import ast
 import difflib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,25 +15,25 @@ from ml_collections import ConfigDict
 from hpr_jax.errors import UserError
 from hpr_jax.settings import leaves, suggestion
 
-# The config files that come with the package; a checkout has a link to its configs/.
+# The folder of the config files that come with the package; in a checkout it is a link to configs/.
 PACKAGED = Path(__file__).parent / "configs"
-# Lists of names, which can be told from lists of numbers even when they are empty.
-NAMES = ("model.refiner.auxiliaries", "model.refiner.merge_points", "compute.remat")
+# The settings that are lists of names; all other lists are of numbers. An empty list does not tell which it is.
+NAME_LISTS = ("model.refiner.auxiliaries", "model.refiner.merge_points", "compute.remat")
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """Loads a config: calls `get_config(variant)` of the file that `spec` names.
 
     Args:
-      spec: `path.py` or `path.py:variant`. Where there is no such file, `configs/ddq.py`, `ddq.py` and `ddq` name the
-        config file of the package.
+      spec: `path.py` or `path.py:variant`. If there is no such file, `configs/ddq.py`, `ddq.py` and `ddq` name the config
+        file of the package.
       overrides: (dotted key, text) as `override` takes them.
 
     Raises:
-      UserError: no such file, no such variant, or a file without `get_config`; what `override` raises.
+      UserError: there is no such file or variant, the file cannot be loaded, or an override is wrong.
     """
     path, variant = _find(spec)
-    module = _load(path)
+    module = load_module(path)
     variants = getattr(module, "VARIANTS", None)
     if variant and variants is not None and variant not in variants:
         raise UserError(f"{path} has no variant {variant!r}; {suggestion(variant, variants)}")
@@ -45,17 +46,17 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
 
 
 def config_name(spec: str) -> str:
-    """A name for runs of a config: that of its file and its variant, like `ddq_r50_1x`; raises as `load_config` does."""
+    """A name for runs of a config, from its file and its variant, like `ddq_r50_1x`; raises as `load_config` does."""
     path, variant = _find(spec)
     if not variant:
-        parameter = inspect.signature(_load(path).get_config).parameters.get("variant")
+        parameter = inspect.signature(load_module(path).get_config).parameters.get("variant")
         default = parameter.default if parameter else None
         variant = default if isinstance(default, str) else ""
     return f"{path.stem}_{variant}" if variant else path.stem
 
 
 def _find(spec: str) -> tuple[Path, str]:
-    """The file and the variant, '' for none, that `spec` names."""
+    """The file and the variant that `spec` names; the variant is '' if it names none."""
     name, _, variant = spec.partition(":")
     path = Path(name).expanduser()
     if path.is_file():
@@ -63,18 +64,22 @@ def _find(spec: str) -> tuple[Path, str]:
     packaged = PACKAGED / path.with_suffix(".py").name
     if str(path.parent) in (".", "configs") and path.suffix in ("", ".py") and packaged.is_file():
         return packaged, variant
-    here = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
-    known = here or [f"configs/{file.name}" for file in sorted(PACKAGED.glob("*.py")) if file.stem != "common"]
+    neighbours = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
+    known = neighbours or [f"configs/{file.name}" for file in sorted(PACKAGED.glob("*.py")) if file.stem != "common"]
     raise UserError(f"There is no config file {name}; {suggestion(name, known)}")
 
 
-def _load(path: Path) -> Any:
-    """The module of a config file, which has a function `get_config`."""
+def load_module(path: Path) -> Any:
+    """The module of a config file.
+
+    Raises:
+      UserError: the file is no Python file, cannot be loaded, or has no function `get_config`.
+    """
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"The config file {path} is no Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(module_spec)
-    # Config files import their neighbours.
+    # Config files import their neighbours by name.
     folder = path.parent.resolve()
     sys.path.insert(0, str(folder))
     modules = set(sys.modules)
@@ -84,7 +89,7 @@ def _load(path: Path) -> Any:
         raise UserError(f"The config file {path} cannot be loaded: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.remove(str(folder))
-        # Another folder may have neighbours of the same names.
+        # Neighbours are forgotten: config files of another folder may import others of the same names.
         for neighbour in [key for key in set(sys.modules) - modules if "." not in key]:
             file = getattr(sys.modules[neighbour], "__file__", None)
             if file and Path(file).resolve().parent == folder:
@@ -95,10 +100,10 @@ def _load(path: Path) -> Any:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets the value at a dotted key from its text, in the type that the value has.
+    """Sets the value at a dotted key from a text. The value keeps its type.
 
     Raises:
-      UserError: an unknown key (with the nearest known one), a section instead of a value, or a value of another type.
+      UserError: there is no such key, it is a section, or the text is no value of the type.
     """
     *sections, last = key.split(".")
     node = config
@@ -113,6 +118,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _key_suggestion(key: str, known: list[str]) -> str:
+    """The known key that is nearest to an unknown one, else the known keys of its section, else all."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if near:
         return f"did you mean config.{near[0]}?"
@@ -121,19 +127,23 @@ def _key_suggestion(key: str, known: list[str]) -> str:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
+    """The value that a text means, in the type of the old value, if there is one; raises as `override` does."""
     if isinstance(old, str):
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if isinstance(old, tuple):
+    if old is None:
+        return value
+    names = key in NAME_LISTS or (isinstance(old, tuple | list) and any(isinstance(item, str) for item in old))
+    if isinstance(old, tuple | list):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
         items = value if isinstance(value, tuple | list) else (value,)
-        wanted = str if key in NAMES else int | float
+        wanted = str if names else int | float
         if all(isinstance(item, wanted) and not isinstance(item, bool) for item in items):
-            return tuple(items)
+            return type(old)(items)
     elif isinstance(old, bool):
         if isinstance(value, bool):
             return value
@@ -141,14 +151,18 @@ def _parse(key: str, text: str, old: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    kind = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(old)]
-    kind = "a list of names" if key in NAMES else kind
+        try:
+            return float(value)
+        except OverflowError:
+            # A whole number that no float can hold; `hpr_jax.settings.check` refuses infinity.
+            return math.inf if value > 0 else -math.inf
+    kind = {bool: "True or False", int: "a whole number", float: "a number"}.get(type(old), "a list of numbers")
+    kind = "a list of names" if names else kind
     raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:
-    """A config as nested dicts of JSON types."""
+    """A config as nested dicts of JSON values; tuples become lists."""
 
     def convert(value):
         if isinstance(value, dict):
@@ -170,7 +184,7 @@ def from_plain(plain: Mapping[str, Any]) -> ConfigDict:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys, with both values, in which two plain configs differ."""
+    """The dotted keys in which two plain configs differ, each with both values: `train.seed (0 and 1)`."""
     found = []
     for key in sorted(set(a) | set(b)):
         left, right = a.get(key), b.get(key)

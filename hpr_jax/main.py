@@ -1,6 +1,7 @@
 """Command line: `python -m hpr_jax.main COMMAND ...`, or `hpr_jax COMMAND ...` where the package is installed.
 
-A command is a file in `hpr_jax.commands`, imported when it is asked for; mistakes are answered before JAX is imported.
+Each command is a file in `hpr_jax.commands`, which is imported when it is asked for. Mistakes on the command line are
+answered before JAX is imported.
 """
 
 import difflib
@@ -13,7 +14,7 @@ from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.settings import describe_settings, suggestion
 
-# Each is a file of hpr_jax.commands, whose first line says what it does.
+# The names of all commands. Each is a file of hpr_jax.commands, whose first line says what it does.
 COMMANDS = ("train", "evaluate", "predict", "describe", "check-data", "convert", "make-tfds", "make-shapes")
 
 OVERVIEW = """\
@@ -27,10 +28,11 @@ Without a command it trains. `COMMAND --help` tells a command's options, and --v
 
 
 def run(command_line: list[str]) -> int | None:
-    """Does what a command line says; returns an exit code, or None for 0.
+    """Carries out a command line; returns an exit code, or None for 0.
 
     Raises:
-      UserError, RunError, StoppedError: with a sentence for the user.
+      UserError: the command line is wrong, or the command cannot be carried out.
+      RunError, StoppedError: the command has ended early.
     """
     first = command_line[0] if command_line else ""
     if first in ("--help", "-h", "help"):
@@ -58,8 +60,9 @@ def run(command_line: list[str]) -> int | None:
 
 
 def _command(command_line: list[str]) -> tuple[str, list[str]]:
-    """The command that is meant, and its arguments: training where the first word is an option."""
+    """The name of the command, and its arguments. Without a command the name is `train`."""
     for place, word in enumerate(command_line):
+        # Commands were an option once.
         if word.partition("=")[0] == "--mode":
             mode = word.partition("=")[2] or "".join(command_line[place + 1 : place + 2])
             name = next(iter(difflib.get_close_matches(mode, COMMANDS, n=1)), "COMMAND")
@@ -75,16 +78,18 @@ def _command(command_line: list[str]) -> tuple[str, list[str]]:
 
 
 def _module(name: str) -> ModuleType:
+    """The file of a command."""
     return importlib.import_module(f"hpr_jax.commands.{name.replace('-', '_')}")
 
 
 def _overview() -> str:
+    """The help of the program: usage, and the commands with their first lines."""
     lines = [f"  {name:12} {(_module(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return OVERVIEW.format(commands="\n".join(lines))
 
 
 def _settings(arguments: list[str], overrides: list[tuple[str, str]]) -> str:
-    """The settings of the config that the arguments name, or else of configs/ddq.py."""
+    """All settings of the config that the arguments name, by default of configs/ddq.py."""
     parser = CommandParser(add_help=False)
     parser.add_argument("--config", default="configs/ddq.py")
     return describe_settings(load_config(parser.parse_known_args(arguments)[0].config, overrides))
@@ -98,7 +103,7 @@ def _unknown(name: str, word: str, parser: CommandParser) -> str:
 
 
 def main() -> int:
-    """Runs the command line of this process; returns its exit code."""
+    """Carries out the command line of this process; returns its exit code."""
     return run_command(lambda: run(sys.argv[1:]), leave_at_once="--distributed" in sys.argv)
 
 

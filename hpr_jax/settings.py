@@ -1,7 +1,7 @@
-"""Every setting of a config: what it means, and which values it may have. Known without JAX.
+"""Every setting of a config: what it means, and which values it may have. Imports no JAX.
 
-The check of a config, `--help-config` and its documentation all come from the table `SETTINGS`; `check` adds the
-conditions between settings. Defaults are in configs/common.py and the config files beside it.
+`check` and `--help-config` both come from the table `SETTINGS`; `check` also knows the conditions between settings. The
+values are in configs/common.py and the config files beside it.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from hpr_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of one setting.
+    """What one setting means, and which values it may have.
 
     Attributes:
       meaning: one or two sentences for `--help-config`.
-      at_least, above, at_most, below: bounds of a number, or of each number in a list.
-      choices: the words that a text, or each text in a list, may be; () where any will do.
-      length: how many items a list must have; None where any number will do.
-      nonempty: whether a list must have an item at least.
+      at_least, above, at_most, below: bounds of a number, or of each number in a list; None where there is no bound.
+      choices: the words that a text, or each text in a list, may be; () where it may be any.
+      length: how many items a list must have; None where it may have any number of them.
+      nonempty: whether a list must have at least one item.
     """
 
     meaning: str
@@ -36,9 +36,9 @@ class Setting:
     nonempty: bool = False
 
     def bounds(self) -> str:
-        """Bounds in words, '' if there are none."""
+        """The bounds in words, like `at least 0 and below 1`; '' if there are none."""
         parts = [
-            f"{words} {bound:g}"
+            f"{words} {bound}"
             for words, bound in (
                 ("at least", self.at_least),
                 ("above", self.above),
@@ -66,10 +66,12 @@ class Setting:
 
 
 def _count(meaning: str) -> Setting:
+    """A number of things, of which there must be at least one."""
     return Setting(meaning, at_least=1)
 
 
 def _counts(meaning: str, length: int | None = None) -> Setting:
+    """A list of such numbers, which must not be empty."""
     return Setting(meaning, at_least=1, length=length, nonempty=True)
 
 
@@ -81,6 +83,7 @@ def _weight(meaning: str) -> Setting:
     return Setting(meaning, at_least=0)
 
 
+# The words that settings may name.
 REFINERS = ("deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point")
 MERGES = ("fixed", "learned_scalar", "learned_vector")
 MERGE_POINTS = ("attention", "interaction", "ffn")
@@ -258,19 +261,19 @@ SECTIONS: dict[str, dict[str, Setting]] = {
     "optimizer": OPTIMIZER,
     "evaluate": EVALUATE,
 }
-# Every setting by its dotted key.
+# Every setting, by its dotted key.
 SETTINGS = {f"{section}.{key}": setting for section, settings in SECTIONS.items() for key, setting in settings.items()}
 
 
 def suggestion(word: str, known: Iterable[object]) -> str:
-    """`did you mean X?`, or the known words if none is near."""
+    """The end of a sentence about an unknown word: `did you mean X?`, or all known words if none is near."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}."
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of all settings of a config or a section."""
+    """The dotted keys and the values of all settings of a config or a section."""
     for key, value in config.items():
         if isinstance(value, Mapping) or hasattr(value, "to_dict"):
             yield from leaves(value, f"{prefix}{key}.")
@@ -279,10 +282,10 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Looks for values that no run can go on with.
+    """Checks all values of a config that `SETTINGS` knows, and the conditions between them.
 
     Raises:
-      UserError: names the setting and what it must be.
+      UserError: a setting has a value that it may not have; the message names both, and the allowed values.
     """
     for key, value in leaves(config):
         if key in SETTINGS:
@@ -310,6 +313,7 @@ def _check_value(key: str, value: Any, setting: Setting) -> None:
 
 
 def _shown(value: Any) -> str:
+    """A value as a text for messages; long ones are cut."""
     return textwrap.shorten(str(value), 60, placeholder=" ...") if len(str(value)) <= 200 else f"{str(value)[:40]}..."
 
 
@@ -335,12 +339,12 @@ def _canvas_holds_images(config: Mapping[str, Any]) -> None:
         raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least evaluate.max_side, {max_side}.")
 
 
-# Conditions between settings; each raises a UserError that names them.
+# The conditions between settings. Each raises a UserError that names the settings.
 CONDITIONS: tuple[Callable[[Mapping[str, Any]], None], ...] = (_one_length, _ordered_ranges, _canvas_holds_images)
 
 
 def describe_settings(config: Mapping[str, Any]) -> str:
-    """Every setting of a config with its value, its meaning and its bounds or choices, for `--help-config`."""
+    """Lists every setting of a config with its value, its meaning and its bounds or choices, for `--help-config`."""
     lines, values = [], dict(leaves(config))
     for key in [*(key for key in SETTINGS if key in values), *(key for key in values if key not in SETTINGS)]:
         value = values[key]

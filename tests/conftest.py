@@ -1,11 +1,14 @@
-"""Settings for all tests: CPU, quick compilation, compiled programs kept between runs."""
+"""What all tests share: the CPU, quick compilation, compiled programs kept between runs, and fixtures."""
 
+import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Test programs are small, and compiling them takes longer than running them. Newer versions end at a flag they do not know.
+# Test programs are small, and compiling them takes longer than running them: XLA optimises them less. The flags are those of
+# JAX 0.10; a version that does not know a flag ends the process.
 if version("jax").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
 
@@ -14,15 +17,16 @@ import pytest
 
 from hpr_jax.models import build
 
-# Beside pytest's own cache: compiled programs outlive a test run, and nothing else does.
+# Compiled programs are kept beside pytest's own cache; nothing else outlives a test run.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-make_builder, builders = build.builder, {}
+make_builder = build.builder
+builders: dict[str, Any] = {}
 
 
 def known_builder(config, num_classes, compute):
-    """Many tests make the same detector."""
+    """`hpr_jax.models.build.builder`, cached: many tests make the same detector."""
     settings = str((config, num_classes, compute))
     if settings not in builders:
         builders[settings] = make_builder(config, num_classes, compute)
@@ -31,7 +35,7 @@ def known_builder(config, num_classes, compute):
 
 build.builder = known_builder
 
-# They take minutes each: started last, one would run alone at the end, on one core.
+# Test files that take minutes each. They start first: started last, one of them would run alone on one core at the end.
 SLOWEST_FILES = ("test_resuming.py", "test_training.py", "test_devices.py")
 
 
@@ -39,9 +43,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
 
 
+@pytest.fixture
+def restored_log():
+    """Undoes what a test does to the log: it sends the log to the console or to a file, and away from pytest."""
+    loggers = [logging.getLogger(name) for name in ("hpr_jax", "absl")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before):
+        for handler in [handler for handler in logger.handlers if handler not in handlers]:
+            handler.close()
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory):
-    """A data set of `tiny.write_coco`, to be read only."""
+    """A data set of `tiny.write_coco`; tests must not change it."""
     import tiny
 
     return tiny.write_coco(tmp_path_factory.mktemp("coco") / "data")
@@ -49,7 +67,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(coco, tmp_path_factory):
-    """A finished run of four steps, to be read only, and its metrics."""
+    """The workdir of a finished run of four steps, and its metrics; tests must not change it."""
     import tiny
 
     from hpr_jax.training.run import train
@@ -61,7 +79,7 @@ def trained(coco, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A COCO folder of `folders.write_folder`, to be read only."""
+    """A COCO folder of `folders.write_folder`; tests must not change it."""
     from folders import write_folder
 
     return write_folder(tmp_path_factory.mktemp("coco") / "data")
@@ -69,7 +87,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tfds_directory(folder, tmp_path_factory):
-    """The same as a TFDS directory, to be read only."""
+    """The data of `folder` as a TFDS directory; tests must not change it."""
     from folders import settings
 
     from hpr_jax.data.sources.tfds_writer import make_tfds

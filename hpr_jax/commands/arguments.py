@@ -1,37 +1,39 @@
-"""What all commands share: arguments, overrides of settings, errors as sentences, exit codes."""
+"""What all commands share: common arguments, overrides of settings, exit codes, and errors printed as one sentence."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from hpr_jax.errors import RunError, StoppedError, UserError
 
-# (dotted key, text) of each `--config.KEY=TEXT`.
+# Settings from the command line: (dotted key, text) of each `--config.KEY=TEXT`.
 Overrides = list[tuple[str, str]]
 
+# The help of the option --distributed.
 DISTRIBUTED = """\
 be one of several processes, which Slurm, Open MPI or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID bring
 together"""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Keeps the lines of its description, and raises instead of printing its usage."""
+    """A parser that prints the lines of its description as they are, and raises a UserError at wrong arguments."""
 
-    def __init__(self, **keywords):
+    def __init__(self, **keywords: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
 
     def options(self) -> list[str]:
-        """All options, like `--workdir`."""
+        """The names of all options, like `--workdir`."""
         return [option for action in self._actions for option in action.option_strings]
 
 
 def add_config(parser: CommandParser, meaning: str) -> None:
-    """Adds `--config` and the two options that tell about settings."""
+    """Adds `--config`, and to the help the two ways to change and to list settings."""
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help=meaning)
     parser.add_argument(
         "--config.KEY", metavar="VALUE", dest="_override", help="another value of a setting, e.g. --config.train.seed=1"
@@ -48,18 +50,23 @@ def add_checkpoint(parser: CommandParser) -> None:
 
 
 def check_folder(path: Path | None, what: str) -> None:
-    """Looks whether a folder can be written to.
+    """Checks that a path is no file, so that it can be the folder for what is written.
 
     Raises:
-      UserError: it is a file.
+      UserError: it is a file; `what` says what the folder is for.
     """
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"The {what} {path} is a file; give a folder.")
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], Overrides]:
-    """Separates `--config.a.b=value` and `--config.a.b value` from the other arguments."""
-    rest, overrides = [], []
+    """Separates `--config.KEY=TEXT` and `--config.KEY TEXT` from the other arguments, which come first in the result.
+
+    Raises:
+      UserError: the last key has no value.
+    """
+    rest: list[str] = []
+    overrides: Overrides = []
     waiting = iter(arguments)
     for argument in waiting:
         if not argument.startswith("--config."):
@@ -76,11 +83,12 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], Overrides]:
 
 
 def run_command(run: Callable[[], int | None], *, leave_at_once: bool = False) -> int:
-    """Runs a command; answers errors with one sentence, and returns the exit code.
+    """Runs a command and returns the exit code; prints errors as one sentence to standard error.
 
     Args:
-      leave_at_once: ends the process at an error without JAX's way out, which would wait for other processes that wait
-        for this one.
+      run: the command; returns an exit code, or None for 0.
+      leave_at_once: at an error, ends the process without what JAX does at exit: it would wait for the other processes of
+        the run, which wait for this one.
     """
     code = 0
     try:
@@ -103,5 +111,6 @@ def run_command(run: Callable[[], int | None], *, leave_at_once: bool = False) -
 
 
 def _say(sentence: object, code: int) -> int:
+    """Prints a sentence to standard error, and returns the code."""
     print(f"hpr_jax: {sentence}", file=sys.stderr)
     return code

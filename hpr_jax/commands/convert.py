@@ -28,7 +28,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """Converts as the arguments say.
 
     Raises:
-      UserError, RunError: with a sentence for the user.
+      UserError, RunError: the command cannot be carried out.
     """
     if arguments.to_torch:
         if arguments.config or arguments.annotations or overrides:

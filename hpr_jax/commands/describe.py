@@ -1,4 +1,4 @@
-"""Tells what a detector costs before there is data or a device: parameters, FLOPs, shapes, memory.
+"""Tells what a detector costs, without data or a device: parameters, FLOPs, shapes, memory.
 
 example:
   python -m hpr_jax.main describe --config configs/ddq.py:r50_1x
@@ -23,7 +23,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """Describes as the arguments say.
 
     Raises:
-      UserError: with a sentence for the user.
+      UserError: the command cannot be carried out.
     """
     if not (arguments.config or arguments.workdir or arguments.checkpoint):
         raise UserError("Describing needs --config FILE.py[:VARIANT], or a checkpoint's --workdir or --checkpoint DIR.")
@@ -35,6 +35,6 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     start()
     from hpr_jax.analysis.describe import describe
 
-    # A config describes a run that is yet to be, whatever its workdir.
+    # With a config, --workdir alone does not mean its checkpoint: the config describes a run that has not begun yet.
     checkpoint = arguments.checkpoint or (None if config is not None else arguments.workdir)
     describe(config, arguments.classes, checkpoint, overrides)

@@ -29,7 +29,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """Evaluates as the arguments say.
 
     Raises:
-      UserError: with a sentence for the user.
+      UserError: the command cannot be carried out.
     """
     if not arguments.workdir and not (arguments.checkpoint and arguments.output):
         raise UserError("Evaluating needs --workdir DIR, the folder of a run, or --checkpoint DIR and --output DIR.")

@@ -16,14 +16,14 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--train", type=int, default=400, help="training images (default 400)")
     parser.add_argument("--val", type=int, default=100, help="validation images (default 100)")
     parser.add_argument("--side", type=int, default=128, help="longer side in pixels (default 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default 0)")
 
 
 def run(arguments: Namespace, overrides: Overrides) -> None:
     """Draws as the arguments say.
 
     Raises:
-      UserError: with a sentence for the user.
+      UserError: the command cannot be carried out.
     """
     for name, least in (("train", 1), ("val", 1), ("side", 16), ("seed", 0)):
         if getattr(arguments, name) < least:

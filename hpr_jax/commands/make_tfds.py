@@ -21,7 +21,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """Writes as the arguments say.
 
     Raises:
-      UserError: with a sentence for the user.
+      UserError: the command cannot be carried out.
     """
     if not arguments.config:
         raise UserError("Writing a TFDS directory needs --config FILE.py[:VARIANT], which names the data.")

@@ -28,7 +28,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """Predicts as the arguments say.
 
     Raises:
-      UserError: with a sentence for the user.
+      UserError: the command cannot be carried out.
     """
     if not arguments.workdir and not (arguments.checkpoint and arguments.output):
         raise UserError("Predicting needs --workdir DIR, the folder of a run, or --checkpoint DIR and --output DIR.")

@@ -1,4 +1,4 @@
-"""What commands do before they compute: the log, JAX's compilation cache, and other processes."""
+"""What commands do before they compute: set up the log and JAX's compilation cache, and join other processes."""
 
 import logging
 
@@ -9,7 +9,7 @@ def start(*, distributed: bool = False) -> None:
     """Prepares this process for computing with JAX.
 
     Args:
-      distributed: joins the other processes of the run; then process 0 alone logs progress, and all log their warnings.
+      distributed: joins the other processes of the run. Then only process 0 logs progress; every process logs its warnings.
     """
     log_to_console()
     from hpr_jax.runtime.compilation_cache import enable_compilation_cache

@@ -18,6 +18,7 @@ from hpr_jax.weights.pretrained import missing_weights
 
 log = logging.getLogger("hpr_jax")
 
+# The end of the sentence that names missing data or weights: what can be done about it.
 MEND = """\
 `python -m hpr_jax.main make-shapes runs/demo/data` draws the data of the variant `demo`, which needs no weights; \
 --config.data.directory=DIR and --config.train.initial_weights=FILE name your own, and \
@@ -42,7 +43,8 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """Trains as the arguments say.
 
     Raises:
-      UserError, RunError, StoppedError: with a sentence for the user.
+      UserError: there is no such config, or no data or weights to begin with.
+      RunError, StoppedError: as `hpr_jax.training.run.train` raises them.
     """
     if not arguments.config:
         raise UserError("Training needs --config FILE.py[:VARIANT]; --help lists the commands.")
@@ -50,6 +52,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     workdir = arguments.workdir or Path("runs", config_name(arguments.config))
     check_folder(workdir, "workdir")
     check(config)
+    # A run that has begun goes on from its checkpoints, and needs no initial weights.
     begun = any((workdir / "checkpoints").glob("*"))
     missing = [missing_data(config.data), None if begun else missing_weights(config)]
     if any(missing):

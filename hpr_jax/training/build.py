@@ -1,4 +1,4 @@
-"""From a config to the parts of a training run."""
+"""Reads the sections `train` and `optimizer` of a config: the optimizer, lengths in steps, and checks of a recipe."""
 
 import logging
 
@@ -17,7 +17,10 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
 
 
 def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
-    """A copy of the config whose length, milestones and evaluation interval count steps; for a run and its checkpoints."""
+    """A copy of a config in which `train.steps`, `train.evaluate_every` and `optimizer.milestones` count steps.
+
+    Runs and their checkpoints have configs like this. A config that counts steps already stays as it is.
+    """
     config = config.copy_and_resolve_references()
     if not config.train.steps:
         config.train.steps, config.train.epochs = config.train.epochs * steps_per_epoch, 0
@@ -27,10 +30,10 @@ def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
 
 
 def check_batch(config: ConfigDict, devices: int) -> None:
-    """Looks whether a batch can be split.
+    """Checks that a batch can be split evenly over the devices and the parts of gradient accumulation.
 
     Raises:
-      UserError: it cannot.
+      UserError: the batch size is no multiple of devices times parts.
     """
     size, parts = config.train.batch_size, config.train.accumulation_steps
     if size % (devices * parts):
@@ -41,7 +44,7 @@ def check_batch(config: ConfigDict, devices: int) -> None:
 
 
 def warn_of_recipe(config: ConfigDict) -> None:
-    """Says what of a recipe hardly is meant."""
+    """Warns about settings that are valid but probably mistakes."""
     side, canvas = config.augmentation.lsj.side, config.evaluate.canvas
     if config.augmentation.kind == "lsj" and canvas != side:
         log.warning(

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written, rotated, and put aside when damaged."""
+"""Writes the checkpoints of a run, deletes old ones, and puts damaged ones aside. weights/checkpoint.py has their format."""
 
 import logging
 import shutil
@@ -19,11 +19,13 @@ log = logging.getLogger("hpr_jax")
 
 
 class Checkpoints:
-    """The checkpoints of one run, below its workdir. A checkpoint has its final name when it is complete, never before, and
-    a manifest by which damage is found. All processes call every method, and see the same files.
+    """The checkpoints of one run, below its workdir.
+
+    A checkpoint gets its final name when it is complete, and has a manifest by which damage is found. All processes of a run
+    call every method, and see the same files.
 
     Args:
-      keep: so many latest ones.
+      keep: how many of the latest checkpoints are kept.
     """
 
     def __init__(self, workdir: Path, keep: int):
@@ -31,28 +33,34 @@ class Checkpoints:
         if is_main_process():
             _delete_partial(self._latest)
             _delete_partial(self._best)
-            # Of two, the older was about to be deleted.
+            # If a run was killed between saving and deleting, two remain: delete the older.
             _delete_now(checkpoints_in(self._best)[:-1])
 
     def save(self, step: int, model: nnx.State, training: Any, meta: Meta) -> None:
-        """Saves a checkpoint to resume from, then deletes the oldest.
+        """Saves a checkpoint to resume from, then deletes the oldest ones.
+
+        Args:
+          step: number of training steps that were taken.
+          model: the variables that evaluation takes.
+          training: what else a run needs to go on, a tree of arrays.
+          meta: what the checkpoint says of itself.
 
         Raises:
-          RunError: it cannot be written; the others are as they were.
+          RunError: the checkpoint cannot be written; the earlier ones are as they were.
         """
         _write(self._latest / str(step), meta, model=nnx.to_pure_dict(model), training=training)
         _delete(checkpoints_in(self._latest)[: -self._keep])
 
     def save_best(self, step: int, model: nnx.State, meta: Meta) -> None:
-        """Saves the best model so far, in place of the one before; raises as `save` does."""
+        """Saves the best model so far in place of the earlier one; raises as `save` does."""
         _write(self._best / str(step), meta, model=nnx.to_pure_dict(model))
         _delete([path for path in checkpoints_in(self._best) if path.name != str(step)])
 
     def latest_meta(self) -> Meta | None:
-        """What the newest undamaged checkpoint says of itself, or None before the first. Damaged ones are put aside.
+        """What the newest undamaged checkpoint says of itself; None before the first. Puts damaged checkpoints aside.
 
         Raises:
-          UserError: all are damaged.
+          UserError: there are checkpoints, and all are damaged.
         """
         newest, damaged = _newest_undamaged(self._latest)
         if newest is None and damaged:
@@ -60,15 +68,15 @@ class Checkpoints:
                 f"All checkpoints in {self._latest} are damaged: {', '.join(damaged)}. To begin anew, choose another "
                 "workdir or delete them."
             )
-        return newest and read_meta(newest, verify=False)
+        return None if newest is None else read_meta(newest, verify=False)
 
     def best_meta(self) -> Meta | None:
-        """What the best checkpoint says of itself, None if there is none that is undamaged."""
+        """What the best checkpoint says of itself; None if there is no undamaged one."""
         newest, _ = _newest_undamaged(self._best)
-        return newest and read_meta(newest, verify=False)
+        return None if newest is None else read_meta(newest, verify=False)
 
     def restore(self, step: int, model: nnx.State, training: Any) -> tuple[nnx.State, Any]:
-        """The model and training state of a step, in the shapes and on the devices of the given ones."""
+        """The model and the training arrays of the checkpoint of a step, with the given ones' shapes, types and devices."""
         path = self._latest / str(step)
         with open_reader(path) as reader:
             restored = reader.restore(
@@ -83,6 +91,7 @@ class Checkpoints:
 
 
 def _write(path: Path, meta: Meta, **items: Any) -> None:
+    """Writes a checkpoint under a partial name, which becomes `path` when it is complete; raises as `save` does."""
     partial = path.with_suffix(PARTIAL)
     arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     reason = None
@@ -95,7 +104,7 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
             partial.rename(path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = _reason(error)
-    # Also waits for all.
+    # Collecting the reasons of all processes also waits until all have written.
     reasons = [one for one in gather(reason) if one]
     if reasons:
         _delete_partial(path.parent)
@@ -113,13 +122,15 @@ def _delete(paths: Iterable[Path]) -> None:
 
 def _delete_now(paths: Iterable[Path]) -> None:
     for path in paths:
-        # What is being deleted does not look like a checkpoint.
+        # Deleting takes a while: under this name, what is left of it after a kill is no checkpoint.
         shutil.rmtree(path.rename(path.with_suffix(f"{PARTIAL}-old")))
 
 
 def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without damage, and the names of those that were put aside, now or before. One process looks,
-    for all: they may not see the same files yet."""
+    """The newest checkpoint without damage, and the names of all that were put aside, now or earlier.
+
+    One process looks for all of them, as the others may not see the same files yet.
+    """
 
     def look() -> tuple[str | None, list[str]]:
         while steps := checkpoints_in(folder):
@@ -138,15 +149,17 @@ def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _delete_partial(folder: Path) -> None:
+    """Deletes what a killed run left half written or half deleted."""
     for left in folder.glob(f"*{PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:
-    """The end of a message that may quote others."""
+    """The reason for an error in a few words, to end a sentence with: libraries quote one another over many lines."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return "no space is left on the device" if "No space left" in str(error) else text
 
 
 def _placed(tree: Any) -> Any:
+    """Abstract arrays with the shapes, types and devices of the given ones."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

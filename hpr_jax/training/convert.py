@@ -1,4 +1,4 @@
-"""Official PyTorch checkpoints to checkpoints of this project, and back."""
+"""Converts official PyTorch checkpoints to checkpoints of this project, and back."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from hpr_jax.weights.checkpoint import Meta, load_detector
 from hpr_jax.weights.official import load_official, official_buffers, to_official
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
 
-# Its rows count the classes.
+# The official layer whose rows are the classes.
 _CLASS_LAYER = "bbox_head.cls_branches.0.weight"
 
 
@@ -27,13 +27,14 @@ def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Pat
     """Writes the checkpoint `workdir/best` with the weights of an official file.
 
     Args:
-      config: of the model that the weights belong to.
-      source: `.pth` file of one of the official models, of any number of classes.
+      config: its model is the one that the weights belong to.
+      source: `.pth` file of an official model, with any number of classes.
+      workdir: a folder that does not exist or is empty.
       annotations: COCO annotation file whose categories are the classes; by default they come from the file's own meta
         data, or are COCO's 80.
 
     Raises:
-      UserError: a file that is no checkpoint, weights that are not those of the config's model, a folder in use.
+      UserError: the file is no official checkpoint, its weights are not of the config's model, or the folder is in use.
     """
     check(config)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
@@ -43,16 +44,16 @@ def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Pat
     if _CLASS_LAYER not in tensors:
         raise UserError(f"{source} is not an official detector: it has no {_CLASS_LAYER}.")
     count = len(tensors[_CLASS_LAYER])
-    meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
     classes = read_classes(annotations) if annotations else guess_classes(meta, count)
     if len(classes.names) != count:
         raise UserError(f"{source} knows {count} classes, and {annotations} lists {len(classes.names)}.")
     detector = abstract_detector(config.model, count)
     load_official(detector, tensors)
-    step = meta.get("iter", 0)
-    checkpoints = Checkpoints(workdir, keep=1)
+    step = meta.get("iter")
     step = step if isinstance(step, int) and step >= 0 else 0
-    checkpoints.save_best(step, nnx.state(detector), Meta(to_plain(config), classes, step, {}))
+    Checkpoints(workdir, keep=1).save_best(step, nnx.state(detector), Meta(to_plain(config), classes, step, {}))
     print(f"{workdir}: {len(tensors)} tensors, {count} classes. python -m hpr_jax.main evaluate --workdir {workdir}")
 
 
@@ -60,10 +61,11 @@ def to_torch(source: Path, target: Path) -> None:
     """Writes a checkpoint as a `.pth` file that the official code loads strictly.
 
     Args:
-      source: checkpoint or workdir.
+      source: a checkpoint's directory or a run's workdir.
+      target: the file.
 
     Raises:
-      UserError: no checkpoint, or a detector with refiners that the official code lacks.
+      UserError: there is no checkpoint, or its detector has refiners that the official code lacks.
     """
     if target.is_dir():
         raise UserError(f"{target} is a folder; name a file.")
@@ -76,7 +78,7 @@ def to_torch(source: Path, target: Path) -> None:
 
 
 def guess_classes(meta: Mapping[str, Any], count: int) -> Classes:
-    """The classes that a file names in its meta data, else COCO's or numbers."""
+    """The `count` classes that a file names in its meta data; if it names none, COCO's if there are 80, else numbers."""
     dataset = meta.get("dataset_meta")
     dataset = dataset if isinstance(dataset, Mapping) else {}
     names = dataset.get("classes", dataset.get("CLASSES"))
@@ -86,12 +88,13 @@ def guess_classes(meta: Mapping[str, Any], count: int) -> Classes:
     if names == COCO_CLASSES.names:
         return COCO_CLASSES
     ids = dataset.get("category_ids")
-    whole = isinstance(ids, list | tuple) and len(ids) == count and all(isinstance(number, int) for number in ids)
-    return Classes(names, tuple(ids) if whole else tuple(range(1, count + 1)))
+    if not isinstance(ids, list | tuple) or len(ids) != count or not all(isinstance(number, int) for number in ids):
+        ids = range(1, count + 1)
+    return Classes(names, tuple(ids))
 
 
 def read_classes(annotations: Path) -> Classes:
-    """The categories of a COCO annotation file, in its order, by which the official code numbers them."""
+    """The categories of a COCO annotation file, in the file's order, which is the official code's order of classes."""
     try:
         categories = json.loads(annotations.read_text())["categories"]
         return Classes(tuple(str(c["name"]) for c in categories), tuple(int(c["id"]) for c in categories))

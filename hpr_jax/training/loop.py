@@ -1,4 +1,4 @@
-"""The training loop: steps, the log, evaluation and checkpoints at intervals."""
+"""The training loop: takes steps, and logs, evaluates and saves at intervals."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ from hpr_jax.training.checkpoints import Checkpoints
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
 from hpr_jax.training.resume import Progress
-from hpr_jax.training.state import TrainState, evaluated, training_arrays
+from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
 from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainStep
 from hpr_jax.training.stopping import StopRequests
 from hpr_jax.types import Targets
@@ -29,21 +29,37 @@ from hpr_jax.weights.checkpoint import Meta
 log = logging.getLogger("hpr_jax")
 progress_log = logging.getLogger("hpr_jax.progress")
 
-# The part of the time spent waiting for data above which the log says so.
+# Share of the time spent waiting for data above which the log says so.
 DATA_WAIT = 0.1
 
 
 def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBatch:
-    """Starts the transfer of the part of a batch that this process has loaded.
+    """Starts the transfer of a batch to the devices.
 
     Args:
-      counts: this process's share of each of the batch's counts.
+      batch: the part that this process has loaded, `[V * B, ...]`, one view of all images after the other.
+      counts: what this process adds to each of the step's counts, by name.
     """
-    targets = Targets(boxes=batch.boxes, labels=batch.labels, valid=batch.valid, sizes=batch.sizes)
-    arrays = jax.tree.map(lambda x: x.reshape(batch.views, -1, *x.shape[1:]), (batch.images, targets))
+    arrays = [batch.images, batch.boxes, batch.labels, batch.valid, batch.sizes]
+    by_view = [array.reshape(batch.views, -1, *array.shape[1:]) for array in arrays]
+    images, boxes, labels, valid, sizes = shard(mesh, by_view, axis=1)
+    # A process has one number of each count, and an element for each of its devices: the others are zero.
     devices = len(mesh.local_devices)
     rows = {name: np.array([count] + [0] * (devices - 1), np.int32) for name, count in counts.items()}
-    return DeviceBatch(*shard(mesh, arrays, axis=1), shard(mesh, rows))
+    return DeviceBatch(images, Targets(boxes, labels, valid, sizes), shard(mesh, rows))
+
+
+class Interval:
+    """What has happened since the last line of the log.
+
+    Attributes:
+      began: when it began, by `time.perf_counter`.
+      waited: seconds spent waiting for data.
+      images: number of images trained on; the views of an image count as one.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.waited, self.images = time.perf_counter(), 0.0, 0
 
 
 @dataclasses.dataclass
@@ -51,9 +67,17 @@ class TrainingLoop:
     """Takes the steps of a run, and evaluates, logs and saves in between.
 
     Attributes:
-      config: of the run, its length in steps.
-      meta: what checkpoints say of the run beside its step and its metrics.
-      progress: what a run knows beside its state; it is part of checkpoints.
+      config: of the run; its lengths count steps.
+      mesh: the devices of all processes.
+      checkpoints: where the run is saved.
+      evaluator: of the validation split.
+      meta: what checkpoints say of the run, apart from step, metrics and progress.
+      writer: takes the numbers of the run.
+      requests: tells whether this process was asked to stop.
+      progress: what a run must remember beside its state; it is saved in checkpoints.
+      bar: the progress bar on a terminal.
+      best_ap: the best AP so far; below 0 before the first evaluation.
+      compiled: how many programs the step has compiled.
     """
 
     config: ConfigDict
@@ -66,26 +90,30 @@ class TrainingLoop:
     progress: Progress
 
     def __post_init__(self) -> None:
-        # Where standard error is no terminal, the log has lines of progress instead of a bar.
-        shown = None if is_main_process() else True
-        self.bar = tqdm(total=self.config.train.steps, unit="step", dynamic_ncols=True, disable=shown)
+        # None: hidden where standard error is no terminal. There the log has lines of progress instead.
+        hidden = None if is_main_process() else True
+        self.bar = tqdm(total=self.config.train.steps, unit="step", dynamic_ncols=True, disable=hidden)
         best = self.checkpoints.best_meta()
         self.best_ap = best.metrics.get("AP", -1.0) if best else -1.0
-        # Shapes of batches that the step has been compiled for, and how many programs were compiled.
-        self.shapes: set[tuple[int, ...]] = set()
         self.compiled = 0
-        # How many reports about the data this process, or the one whose checkpoint it goes on from, has logged.
-        self.reported = self.progress.reports
+        # Shapes of batches that the step has been compiled for.
+        self._shapes: set[tuple[int, ...]] = set()
+        # How many reports about the data are in the log, those before the checkpoint that the run goes on from included.
+        self._reported = self.progress.reports
         # Whether any process was asked to stop.
-        self.any_stop = False
+        self._any_stop = False
         # Whether the log has said that steps wait for data.
-        self.said_to_wait = False
+        self._said_to_wait = False
 
     def run(self, step_function: TrainStep, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
-        """Takes all steps that are left; returns the numbers of the last evaluation.
+        """Takes all steps that are left; returns the metrics of the last evaluation.
+
+        Args:
+          state: to begin with; its `step` is the number of steps that were taken.
+          batches: those of the steps that are left, in order.
 
         Raises:
-          RunError: the loss is not finite, or a checkpoint cannot be written.
+          RunError: the loss is not finite, or a checkpoint or metrics cannot be written.
           StoppedError: the run was asked to stop; it is saved.
         """
         settings = self.config.train
@@ -94,7 +122,7 @@ class TrainingLoop:
         pending: StepNumbers | None = None
         step = first = int(state.step)
         self.bar.initial = self.bar.n = step
-        # The first batch is not counted as waited for: nothing could be loaded ahead of it.
+        # Waiting for the first batch goes to an interval that is thrown away: nothing could be loaded ahead of it.
         upcoming = self._fetch(step, batches, Interval())
         interval = Interval()
         while step < settings.steps:
@@ -102,11 +130,11 @@ class TrainingLoop:
             assert batch is not None, "every step before the last has a batch"
             with jax.transfer_guard("disallow"):
                 state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
-            self._watch_compilation(step, step_function, batch.images.shape)
+            self.watch_compilation(step, step_function, batch.images.shape)
             # While the devices compute the step, the next batch is loaded and sent to them.
             upcoming = self._fetch(step + 1, batches, interval)
             if pending is not None:
-                self._check(step, pending)
+                self.read_numbers(step, pending)
             pending = numbers
             step += 1
             interval.images += self.config.train.batch_size
@@ -114,28 +142,33 @@ class TrainingLoop:
             logs = step % settings.log_every == 0 or last or step == 1
             saves = step % settings.checkpoint_every == 0 or last
             evaluates = step % settings.evaluate_every == 0 or last
-            stops = self.any_stop if jax.process_count() > 1 else self.requests.noted is not None
+            # All processes must stop behind the same step: they go by the step's sum of their requests.
+            stops = self._any_stop if jax.process_count() > 1 else self.requests.noted is not None
             if logs or saves or evaluates or stops:
-                self._check(step, pending)
+                self.read_numbers(step, pending)
                 pending = None
             self.bar.update()
             if logs:
-                self._log(step, numbers, interval, loaded_ahead=step > first + 1)
+                self.write_log(step, numbers, interval, loaded_ahead=step > first + 1)
                 interval = Interval()
             if evaluates:
-                metrics = self._evaluate(step, state)
+                metrics = self.evaluate(step, state)
                 interval = Interval()
-            # After the log and the evaluation, so that all that a resumed run does not write again is written.
+            # Saved after the log and the evaluation: a run that goes on from this step does not write them again.
             if saves or stops:
                 self._save(step, state)
             if stops and not last:
                 raise self.requests.stop(step)
         if not metrics:
-            metrics = self.evaluator.run(evaluated(state)).metrics
+            metrics = self.evaluator.run(evaluation_variables(state)).metrics
         return metrics
 
-    def _check(self, step: int, numbers: StepNumbers) -> None:
-        """Waits for the numbers of `step` and stops the run if they are not finite."""
+    def read_numbers(self, step: int, numbers: StepNumbers) -> None:
+        """Waits for the numbers of a step, and keeps those that later lines of the log need.
+
+        Raises:
+          RunError: one of them is not finite.
+        """
         values = jax.device_get(numbers)
         offending = [name for name, value in values.items() if not np.isfinite(value)]
         if offending:
@@ -146,30 +179,39 @@ class TrainingLoop:
             )
         self.progress.losses.append(float(values["loss"]))
         self.progress.reports += int(values["reports"])
-        self.any_stop = bool(values["stop"])
+        self._any_stop = bool(values["stop"])
 
-    def _fetch(self, step: int, batches: Iterator[Batch], interval: "Interval") -> DeviceBatch | None:
-        """Loads the batch of a step and starts its transfer to the devices; None after the last step."""
+    def _fetch(self, step: int, batches: Iterator[Batch], interval: Interval) -> DeviceBatch | None:
+        """Waits for the batch of a step and starts its transfer to the devices; None after the last step."""
         if step >= self.config.train.steps:
             return None
         began = time.perf_counter()
         batch = next(batches)
         interval.waited += time.perf_counter() - began
         for report in batch.reports:
-            self.reported += 1
-            log.warning("step %d: %s (%d such reports so far)", step + 1, report, self.reported)
+            self._reported += 1
+            log.warning("step %d: %s (%d such reports so far)", step + 1, report, self._reported)
         return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
 
-    def _watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
-        """Warns when a shape of batches is compiled a second time, which nothing but a slow step would show."""
+    def watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
+        """Warns if the step was compiled again for a shape of batches, which nothing but its slowness would show.
+
+        It should not be: the state that a step returns has the shapes and devices of the one that it takes.
+        """
         compiled = step_function.compilations
-        # Not even the second step compiles again, since a step returns its state as it took it.
-        if compiled > self.compiled and shape in self.shapes:
-            log.warning("step %d: compiled again for batches %dx%d, which had been compiled.", step + 1, *shape[2:4])
-        self.shapes.add(shape)
+        if compiled > self.compiled and shape in self._shapes:
+            log.warning(
+                "step %d: compiled again for batches of %dx%d, which it was compiled for before.", step + 1, *shape[2:4]
+            )
+        self._shapes.add(shape)
         self.compiled = compiled
 
-    def _log(self, step: int, numbers: StepNumbers, interval: "Interval", *, loaded_ahead: bool) -> None:
+    def write_log(self, step: int, numbers: StepNumbers, interval: Interval, *, loaded_ahead: bool) -> None:
+        """Writes what happened in an interval that ends behind `step`: to the metrics, the progress bar and the log.
+
+        Args:
+          loaded_ahead: whether batches could be loaded while steps ran, so that waiting for them says something.
+        """
         seconds = time.perf_counter() - interval.began
         images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
@@ -193,8 +235,8 @@ class TrainingLoop:
             summary += f", waiting for data {data_wait:.0%}"
         self.bar.set_postfix_str(summary)
         progress_log.info("step %d of %d: %s", step, self.config.train.steps, summary)
-        if data_wait > DATA_WAIT and loaded_ahead and not self.said_to_wait:
-            self.said_to_wait = True
+        if data_wait > DATA_WAIT and loaded_ahead and not self._said_to_wait:
+            self._said_to_wait = True
             log.warning(
                 "step %d: %.0f%% of the time went into waiting for data; raise config.data.workers (now %d, on %d cores).",
                 step,
@@ -204,27 +246,21 @@ class TrainingLoop:
             )
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, evaluated(state), training_arrays(state), self._meta(step, {}))
+        self.checkpoints.save(step, evaluation_variables(state), training_arrays(state), self._meta(step, {}))
 
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        result = self.evaluator.run(evaluated(state))
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Evaluates a state, writes the metrics, and saves the state if it is the best so far; returns the metrics."""
+        result = self.evaluator.run(evaluation_variables(state))
         by_class = {f"val/class/{name}/AP": numbers["AP"] for name, numbers in result.per_class.items()}
         self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
         self.writer.write_board(step, by_class)
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
         if result.metrics["AP"] > self.best_ap:
-            self.checkpoints.save_best(step, evaluated(state), self._meta(step, result.metrics))
+            self.checkpoints.save_best(step, evaluation_variables(state), self._meta(step, result.metrics))
             self.best_ap = result.metrics["AP"]
         return result.metrics
 
     def _meta(self, step: int, metrics: dict[str, float]) -> Meta:
         run = {**self.meta.run, "progress": dataclasses.asdict(self.progress)}
         return Meta(self.meta.config, self.meta.classes, step, metrics, run)
-
-
-class Interval:
-    """What happened since the last line of the log: seconds that were waited for data, and images trained on."""
-
-    def __init__(self):
-        self.began, self.waited, self.images = time.perf_counter(), 0.0, 0

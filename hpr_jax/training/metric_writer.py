@@ -1,4 +1,4 @@
-"""The numbers of a run, as JSON lines and for TensorBoard."""
+"""Writes the numbers of a run, as JSON lines and for TensorBoard."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ class MetricWriter:
     """Writes numbers to `metrics.jsonl` and to TensorBoard event files in one directory.
 
     Args:
-      workdir: None writes nothing.
-      start: the step that a run goes on from; what was written of later ones is dropped, as it comes again.
+      workdir: None writes nothing: of several processes, the main one alone writes.
+      start: the step that the run goes on from. What was written of later steps is dropped, since they are taken again.
     """
 
     def __init__(self, workdir: Path | None, start: int = 0):
@@ -31,7 +31,8 @@ class MetricWriter:
         path = workdir / "metrics.jsonl"
         _drop_later(path, start)
         self._file = path.open("a")
-        # Not the usual writer, whose thread keeps events for minutes, and the caller waiting when the disk is full.
+        # tensorboardX's usual writer has a thread that holds events back for minutes, and blocks its caller when the disk
+        # is full.
         self._board = EventsWriter(str(workdir / "events"))
         self._put(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -40,7 +41,7 @@ class MetricWriter:
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            # Everything was written when it came.
+            # Nothing is lost if closing fails: everything was flushed when it was written.
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(OSError):
@@ -84,17 +85,17 @@ class MetricWriter:
 
 
 def _drop_later(path: Path, start: int) -> None:
-    """Leaves the lines of steps up to `start`; a process that was killed may have left half a line."""
+    """Drops the lines of steps after `start`, and half a line that a killed process may have left."""
     if not path.exists():
         return
-    kept = []
+    earlier = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            early = json.loads(line)["step"] <= start
+            is_earlier = json.loads(line)["step"] <= start
         except (ValueError, KeyError, TypeError):
             continue
-        if early:
-            kept.append(line + "\n")
+        if is_earlier:
+            earlier.append(line + "\n")
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(earlier))
     partial.replace(path)

@@ -35,7 +35,7 @@ class Optimizer:
         """The state before the first step, moments of zero."""
         return self._adamw().init(params)
 
-    def update(self, gradients: Any, state: Any, params: Any, learning_rate: jax.Array) -> tuple[Any, Any]:
+    def update(self, gradients: Any, state: Any, params: Any, learning_rate: jax.Array | float) -> tuple[Any, Any]:
         """Takes one step; returns the new parameters and the new state."""
         updates, state = self._adamw().update(gradients, state, params)
 
@@ -57,7 +57,7 @@ class Optimizer:
         )
 
 
-def moving_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
+def moving_average(average: Any, params: Any, decay: float, step: jax.Array | int) -> Any:
     """The next moving average of parameters, after step `step` (counted from 0).
 
     The decay is at most (1 + step) / (10 + step), so that early steps forget the random beginning faster.

@@ -1,4 +1,8 @@
-"""How a run goes on: what it depends on is compared, so that it ends as if it had never stopped, or is refused."""
+"""Goes on with a run from its latest checkpoint.
+
+What the run depends on is compared with what it depended on when it was saved. So it ends as if it had never stopped, or is
+refused.
+"""
 
 import dataclasses
 import logging
@@ -14,12 +18,12 @@ from hpr_jax.data.dataset import Dataset
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.devices import gather
 from hpr_jax.training.checkpoints import Checkpoints
-from hpr_jax.training.state import TrainState, evaluated, training_arrays
+from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
 from hpr_jax.weights.checkpoint import Meta
 
 log = logging.getLogger("hpr_jax")
 
-# Settings that leave the result as it is, but for the last bits.
+# Settings that may change when a run goes on: they leave its result as it is, except for the last bits.
 FREE = (
     "compute.operations",
     "compute.remat",
@@ -33,7 +37,7 @@ FREE = (
 
 
 def dependencies(train: Dataset, val: Dataset) -> dict[str, Any]:
-    """What a run depends on beside its config, JSON types."""
+    """What a run depends on beside its config, as JSON values: its data, and the machine for the last bits."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "data": {"training split": train.fingerprint, "validation split": val.fingerprint},
@@ -48,10 +52,15 @@ def dependencies(train: Dataset, val: Dataset) -> dict[str, Any]:
 
 
 def check_same_run(found: Meta, now: Meta, accept_changes: bool) -> None:
-    """Compares a run with the one that left a checkpoint.
+    """Compares a run with the one that left a checkpoint; logs what differs and may differ.
+
+    Args:
+      found: of the checkpoint.
+      now: of the run that is about to go on.
+      accept_changes: lets other settings and other data pass, with a warning.
 
     Raises:
-      UserError: of another model or other classes, or, unless changes are accepted, of other settings or data.
+      UserError: the runs differ in model or classes, or in settings or data without `accept_changes`.
     """
     different = differences(found.config["model"], now.config["model"], "config.model.")
     if found.classes != now.classes:
@@ -63,7 +72,8 @@ def check_same_run(found: Meta, now: Meta, accept_changes: bool) -> None:
     changed = []
     for section in ("compute", "data", "augmentation", "optimizer", "loss", "train", "evaluate"):
         for difference in differences(found.config[section], now.config[section], f"{section}."):
-            if difference.partition(" ")[0] in FREE:
+            key, _, _ = difference.partition(" ")
+            if key in FREE:
                 log.info("Goes on with another setting: config.%s.", difference)
             else:
                 changed.append(f"config.{difference}")
@@ -82,10 +92,10 @@ def check_same_run(found: Meta, now: Meta, accept_changes: bool) -> None:
 
 
 def check_same_everywhere(meta: Meta) -> None:
-    """Looks whether all processes are about to do the same.
+    """Checks that all processes have the same config, classes and data.
 
     Raises:
-      UserError: one has another config or other data than the first.
+      UserError: one process differs from process 0.
     """
     first, *others = gather([meta.config, list(meta.classes.names), meta.run["data"]])
     for number, other in enumerate(others, start=1):
@@ -96,11 +106,11 @@ def check_same_everywhere(meta: Meta) -> None:
 
 @dataclasses.dataclass
 class Progress:
-    """What a run knows beside its state.
+    """What a run must remember beside its state; checkpoints have it in their meta data.
 
     Attributes:
-      losses: of the steps since the last line of the log.
-      reports: sentences about the data so far, in all processes.
+      losses: those of the steps since the last line of the log.
+      reports: number of reports about the data so far, in all processes together.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -108,26 +118,36 @@ class Progress:
 
 
 def resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_changes: bool) -> tuple[TrainState, Progress]:
-    """A run's latest checkpoint, or the given state if there is none; raises as `check_same_run` does."""
+    """The state and progress of a run's latest checkpoint, or the given state if there is none.
+
+    Args:
+      state: a new run's.
+      meta: of the run that is about to begin or go on.
+      accept_changes: as in `check_same_run`, which decides whether the run may go on.
+
+    Raises:
+      UserError: the checkpoint is of another run, or all checkpoints are damaged.
+    """
     found = checkpoints.latest_meta()
-    # A run may have had its best before its first checkpoint.
+    # A run that evaluated before its first checkpoint has a best one alone.
     earlier = found or checkpoints.best_meta()
     if earlier is not None:
         check_same_run(earlier, meta, accept_changes)
     if found is None:
         return state, Progress()
-    # A moving average may have been switched on or off meanwhile.
+    # A moving average may be switched on or off when a run goes on: `stored` has one if the checkpoint has.
     averaged = found.config["train"]["ema_decay"] > 0
-    stored = state.replace(average=jax.tree.map(lambda x: x, state.params) if averaged else None)
-    model, training = checkpoints.restore(found.step, evaluated(stored), training_arrays(stored))
-    params, frozen = nnx.split_state(model, nnx.Param, ...)
+    stored = dataclasses.replace(state, average=jax.tree.map(lambda x: x, state.params) if averaged else None)
+    model, training = checkpoints.restore(found.step, evaluation_variables(stored), training_arrays(stored))
+    evaluated_params, frozen = nnx.split_state(model, nnx.Param, ...)
     log.info("Goes on from step %d.", found.step)
-    average = params
+    params = evaluated_params
     if averaged:
         params = stored.params
         nnx.replace_by_pure_dict(params, training["params"])
-    elif state.average is not None:
-        average = jax.tree.map(jnp.copy, params)
-    average = None if state.average is None else average
+    average = None
+    if state.average is not None:
+        # An average that is switched on begins with the parameters, as a copy: a step overwrites both.
+        average = evaluated_params if averaged else jax.tree.map(jnp.copy, params)
     state = TrainState(training["step"], params, frozen, training["optimizer"], average)
     return state, Progress(**found.run.get("progress", {}))

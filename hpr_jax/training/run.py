@@ -1,4 +1,4 @@
-"""A training run, put together from its config and its data."""
+"""Puts a training run together from its config and its data."""
 
 import logging
 from pathlib import Path
@@ -33,7 +33,13 @@ log = logging.getLogger("hpr_jax")
 
 
 def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
-    """Logs what was dropped and left out."""
+    """Logs how many images there are, and what was dropped and left out.
+
+    Args:
+      train: the training split.
+      usable: those of its images that are trained on.
+      val: the validation split.
+    """
     for dataset in (train, val):
         log_dropped(dataset)
     log.info(
@@ -46,32 +52,32 @@ def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
 
 
 def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) -> dict[str, float]:
-    """Trains, going on from the workdir's latest checkpoint if there is one; returns the last evaluation's numbers.
+    """Trains, going on from the workdir's latest checkpoint if there is one; returns the metrics of the last evaluation.
 
     Args:
       accept_changes: goes on even if settings or data are others than those that the run began with.
 
     Raises:
-      UserError: settings or data that cannot be trained on.
+      UserError: the run cannot be trained with these settings or data.
       RunError: the loss is not finite, or a checkpoint cannot be written.
       StoppedError: SIGTERM or SIGINT came; the run is saved.
     """
     check(config)
-    # Looks at the settings; what it makes is made again with the detector.
+    # Raises an error about wrong settings now; the detector reads them later.
     Compute(**config.compute)
     criterion = make_criterion(config)
     mesh = data_mesh()
     check_batch(config, mesh.size)
     warn_of_recipe(config)
-    whole_train_set, val_set = load_training_data(config)
-    train_set = whole_train_set.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
+    train_split, val_set = load_training_data(config)
+    train_set = train_split.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     plan = make_plan(config, train_set)
     config = in_steps(config, plan.steps_per_epoch)
-    meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(whole_train_set, val_set))
+    meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(train_split, val_set))
     check_same_everywhere(meta)
-    # Nothing is written before the settings and the data have turned out usable.
+    # Nothing is written before this line, so that wrong settings or data leave no files behind.
     log_to_file(workdir / ("train.log" if is_main_process() else f"train.{jax.process_index()}.log"))
-    report_data(whole_train_set, train_set, val_set)
+    report_data(train_split, train_set, val_set)
     views = make_views(config, train_set)
     max_boxes = room_for_boxes(config, train_set, views)
     begun = any((workdir / LATEST).glob("*"))

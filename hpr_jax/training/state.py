@@ -1,4 +1,4 @@
-"""What training changes, and how it begins."""
+"""The state of training, and how a run begins."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ from hpr_jax.weights.initial import load_initial_weights
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step changes, and the variables that it does not (`frozen`).
+    """What a step changes, and the variables of the detector that it does not change.
 
     Attributes:
-      average: moving average of the parameters, or None.
+      step: int32 `[]`, number of steps that were taken.
+      params: trained variables of the detector.
+      frozen: all other variables of the detector.
+      optimizer: state of the optimizer.
+      average: moving average of `params`, or None if the config asks for none.
     """
 
     step: jax.Array
@@ -35,28 +39,31 @@ class TrainState:
 def initial_state(
     config: ConfigDict, num_classes: int, mesh: Mesh, weights: Path | None = None
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """A new detector, split into its structure and its state, which is on every device.
+    """A new detector, split into its structure and the state of training, which is on every device.
 
     Args:
-      weights: a file or folder of weights to begin with; None: random ones.
+      weights: a file or folder of weights to begin with; None: random weights.
+
+    Raises:
+      UserError: the weights cannot be read, or do not fit the config.
     """
     detector = random_detector(config.model, num_classes, compute=config.compute, seed=config.train.seed)
     if weights is not None:
         load_initial_weights(detector, weights)
-    graph, params, frozen = nnx.split(detector, nnx.Param, ...)
-    params, frozen = replicate(mesh, (params, frozen))
+    graph, variables = nnx.split(detector)
+    params, frozen = replicate(mesh, nnx.split_state(variables, nnx.Param, ...))
     everywhere = NamedSharding(mesh, EVERYWHERE)
     moments = jax.jit(make_optimizer(config).init, out_shardings=everywhere)(params)
     average = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
     return graph, TrainState(replicate(mesh, np.int32(0)), params, frozen, moments, average)
 
 
-def evaluated(state: TrainState) -> nnx.State:
-    """The variables that evaluation takes: the average of the parameters, if there is one."""
+def evaluation_variables(state: TrainState) -> nnx.State:
+    """The variables of the detector for evaluation: the average of the parameters, where there is one, in their place."""
     return nnx.merge_state(state.params if state.average is None else state.average, state.frozen)
 
 
 def training_arrays(state: TrainState) -> dict[str, Any]:
-    """What a run goes on from beside what is evaluated."""
+    """What a run needs to go on beside its evaluation variables."""
     training = {"optimizer": state.optimizer, "step": state.step}
     return training if state.average is None else {**training, "params": nnx.to_pure_dict(state.params)}

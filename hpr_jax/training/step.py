@@ -1,22 +1,24 @@
-"""One optimisation step as four compiled programs, with the solving of the matching problems between the first two.
+"""One optimisation step: four compiled programs, and between the first two a solver of the matching problems on the host.
 
-    forward   every device, its images: outputs, matching costs, and what the backward pass needs
-    solve     every process, on the host: the costs of its images
-    loss      all images: loss terms, and the gradients of the outputs
-    backward  every device, its images: gradients of the parameters
-    update    sums these, clips, and steps
+    forward   every device, for its images: outputs, matching costs, and what the backward pass needs
+    solve     every process, on the host, for its images: solves the matching problems
+    loss      for all images: loss terms, and the gradients of the outputs
+    backward  every device, for its images: gradients of the parameters
+    update    sums the gradients over the devices, clips them, and changes the parameters
 
-Nothing but `loss`, and the drawing of denoising queries, looks across images. So a batch has the same normalisers, and the
-same gradient, however it is split over devices, or over parts that one device computes one after the other.
+Only `loss` and the drawing of denoising queries look at several images at once, and they look at the whole batch. So a
+batch has the same normalisers and the same gradient however it is split, over devices or over parts that a device computes
+one after the other.
 
-The solver does not run as a callback from a program: programs with callbacks are never kept in the compilation cache, and
-under several devices on few cores they can lock each other out.
+The solver is no callback of a program: programs with callbacks are never kept in the compilation cache, and with several
+devices on few cores their callbacks can block one another forever.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -38,12 +40,13 @@ from hpr_jax.types import DenoisingQueries, Outputs, Targets
 
 @flax.struct.dataclass
 class DeviceBatch:
-    """The part of a batch that a step reads. Its leading axes are the V views and the B images, split over the devices.
+    """A batch on the devices: V views of B images. The axis of images is split over the devices.
 
     Attributes:
       images: uint8 `[V, B, H, W, 3]`.
       targets: `[V, B, ...]`.
-      counts: int32 `[devices]` each, by name; the step's numbers have their sums, for processes to tell one another.
+      counts: by name, int32 `[devices]`, split over the devices. The step's numbers have their sums: so every process learns
+        what the others counted.
     """
 
     images: jax.Array
@@ -51,24 +54,25 @@ class DeviceBatch:
     counts: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
+# What a step tells about itself, by name: numbers `[]`.
 StepNumbers = dict[str, jax.Array]
 
-# By default, XLA's CPU programs begin with whatever can be computed, and so with all that is computed again: it would all
-# live at once. Ordered like this, the inner values of a backward pass take half of the memory, in the same time.
+# Compiler options of the backward program on CPUs. By default XLA's CPU programs compute early whatever they can, so that
+# all rematerialised values would be in memory at once. With this schedule they take half of the memory, in the same time.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @flax.struct.dataclass
 class ForwardPass:
-    """Of one part of a batch.
+    """What the forward program returns for one part of a batch.
 
     Attributes:
       outputs: of the detector, without intermediates; images in order, the views of an image side by side.
       requests: the matching problems.
       target_valid: bool `[images, N]`, as in `Targets`.
-      pullback: from gradients of the outputs' floats to those of the parameters. Its arrays are the devices' own, joined at
-        their first axis: for another axis XLA would copy what is kept of a stack's layers. `Variable`s stand in for the
-        state's, `Scalar`s for numbers.
+      pullback: maps gradients of the outputs' floats to gradients of the parameters; None where it is not needed. Its arrays
+        differ from device to device, and are joined at their first axis; at another axis XLA would copy what the layers of a
+        stack save for the backward pass. In place of the state's arrays and of numbers it has `Variable`s and `Scalar`s.
       denoising: the queries that were drawn for the whole batch, or None.
     """
 
@@ -79,18 +83,25 @@ class ForwardPass:
     denoising: DenoisingQueries | None = None
 
 
-class TrainStep:
-    """Takes a state, a batch and the learning rate; returns the new state (the old one is donated) and numbers: every loss
-    term, `loss`, `gradient_norm`, and the sums of the batch's counts.
+# How a forward pass is split over devices: a tree of partition specs in place of arrays.
+FORWARD_PASS = ForwardPass(
+    OUTPUTS, requests=cast(Any, split_at(1)), target_valid=cast(Any, split_at(0)), pullback=split_at(0)
+)
 
-    States are to be on all devices (`devices.replicate`), and batches split (`devices.shard` at axis 1). Others are taken,
-    too, but then the second step, whose state is the first one's, compiles anew.
+
+class TrainStep:
+    """Takes a state, a batch and the learning rate; returns the new state and numbers, and donates the old state.
+
+    The numbers are every loss term, `loss`, `gradient_norm`, and the sums of the batch's counts. The state should be on all
+    devices (`devices.replicate`), and the batch split over them (`devices.shard` at axis 1). Otherwise the second step,
+    which gets the first one's state, compiles its programs again.
 
     Args:
+      graph: structure of the detector.
       seed: of denoising queries and drop path.
       average_decay: of the moving average of the parameters, where the state has one.
-      parts: so many, computed one after the other, make up a batch: less memory, and one forward pass more for each but the
-        last.
+      parts: number of parts of a batch, which are computed one after the other. It saves memory, and costs a second forward
+        pass of all parts but the last.
       mesh: the devices; by default the first one.
     """
 
@@ -110,7 +121,7 @@ class TrainStep:
         self.mesh = data_mesh(jax.devices()[:1]) if mesh is None else mesh
         everywhere = NamedSharding(self.mesh, EVERYWHERE)
         self.forward = jax.jit(self._forward)
-        self.outputs = jax.jit(lambda *arguments: self._forward(*arguments).replace(pullback=None))
+        self.outputs = jax.jit(lambda *arguments: dataclasses.replace(self._forward(*arguments), pullback=None))
         self.loss = jax.jit(self._loss)
         self.on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self.backward = jax.jit(self._backward, compiler_options=CPU_OPTIONS if self.on_cpu else None)
@@ -119,9 +130,10 @@ class TrainStep:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """How many programs were compiled so far."""
         programs = (self.forward, self.outputs, self.loss, self.backward, self.add, self.update)
-        return sum(program._cache_size() for program in programs)
+        # The number of compiled programs of a jitted function has no public name, nor a type.
+        return sum(cast(Any, program)._cache_size() for program in programs)
 
     def __call__(self, state: TrainState, batch: DeviceBatch, learning_rate: float) -> tuple[TrainState, StepNumbers]:
         numbers, gradients = self.gradients(state, batch)
@@ -129,18 +141,21 @@ class TrainStep:
         return state, {**numbers, "gradient_norm": norm}
 
     def gradients(self, state: TrainState, batch: DeviceBatch) -> tuple[StepNumbers, nnx.State]:
-        """All of a step but the update: numbers, and the gradients of the parameters, with a leading axis of devices."""
-        # The others are the optimizer's.
-        variables = state.replace(optimizer=None, average=None)
+        """All of a step but the update: the numbers without `gradient_norm`, and the gradients of the parameters.
+
+        The gradients have a leading axis of devices, over which they are not summed yet.
+        """
+        # The optimizer's arrays are not needed before the update.
+        variables = dataclasses.replace(state, optimizer=None, average=None)
         *others, last = [replicate(self.mesh, np.int32(part)) for part in range(self.parts)]
         passes = [self.outputs(variables, batch, part) for part in others] + [self.forward(variables, batch, last)]
-        # While the host solves the problems of one part, the devices are at the next.
+        # While the host solves the matching problems of one part, the devices compute the next part.
         assigned = [solve(self.mesh, one.requests, one.target_valid) for one in passes]
         numbers, cotangents = self.loss(batch, [one.outputs for one in passes], passes[-1].denoising, assigned)
         if self.on_cpu:
-            # Most memory is needed next, and the forward pass has left holes.
+            # The backward pass needs most of the memory, and the forward pass has left unused gaps in it.
             return_freed_memory()
-        # Popped, so that its memory is free when the next part's is needed.
+        # Popped, so that the last part's memory is free when the next one's is needed.
         gradients = self.backward(variables, passes.pop().pullback, cotangents.pop())
         for part, cotangent in zip(others, cotangents):
             more = self.backward(variables, self.forward(variables, batch, part).pullback, cotangent)
@@ -149,7 +164,7 @@ class TrainStep:
 
     def _forward(self, state: TrainState, batch: DeviceBatch, part: jax.Array) -> ForwardPass:
         targets, views = side_by_side(batch.targets), len(batch.images)
-        # For the whole batch, so that nothing depends on how it is split.
+        # Random numbers are drawn for the whole batch, so that they do not depend on how it is split.
         draw_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
         drop_keys = jax.random.split(drop_key, len(targets.valid))
         denoiser = nnx.merge(self.graph, state.params, state.frozen).denoiser
@@ -157,12 +172,20 @@ class TrainStep:
         forward = self._on_each_device(
             self._forward_part,
             (EVERYWHERE, split_at(1), split_at(0), split_at(0), split_at(0), EVERYWHERE),
-            ForwardPass(OUTPUTS, split_at(1), split_at(0), split_at(0)),
+            FORWARD_PASS,
         )(state, batch.images, targets, denoising, drop_keys, part)
-        return forward.replace(denoising=denoising)
+        return dataclasses.replace(forward, denoising=denoising)
 
-    def _forward_part(self, state, images, targets, denoising, drop_keys, part) -> ForwardPass:
-        """Of one device, which has these images."""
+    def _forward_part(
+        self,
+        state: TrainState,
+        images: jax.Array,
+        targets: Targets,
+        denoising: DenoisingQueries | None,
+        drop_keys: jax.Array,
+        part: jax.Array,
+    ) -> ForwardPass:
+        """The forward pass of part number `part` on one device, which has these images `[V, B, H, W, 3]`."""
         if self.parts > 1:
             images = part_of(images, part, self.parts, axis=1)
             targets, denoising, drop_keys = jax.tree.map(
@@ -174,7 +197,7 @@ class TrainStep:
         def predict(params):
             detector = nnx.merge(self.graph, params, state.frozen)
             outputs = detector(images, targets.sizes, denoising=denoising, train=True, keys=drop_keys)
-            return split_floats(outputs.replace(intermediates=None))
+            return split_floats(dataclasses.replace(outputs, intermediates=None))
 
         floats, pullback, others = jax.vjp(predict, state.params, has_aux=True)
         outputs = join_floats(floats, others)
@@ -188,14 +211,19 @@ class TrainStep:
         denoising: DenoisingQueries | None,
         assigned: Sequence[Sequence[jax.Array]],
     ) -> tuple[StepNumbers, list[Outputs]]:
-        """Numbers, and for each part the gradients of its outputs' floats."""
+        """The step's numbers, and for each part the gradients of its outputs' floats.
+
+        Args:
+          outputs: of each part.
+          assigned: of each part what `solve` returned for it.
+        """
         targets, devices = side_by_side(batch.targets), self.mesh.size
-        whole = at_batch_axis(lambda axis, *parts: join_parts(parts, devices, axis), *outputs)
-        assigned = [join_parts(parts, devices, axis=1) for parts in zip(*assigned)]
-        floats, others = split_floats(whole)
+        joined = at_batch_axis(lambda axis, *parts: join_parts(parts, devices, axis), *outputs)
+        all_assigned = [join_parts(parts, devices, axis=1) for parts in zip(*assigned)]
+        floats, others = split_floats(joined)
 
         def loss_of(floats):
-            terms = self.criterion.terms(join_floats(floats, others), targets, denoising, assigned)
+            terms = self.criterion.terms(join_floats(floats, others), targets, denoising, all_assigned)
             terms = {name: jnp.sum(term) for name, term in terms.items()}
             return sum(terms.values()), terms
 
@@ -214,7 +242,7 @@ class TrainStep:
         return numbers, cotangents
 
     def _backward(self, state: TrainState, pullback: Any, cotangent: Outputs) -> nnx.State:
-        """Gradients of the parameters, with a leading axis of devices."""
+        """Gradients of the parameters from one part of a batch, each with a leading axis of devices."""
 
         def of_device(state, pullback, cotangent):
             (gradients,) = with_variables(pullback, state)(cotangent)
@@ -230,22 +258,23 @@ class TrainStep:
         average = state.average
         if average is not None:
             average = moving_average(average, params, self.average_decay, state.step)
-        state = state.replace(step=state.step + 1, params=params, optimizer=moments, average=average)
+        state = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=moments, average=average)
         return state, global_norm(gradients)
 
     def _on_each_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """The function, run by every device on its own part of the arguments."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def solve(mesh: Mesh, requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Array]:
-    """Waits for the costs of this process's images and solves the problems.
+    """Waits for the matching costs of this process's images, and solves their matching problems.
 
     Args:
-      requests: costs `[P, B, Q, N]`, split over the devices at B.
+      requests: each has P problems of every image, costs `[P, B, Q, N]`, split over the devices at B.
       target_valid: bool `[B, N]`, split alike.
 
     Returns:
-      For each request the index of each query's box, or -1: int32 `[P, B, Q]`, split alike.
+      For each request the index of the box that a query is matched with, or -1: int32 `[P, B, Q]`, split alike.
     """
     solved = solve_on_host(
         [local_part(request.cost, axis=1) for request in requests],
@@ -260,5 +289,5 @@ def solve(mesh: Mesh, requests: Sequence[Request], target_valid: jax.Array) -> l
 def make_train_step(
     graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, average_decay: float, parts: int, mesh: Mesh
 ) -> TrainStep:
-    """Cached, so that a run resumed in the same process does not compile again."""
+    """A `TrainStep`; the same one for the same arguments, so that a run resumed in one process does not compile again."""
     return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)

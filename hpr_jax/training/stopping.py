@@ -1,28 +1,29 @@
-"""Signals that ask a run to stop: it ends its step, saves, and leaves with an exit code that says so."""
+"""Signals ask a run to stop: it ends its step, saves, and leaves with an exit code that tells which signal came."""
 
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 from hpr_jax.errors import StoppedError
 
-# SIGTERM is what schedulers send: 75 says "try again later" (EX_TEMPFAIL of sysexits.h).
+# Exit codes by signal. Schedulers send SIGTERM, and 75 tells them to try again later (EX_TEMPFAIL of sysexits.h).
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 class StopRequests:
-    """Notes SIGTERM and the first SIGINT while it is entered; a second SIGINT interrupts at once.
+    """As a context, notes SIGTERM and the first SIGINT (Ctrl-C); a second SIGINT interrupts at once.
 
     Attributes:
-      noted: the signal, or None.
+      noted: the signal that came, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.noted: signal.Signals | None = None
-        self._handlers = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
-        # Elsewhere than in the main thread, Python hands out no signals.
+        # Python delivers signals to the main thread alone, and lets no other thread set handlers.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in EXIT_CODES}
         return self
@@ -37,7 +38,8 @@ class StopRequests:
         self.noted = signal.Signals(number)
 
     def stop(self, step: int) -> StoppedError:
-        """The error to leave with, once step `step` is saved. Another process may have been asked, and not this one."""
+        """The error to leave with, once step `step` is saved."""
+        # If no signal came to this process, another process of the run was asked to stop.
         number = self.noted or signal.SIGTERM
         return StoppedError(
             f"Stopped by {number.name}; step {step} is saved, and the same command goes on from it.", EXIT_CODES[number]

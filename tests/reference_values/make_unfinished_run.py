@@ -1,11 +1,12 @@
-"""Makes `unfinished_run/`: a tiny run that stopped halfway, and what becomes of it.
+"""Makes `unfinished_run/`: a tiny run that stopped halfway, and the values with which it ends.
 
     PYTHONPATH=tests:tests/helpers:scripts python tests/reference_values/make_unfinished_run.py
 
-It holds the drawn data set (`data/`), the workdir after half of the steps (`run/`), the detections of that checkpoint on
-the validation images, and the weights after all steps (`expected.npz`). The stored one was made by commit 2f77c2f. A later
-version that reads it, detects equally and ends with the same weights has kept the format of checkpoints, the names of
-settings and the order of the optimizer's leaves. Whoever changes training on purpose makes it anew, and says so.
+The folder has the drawn data set (`data/`), the workdir after half of the steps (`run/`), and in `expected.npz` the
+detections of that checkpoint on the validation images and the weights after all steps. The stored one was made by commit
+2f77c2f. If a later version reads it, detects equally and ends with the same weights, it has not changed the format of
+checkpoints, the names of settings or the order of the optimizer's leaves. Whoever changes training on purpose makes it anew,
+and says so.
 """
 
 import json
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import conftest  # noqa: F401  It sets how tests compile, which decides the last bits.
+import conftest  # noqa: F401  Sets how tests compile, which decides the last bits.
 import numpy as np
 import tiny
 import workdirs
@@ -27,8 +28,8 @@ STEPS, STOPPED = 6, 3
 
 
 def config():
-    """The tests' tiny DDQ detector, whose compiled programs other tests share, with a moving average."""
-    # Relative, so that no place of one machine is stored.
+    """That of the tests' tiny DDQ detector, whose compiled programs other tests share, with a moving average."""
+    # A relative path, so that no path of one machine is stored.
     c = tiny.config(Path("data"))
     c.train.update(steps=STEPS, log_every=1, checkpoint_every=STOPPED, evaluate_every=STEPS, ema_decay=0.9)
     c.optimizer.update(warmup_steps=2, milestones=(5,))
@@ -36,7 +37,7 @@ def config():
 
 
 def detections(detector) -> dict[str, np.ndarray]:
-    """Of the validation images, in the order of their names."""
+    """Those in the validation images, in the order of their names."""
     found = [detector(path, threshold=0.0) for path in sorted((FOLDER / "data/val2017").iterdir())]
     return {field: np.stack([getattr(one, field) for one in found]) for field in ("boxes", "scores", "labels")}
 
@@ -53,11 +54,10 @@ def main() -> None:
         shutil.copytree(workdir / f"checkpoints/{STOPPED}", stopped)
         metrics = [line for line in workdirs.lines(workdir) if line["step"] <= STOPPED]
     (FOLDER / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    np.savez_compressed(
-        FOLDER / "expected.npz",
-        **{f"detections/{field}": array for field, array in detections(hpr_jax.load(stopped)).items()},
-        **{f"last/{name}": array for name, array in last.items()},
-    )
+    expected = {f"detections/{field}": array for field, array in detections(hpr_jax.load(stopped)).items()}
+    expected |= {f"last/{name}": array for name, array in last.items()}
+    # NumPy's types would take arrays by name for its option `allow_pickle`.
+    np.savez_compressed(FOLDER / "expected.npz", **expected)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A batch has the same losses and gives the same weights however it is split over devices, here virtual ones, and parts."""
+"""A batch gives the same losses and weights however it is split over devices, here virtual ones, and over parts."""
 
 import json
 import os
@@ -14,9 +14,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def ways(coco):
-    """What on_devices.py found."""
+    """What `tests/helpers/on_devices.py` prints."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    # NPROC: devices that wait for one another need threads enough.
+    # NPROC is the number of XLA's threads: devices that wait for one another need one each.
     environment = tiny.process_environment(XLA_FLAGS=flags, NPROC="32")
     command = [sys.executable, str(HERE.parent / "helpers/on_devices.py"), str(coco)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

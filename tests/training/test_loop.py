@@ -1,9 +1,12 @@
-"""What the training loop gives to a step and to evaluation, and what it writes where: with steps and precisions as scripted.
+"""What the training loop gives to steps and to evaluation, and what it writes.
 
-There is no detector: a state is a single parameter, which counts the steps.
+Steps and precisions are scripted. There is no detector: a state is a single parameter, which counts the steps.
 """
 
+import dataclasses
 import json
+import re
+import sys
 import types
 from pathlib import Path
 
@@ -14,10 +17,11 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
-from workdirs import lines
+from workdirs import events, lines
 
 from hpr_jax.evaluation.evaluator import EvaluationResult
 from hpr_jax.runtime.devices import data_mesh, replicate
+from hpr_jax.runtime.logs import log_to_console
 from hpr_jax.training.run import train
 from hpr_jax.training.state import TrainState, initial_state
 from hpr_jax.weights.checkpoint import read_meta
@@ -28,7 +32,7 @@ RATES = (0.5, 0.625, 0.75, 0.0875)
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Replaces the detector's state, steps and evaluation, and keeps what they are given.
+    """Replaces the detector's state, its steps and its evaluation, and remembers what they are given.
 
     After step n the parameter is n, its average -n, and the numbers are n (loss), 10 n (gradient's norm) and 100 n (a term);
     the precision of the k-th evaluation is the k-th of `precisions`.
@@ -42,7 +46,7 @@ def scripted(monkeypatch):
         seen.mesh = mesh
         average = parameter() if config.train.ema_decay else None
         frozen = nnx.State({"frozen": nnx.Variable(jnp.ones(2))})
-        return None, replicate(mesh, TrainState(np.int32(0), parameter(), frozen, {"moments": jnp.zeros(2)}, average))
+        return None, replicate(mesh, TrainState(jnp.int32(0), parameter(), frozen, {"moments": jnp.zeros(2)}, average))
 
     class Step:
         compilations = 7
@@ -56,7 +60,8 @@ def scripted(monkeypatch):
                 return jax.tree.map(lambda _: replicate(seen.mesh, np.full(2, value, np.float32)), tree)
 
             params, average = filled(state.params, number), filled(state.average, -number)
-            state = state.replace(step=replicate(seen.mesh, np.int32(number)), params=params, average=average)
+            step = replicate(seen.mesh, np.int32(number))
+            state = dataclasses.replace(state, step=step, params=params, average=average)
             return state, {"loss": number, "gradient_norm": 10 * number, "layer_0/class": 100 * number, **counts}
 
     class ScriptedEvaluator:
@@ -68,7 +73,7 @@ def scripted(monkeypatch):
         def run(self, state):
             seen.evaluated.append(float(nnx.to_pure_dict(state)["count"][0]))
             precision = next(seen.precisions)
-            # Another number that falls where AP rises.
+            # AP50 falls where AP rises, so that the one cannot pass for the other.
             metrics = {"AP": precision, "AP50": 1 - precision}
             return EvaluationResult(metrics, {"cup": {"AP": precision, "AP50": precision}}, [])
 
@@ -161,10 +166,43 @@ class TestWhatIsWritten:
             assert meta.config["train"]["steps"] == 7
 
 
+class TestWhereItIsWritten:
+    def test_ap_by_class_goes_to_tensorboard_alone(self, scripted, coco, tmp_path):
+        scripted.precisions = iter([0.25, 0.375])
+        train(settings(coco, evaluate_every=2), tmp_path)
+        found = [event for event in events(tmp_path) if event[1].startswith("val/")]
+        assert found == [
+            (2, "val/AP", 0.25),
+            (2, "val/AP50", 0.75),
+            (2, "val/class/cup/AP", 0.25),
+            (4, "val/AP", 0.375),
+            (4, "val/AP50", 0.625),
+            (4, "val/class/cup/AP", 0.375),
+        ]
+        assert not any(name.startswith("val/class") for line in lines(tmp_path) for name in line)
+
+    @pytest.mark.usefixtures("restored_log")
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_the_loss_goes_to_the_log_file_and_rarely_to_the_console(
+        self, scripted, coco, tmp_path, monkeypatch, capsys, terminal
+    ):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        log_to_console()
+        train(settings(coco), tmp_path)
+        losses = [f"step {step} of 4: loss {step}.000, learning rate 0." for step in (1, 2, 3, 4)]
+        written = (tmp_path / "train.log").read_text()
+        found = re.findall(r"^\d{4}-\d\d-\d\d .* INFO (step \d of .* 0\.)\d+, .* images/s", written, re.MULTILINE)
+        assert found == losses
+        printed = capsys.readouterr().out
+        assert [line for line in losses if line in printed] == ([] if terminal else losses[:1])
+        for text in (written, printed):
+            assert "step 4: AP 0.5000, AP50 0.5000" in text
+
+
 class TestWhatIsEvaluated:
     @pytest.mark.parametrize(("decay", "sign"), [(0.0, 1), (0.9, -1)])
     def test_the_average_where_there_is_one(self, scripted, coco, tmp_path, decay, sign):
-        """It is evaluated, kept as the best, and what a checkpoint's detector is; training goes on from the parameters."""
+        """It is evaluated, saved as the best, and the detector of a checkpoint; training goes on from the parameters."""
         scripted.precisions = iter([0.25, 0.5])
         train(settings(coco, evaluate_every=2, ema_decay=decay), tmp_path)
         assert scripted.evaluated == [2 * sign, 4 * sign]
@@ -187,7 +225,7 @@ class TestTheBest:
         return path.name, meta.step, meta.metrics["AP"]
 
     def test_is_that_of_the_highest_ap(self, scripted, coco, tmp_path):
-        """Neither the last one nor the one of another number; of equal ones the first."""
+        """The last evaluation does not decide, nor does another metric; of equal ones the first stays the best."""
         scripted.precisions = iter([0.25, 0.75, 0.75, 0.5])
         train(settings(coco, evaluate_every=1), tmp_path)
         assert self.best(tmp_path) == ("2", 2, 0.75)
@@ -241,7 +279,7 @@ class TestSettingsReachTheirParts:
 
 
 class Module(nnx.Module):
-    """In place of a detector."""
+    """Takes the place of a detector."""
 
     def __init__(self):
         self.trained, self.frozen = nnx.Param(jnp.arange(3.0)), nnx.Variable(jnp.ones(2))
@@ -249,7 +287,7 @@ class Module(nnx.Module):
 
 class TestInitialStates:
     def made(self, monkeypatch, weights=None, **settings):
-        """The state, and what the detector and its weights were made of."""
+        """The detector's structure, the state, and what the detector was made of."""
         calls = []
 
         def random_detector(model, num_classes, *, compute, seed):
@@ -267,7 +305,7 @@ class TestInitialStates:
         _, state, _ = self.made(monkeypatch, ema_decay=0.9)
         trained, average = state.params["trained"], state.average["trained"]
         assert trained[...].tolist() == average[...].tolist() == [0, 1, 2]
-        # A step overwrites the parameters.
+        # They share no memory, since a step donates both.
         assert trained[...].unsafe_buffer_pointer() != average[...].unsafe_buffer_pointer()
         assert nnx.to_pure_dict(state.frozen)["frozen"].tolist() == [1, 1]
         assert int(state.step) == 0

@@ -2,7 +2,7 @@
 
 import json
 
-from tensorboardX.proto.event_pb2 import Event
+from workdirs import events
 
 from hpr_jax.training.metric_writer import MetricWriter
 
@@ -23,20 +23,6 @@ def test_a_run_goes_on_behind_its_checkpoint(tmp_path):
     assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
     with MetricWriter(None) as writer:
         writer.write(6, {"loss": 4.0})
-
-
-def events(folder):
-    """Step, name and value of each number in TensorBoard's files."""
-    found = []
-    for path in sorted(folder.glob("events.*")):
-        data = path.read_bytes()
-        while data:
-            # Eight bytes of length and four of a checksum come first, and four of another one last.
-            length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            data = data[16 + length :]
-    return found
 
 
 def test_both_files_have_the_same_numbers(tmp_path):

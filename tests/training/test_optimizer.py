@@ -1,4 +1,6 @@
-"""Learning rates, AdamW and the moving average, by hand-made values; a step's update of small states."""
+"""Learning rates, AdamW, the moving average, and a step's update of small states, by hand-made values."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,10 +100,14 @@ class TestUpdateOfAStep:
 
     def update(self, average=None, decay=0.0, step=0, optimizer=None):
         optimizer = optimizer or Optimizer(clip_norm=0.1, weight_decay=0.0, backbone_multiplier=1.0)
-        params = {"heads": jnp.array([1.0]), "neck": jnp.array([1.0])}
-        gradients = {"heads": jnp.array([[1.0], [2.0]]), "neck": jnp.array([[5.0], [7.0]])}
-        state = TrainState(jnp.int32(step), params, {"frozen": jnp.array(3.0)}, optimizer.init(params), average)
-        return TrainStep(None, None, optimizer, seed=0, average_decay=decay)._update(state, gradients, jnp.float32(0.25))
+        # Plain dicts in place of states, and neither a detector nor a loss: an update needs none.
+        params: Any = {"heads": jnp.array([1.0]), "neck": jnp.array([1.0])}
+        gradients: Any = {"heads": jnp.array([[1.0], [2.0]]), "neck": jnp.array([[5.0], [7.0]])}
+        frozen: Any = {"frozen": jnp.array(3.0)}
+        nothing: Any = None
+        state = TrainState(jnp.int32(step), params, frozen, optimizer.init(params), average)
+        train_step = TrainStep(nothing, nothing, optimizer, seed=0, average_decay=decay)
+        return train_step._update(state, gradients, jnp.float32(0.25))
 
     def test_gradients_of_devices_are_summed_and_their_norm_is_not_clipped(self):
         state, norm = self.update()
@@ -117,7 +123,7 @@ class TestUpdateOfAStep:
         assert state.average is None
 
     def test_the_average_moves_towards_the_new_parameters(self):
-        """In the first step by 0.9: from 2 to 0.1 x 2 + 0.9 x 0.75; later by what the decay leaves."""
+        """In the first step it moves by 0.9: from 2 to 0.1 x 2 + 0.9 x 0.75. Later it moves by 1 minus the decay."""
         before = {"heads": jnp.array([2.0]), "neck": jnp.array([4.0])}
         state, _ = self.update(before, decay=0.8)
         found = [float(state.average[name][0]) for name in ("heads", "neck")]

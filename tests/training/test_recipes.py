@@ -1,4 +1,4 @@
-"""Every official recipe is a variant, and holds the official values (`data/recipes.txt`); what they build is right."""
+"""Every official recipe is a variant, and has the official values that `tests/reference_values/recipes.txt` lists."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ import tiny
 
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
+from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.build import make_criterion
+from hpr_jax.losses.matched import FocalMatchedLoss
 from hpr_jax.settings import check
 from hpr_jax.training.build import in_steps, warn_of_recipe
 
@@ -20,7 +22,7 @@ ROWS = [
 
 
 def variant(official):
-    """`align_detr-lsj_900q_4scale_2x_swinL` -> (`align_detr`, `swin_l_2x_lsj`)."""
+    """Config file and variant of a recipe: `align_detr-lsj_900q_4scale_2x_swinL` -> (`align_detr`, `swin_l_2x_lsj`)."""
     model = next(name for name in MODELS if official.startswith(name))
     *_, length, backbone = official.split("_")
     return model, f"{'swin_l' if backbone == 'swinL' else 'r50'}_{length}{'_lsj' if '-lsj_' in official else ''}"
@@ -44,7 +46,8 @@ def test_recipes_hold_the_official_values(row):
     assert config.optimizer.learning_rate == float(rate)
     assert config.optimizer.weight_decay == float(decay)
     assert config.model.queries.count == int(queries)
-    # The valid size becomes the padded one: on canvases it is that already, and an image alone on its GPU has no padding.
+    # `use_lsj` sets the valid size of an image to its padded size. That changes nothing on canvases, which count as image,
+    # nor for an image that is alone on its GPU, which has no padding.
     lsj = name.endswith("_lsj")
     assert use_lsj == "no" or lsj or images_per_gpu == "1"
     assert config.evaluate.canvas == (1024 if lsj else 0)
@@ -60,7 +63,7 @@ def test_recipes_hold_the_official_values(row):
 
 
 def test_every_variant_is_official_and_every_recipe_a_variant():
-    expected = {model: set() for model in MODELS}
+    expected: dict[str, set[str]] = {model: set() for model in MODELS}
     for row in ROWS:
         model, name = variant(row[0])
         expected[model].add(name)
@@ -119,12 +122,14 @@ def test_what_all_recipes_have_in_common(row):
 
     criterion = make_criterion(config)
     assert (criterion.costs.classes, criterion.costs.l1, criterion.costs.giou) == (2.0, 5.0, 2.0)
-    boxes = criterion.matched.boxes
-    assert (criterion.matched.class_weight, boxes.l1_weight, boxes.giou_weight) == (1.0, 5.0, 2.0)
+    matched = criterion.matched
+    assert isinstance(matched, AlignedMatchedLoss if align else FocalMatchedLoss)
+    assert (matched.class_weight, matched.boxes.l1_weight, matched.boxes.giou_weight) == (1.0, 5.0, 2.0)
     assert criterion.branch_weights == (("regional_attention", 0.5), ("dynamic_conv", 0.5))
     if align:
         assert (criterion.repeats, criterion.proposal_repeats) == ((2, 2, 2, 2, 2, 1), 2)
-        assert (criterion.matched.alpha, criterion.matched.gamma, criterion.matched.tau) == (0.25, 2.0, 1.5)
+        assert isinstance(matched, AlignedMatchedLoss)
+        assert (matched.alpha, matched.gamma, matched.tau) == (0.25, 2.0, 1.5)
     else:
         assert criterion.repeats == ()
     if model == "ddq":
@@ -142,7 +147,7 @@ def test_lengths_in_epochs_become_steps():
     assert in_steps(steps, 100) == steps
 
 
-def test_what_hardly_is_meant_is_said(caplog):
+def test_settings_that_are_probably_mistakes_are_warned_about(caplog):
     quick = load("ddq", "demo")
     for config in (load("ddq", "r50_1x_lsj"), load("ddq", "r50_1x"), quick):
         warn_of_recipe(config)

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or moved, and go on: they end as one that was left alone, or are refused."""
+"""Runs that were stopped, killed, damaged or moved go on, and end as one that was left alone, or are refused."""
 
 import errno
 import os
@@ -17,9 +17,9 @@ from check_resume import differences, read_run
 from workdirs import lines, numbers, weights
 
 from hpr_jax.errors import RunError, StoppedError, UserError
+from hpr_jax.training import checkpoints
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.run import train
-from hpr_jax.weights import checkpoint
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 
 
@@ -38,30 +38,30 @@ def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_pat
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(trained, coco, tmp_path, monkeypatch):
-    """Between two lines of the log, whose mean goes on, too."""
+    """The signal comes between two lines of the log: the mean loss of the second is that of a run without a stop, too."""
 
     def terminate(run, step, *_):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrainingLoop, "_watch_compilation", terminate)
+        patched.setattr(TrainingLoop, "watch_compilation", terminate)
         with pytest.raises(StoppedError, match=r"Stopped by SIGTERM; step 3 is saved") as stopped:
             train(tiny.config(coco), tmp_path)
     assert stopped.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     train(tiny.config(coco), tmp_path)
-    # Of the last two checkpoints, the first is of another step.
+    # The last two checkpoints are of the steps 3 and 4 here, and of 2 and 4 there.
     different = differences(read_run(tmp_path), read_run(trained[0]))
     assert all(name.startswith(("names in checkpoints", "checkpoints/2:", "checkpoints/3:")) for name in different)
 
 
 def test_kills_do_not_change_the_end(trained, coco, tmp_path):
-    """SIGKILL, three times; once while a checkpoint is written."""
+    """SIGKILL comes three times, once while a checkpoint is written."""
     config = tiny.write_config(tmp_path / "tiny_config.py", coco)
     command = [sys.executable, str(tiny.ROOT / "scripts/check_resume.py"), "--kills", "3", "--config", str(config)]
-    # A seed whose kills come before a run of this length ends.
+    # With this seed the kills come before a run of so many seconds ends.
     command += ["--seconds", "25", "--seed", "75"]
     command += ["--workdir", str(tmp_path / "runs"), "--reference", str(trained[0])]
     done = subprocess.run(command, env=tiny.process_environment(), capture_output=True, text=True)
@@ -70,7 +70,7 @@ def test_kills_do_not_change_the_end(trained, coco, tmp_path):
 
 
 def flip_byte(checkpoint):
-    """In the middle of the largest file."""
+    """Changes one bit in the middle of the largest file."""
     largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, coco, tmp_pat
     assert differences(read_run(workdir), read_run(trained[0])) == []
     for step in (2, 4):
         flip_byte(workdir / f"checkpoints/{step}")
-    # Nor does a second start begin anew.
+    # Twice: the second start, which finds no checkpoint under its name, does not begin anew either.
     for _ in range(2):
         with pytest.raises(UserError, match=r"All checkpoints in .* are damaged: 2.damaged, 4.damaged"):
             train(tiny.config(coco), workdir)
@@ -112,7 +112,7 @@ def fails_at_last(folder):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "fails"), [(ocp.Checkpointer, "save", fails_at_once), (checkpoint, "write_manifest", fails_at_last)]
+    ("owner", "name", "fails"), [(ocp.Checkpointer, "save", fails_at_once), (checkpoints, "write_manifest", fails_at_last)]
 )
 def test_a_full_disk_leaves_earlier_checkpoints_intact(trained, coco, tmp_path, monkeypatch, owner, name, fails):
     workdir = tmp_path / "run"
@@ -159,7 +159,7 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
     config.train.steps = 4
     train(config, tmp_path / "parts", accept_changes=True)
     resumed = weights(tmp_path / "parts/checkpoints")
-    # It can be switched off, and on: then it begins with the parameters.
+    # The average can be switched off, and on again: then it begins with the parameters.
     for config.train.steps, config.train.ema_decay in ((5, 0.0), (6, 0.9)):
         train(config, tmp_path / "parts", accept_changes=True)
         assert find_checkpoint(tmp_path / "parts/checkpoints").name == str(config.train.steps)
@@ -170,7 +170,7 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
     for other in (weights(best), resumed):
         for name, value in average.items():
             np.testing.assert_array_equal(other[name], value, err_msg=name)
-    # The averaged parameters are others, and those that are trained are the same.
+    # The average is not the parameters, and the parameters are those of a run without an average.
     assert any(not np.array_equal(raw[name], value) for name, value in average.items())
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         arguments = ocp.args.Composite(training=ocp.args.StandardRestore())
@@ -182,7 +182,7 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
 
 
 def test_two_processes_do_what_one_does(trained, coco, tmp_path):
-    """They meet on this machine; each loads, trains on and evaluates its half. One process goes on from their checkpoint."""
+    """Two processes on this machine each load, train on and evaluate one half. One process goes on from their checkpoint."""
     config = tiny.write_config(tmp_path / "tiny_config.py", coco)
     workdir = tmp_path / "run"
     with socket.socket() as probe:

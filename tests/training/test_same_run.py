@@ -1,10 +1,13 @@
-"""What a run that goes on must have in common with the one that began: every setting and all data, refused by name."""
+"""A run that goes on must have its settings and its data in common with the one that began; what differs is named."""
 
 import dataclasses
 import json
 import shutil
+import types
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -16,11 +19,11 @@ from hpr_jax.data.build import load_dataset
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.training.resume import check_same_everywhere, check_same_run, dependencies
-from hpr_jax.training.state import TrainState, evaluated, training_arrays
+from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
 from hpr_jax.weights.checkpoint import Meta, find_checkpoint
 
 CONFIG = to_plain(tiny.config())
-# They change nothing of the result but the last bits: how much is done at once, where the data lies, what is kept.
+# Settings that may differ, since they change nothing of the result but its last bits.
 FREE = {
     "compute.operations",
     "compute.remat",
@@ -32,7 +35,7 @@ FREE = {
     "train.keep_checkpoints",
 }
 CLASSES = Classes(("cup", "pen"), (2, 5))
-RUN = {
+RUN: dict[str, dict[str, Any]] = {
     "data": {"training split": "a", "validation split": "b"},
     "machine": {"devices": 1, "kind of device": "cpu", "processes": 1, "CPU cores": 2, "JAX": "0.10.2"},
 }
@@ -181,7 +184,7 @@ class TestMachine:
         monkeypatch.setattr(jax, "device_count", lambda: 64)
         monkeypatch.setattr(jax, "process_count", lambda: 8)
         monkeypatch.setattr(jax, "__version__", "1.2.3")
-        data = type("Split", (), {"fingerprint": "x"})
+        data: Any = types.SimpleNamespace(fingerprint="x")
         machine = dependencies(data, data)["machine"]
         assert machine.keys() == RUN["machine"].keys()
         assert (machine["devices"], machine["processes"], machine["JAX"]) == (64, 8, "1.2.3")
@@ -190,7 +193,7 @@ class TestMachine:
 
 
 class TestProcesses:
-    """They must be about to do the same, or none begins."""
+    """All processes must be about to do the same; else none begins."""
 
     def check(self, monkeypatch, meta):
         def gather(value):
@@ -225,11 +228,11 @@ class TestStates:
         params = nnx.State({"kernel": nnx.Param(np.float32(1))})
         average = nnx.State({"kernel": nnx.Param(np.float32(2))}) if averaged else None
         frozen = nnx.State({"mean": nnx.Variable(np.float32(3))})
-        return TrainState(np.int32(7), params, frozen, {"moments": np.float32(4)}, average)
+        return TrainState(jnp.int32(7), params, frozen, {"moments": np.float32(4)}, average)
 
     @pytest.mark.parametrize(("averaged", "kernel"), [(False, 1), (True, 2)])
     def test_the_average_is_what_is_evaluated_and_saved(self, averaged, kernel):
-        found = nnx.to_pure_dict(evaluated(self.state(averaged=averaged)))
+        found = nnx.to_pure_dict(evaluation_variables(self.state(averaged=averaged)))
         assert found == {"kernel": kernel, "mean": 3}
 
     def test_a_run_goes_on_from_the_parameters_moments_and_step(self):

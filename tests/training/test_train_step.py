@@ -1,15 +1,19 @@
-"""The programs of a step against one that does the same at once."""
+"""The programs of a step against one program that does all of it at once."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
 from flax import nnx
+from loss_terms import loss_terms
 
 from hpr_jax.losses.build import make_criterion
+from hpr_jax.losses.criterion import Criterion
 from hpr_jax.runtime.devices import replicate, shard
+from hpr_jax.training.optimizer import Optimizer
 from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
@@ -19,11 +23,11 @@ SEED = 3
 CRITERION = make_criterion(tiny.config())
 
 
-class Descent:
+class Descent(Optimizer):
     """Plain gradient descent, so that the change of the parameters is the gradient."""
 
-    def init(self, params):
-        return ()
+    def __init__(self):
+        super().__init__(clip_norm=0.0, weight_decay=0.0, backbone_multiplier=1.0)
 
     def update(self, gradients, state, params, learning_rate):
         return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradients), state
@@ -35,8 +39,9 @@ def step():
 
 
 def state_and_batch():
-    _, params, frozen = nnx.split(tiny.detector(), nnx.Param, ...)
-    # Copies: a step overwrites its state.
+    """The same state before the first step, and the same batch of one view of two images, at every call."""
+    params, frozen = nnx.split_state(nnx.state(tiny.detector()), nnx.Param, ...)
+    # Copied, since a step donates its state.
     state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), frozen, ())
     images = np.random.default_rng(0).integers(0, 255, (2, tiny.SIDE, tiny.SIDE, 3)).astype(np.uint8)
     batch = DeviceBatch(jnp.asarray(images), tiny.targets([2, 1], 4, [[60, 50], [64, 64]]))
@@ -56,7 +61,7 @@ def test_the_programs_do_what_one_does():
         images = detector.normalize(only_view.images, targets.sizes)
         drop_keys = jax.random.split(drop_key, len(images))
         outputs = detector(images, targets.sizes, denoising=denoising, train=True, keys=drop_keys)
-        terms = {name: jnp.sum(term) for name, term in CRITERION(outputs, targets, denoising).items()}
+        terms = {name: jnp.sum(term) for name, term in loss_terms(CRITERION, outputs, targets, denoising).items()}
         return sum(terms.values()), terms
 
     (loss, terms), gradients = jax.value_and_grad(at_once, has_aux=True)(state.params)
@@ -82,29 +87,34 @@ def test_one_compilation_serves_all_steps():
 
 
 def test_memory_goes_back_before_the_backward_pass(monkeypatch):
-    calls, backward = [], step().backward
+    calls, compiled = [], step().backward
+
+    def backward(*arguments):
+        calls.append("backward")
+        return compiled(*arguments)
+
     monkeypatch.setattr("hpr_jax.training.step.return_freed_memory", lambda: calls.append("memory"))
-    monkeypatch.setattr(step(), "backward", lambda *arguments: calls.append("backward") or backward(*arguments))
+    monkeypatch.setattr(step(), "backward", backward)
     step()(*state_and_batch(), 0.1)
     assert calls == (["memory", "backward"] if step().on_cpu else ["backward"])
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """No copy of a parameter, and nothing that calls the host: such programs are never kept in the compilation cache."""
+def test_what_is_saved_for_the_backward_pass():
+    """No copy of a parameter. Nor does a program call the host: such programs are never kept in the compilation cache."""
     state, batch = state_and_batch()
     part = jnp.int32(0)
     forward = jax.eval_shape(step().forward, state, batch, part)
-    kept = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
+    saved = jax.tree.leaves(forward.pullback, is_leaf=lambda x: isinstance(x, Variable))
     kernels = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2 and leaf.size > 256}
-    assert any(isinstance(leaf, Variable) for leaf in kept)
-    assert kernels.isdisjoint(leaf.shape for leaf in kept if not isinstance(leaf, Variable))
+    assert any(isinstance(leaf, Variable) for leaf in saved)
+    assert kernels.isdisjoint(leaf.shape for leaf in saved if not isinstance(leaf, Variable))
     assert "callback" not in step().forward.lower(state, batch, part).as_text()
     cotangents = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, forward.outputs)
     assert "callback" not in step().backward.lower(state, forward.pullback, cotangents).as_text()
 
 
 class Drawing(nnx.Module):
-    """In place of a detector: its logits are drawn by the keys for drop path, its denoising queries by theirs."""
+    """Takes the place of a detector: draws logits by the keys for drop path, and denoising queries by their key."""
 
     def __init__(self):
         self.weight = nnx.Param(jnp.ones(1))
@@ -123,25 +133,28 @@ class Drawing(nnx.Module):
         drawn = jax.vmap(lambda key: jax.random.uniform(key, (2, 4)))(keys)
         found = Predictions(drawn * self.weight[0], images[:, :2, 0, :1] + jnp.zeros((1, 1, 4)), drawn[..., 0] > 0)
         layers = jax.tree.map(lambda x: x[None], found)
-        return Outputs(BranchPredictions(layers, None, None), {}, found, None, None)
+        nothing: Any = None
+        return Outputs(BranchPredictions(layers, None, None), {}, found, None, intermediates=nothing)
 
 
-class NoRequests:
+class NoRequests(Criterion):
+    """A criterion that has nothing to match."""
+
     def requests(self, outputs, targets):
         return []
 
 
 @functools.cache
 def drawing_step(seed, parts):
-    return TrainStep(nnx.split(Drawing())[0], NoRequests(), Descent(), seed, parts=parts)
+    return TrainStep(nnx.split(Drawing())[0], NoRequests(branch_weights=()), Descent(), seed, parts=parts)
 
 
 class TestWhatIsRandom:
-    """Of two views of three images."""
+    """What steps draw for two views of three images."""
 
     def drawn(self, step=0, seed=SEED, parts=1):
-        """What is drawn for each view of each image, and the noise of the denoising queries."""
-        _, params, frozen = nnx.split(Drawing(), nnx.Param, ...)
+        """The logits of each view of each image, and the noise of the denoising queries."""
+        params, frozen = nnx.split_state(nnx.state(Drawing()), nnx.Param, ...)
         trained = drawing_step(seed, parts)
         batch = DeviceBatch(
             jnp.zeros((2, 3, 4, 4, 3), jnp.uint8),
@@ -170,17 +183,17 @@ class TestWhatIsRandom:
         assert not np.intersect1d(noise, other).size
 
     def test_the_same_step_draws_the_same_in_however_many_parts(self):
-        (whole, noise), (parts, again) = self.drawn(step=5), self.drawn(step=5, parts=3)
-        assert whole == parts
+        (at_once, noise), (in_parts, again) = self.drawn(step=5), self.drawn(step=5, parts=3)
+        assert at_once == in_parts
         np.testing.assert_array_equal(noise, again)
 
 
 def test_numbers_between_the_programs():
-    """What a device keeps has an axis, at which it is joined with what others keep; a number is given one."""
+    """All that a device saves has an axis, at which it is joined with what the others save; numbers are given one."""
     weights = jnp.array([1.0, 2.0])
     _, pullback = jax.vjp(lambda weights: jnp.sum(jnp.sin(weights[0]) * weights), weights)
-    kept = without_variables(pullback, [weights])
-    assert all(leaf.ndim for leaf in jax.tree.leaves(kept))
-    kinds = {type(leaf) for leaf in jax.tree.leaves(kept, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
+    saved = without_variables(pullback, [weights])
+    assert all(leaf.ndim for leaf in jax.tree.leaves(saved))
+    kinds = {type(leaf) for leaf in jax.tree.leaves(saved, is_leaf=lambda leaf: isinstance(leaf, Variable | Scalar))}
     assert {Scalar, Variable} <= kinds
-    np.testing.assert_array_equal(with_variables(kept, [weights])(1.0)[0], pullback(1.0)[0])
+    np.testing.assert_array_equal(with_variables(saved, [weights])(1.0)[0], pullback(1.0)[0])

@@ -1,4 +1,4 @@
-"""The program end to end at tiny size: train, evaluate, predict, and what stops a run."""
+"""Training, evaluating and predicting end to end at tiny size, and what stops a run."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ import time
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +20,6 @@ from hpr_jax.evaluation.evaluate import evaluate
 from hpr_jax.evaluation.evaluator import Evaluator
 from hpr_jax.inference.predict import predict
 from hpr_jax.training.loop import TrainingLoop
-from hpr_jax.training.optimizer import Optimizer, global_norm, learning_rate
 from hpr_jax.training.run import train
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
 
@@ -59,7 +57,7 @@ def test_processes_share_an_evaluation(trained, coco, monkeypatch):
 
 
 class NoStep:
-    """In place of a training step: counts, and hands its batches to a function."""
+    """Takes the place of a training step: counts steps, and hands its batches to a function."""
 
     compilations = 0
 
@@ -74,7 +72,7 @@ class NoStep:
 
 
 def with_strong_views(coco):
-    """Large-scale jitter, pasted objects, weak and strong views."""
+    """A config with large-scale jitter, pasted objects, weak and strong views."""
     config = tiny.config(coco)
     config.augmentation.update(kind="lsj", strong_views=True)
     config.augmentation.lsj.side = config.evaluate.canvas = tiny.SIDE
@@ -84,7 +82,7 @@ def with_strong_views(coco):
 def test_training_on_weak_and_strong_views(coco, tmp_path):
     config = with_strong_views(coco)
     config.train.steps = 2
-    # Batches of both kinds have the same shape: one compiled step.
+    # Batches of both kinds have the same shape, so that the step is compiled once.
     for config.augmentation.kind in ("lsj", "detr"):
         workdir = tmp_path / config.augmentation.kind
         metrics = train(config, workdir)
@@ -93,14 +91,14 @@ def test_training_on_weak_and_strong_views(coco, tmp_path):
 
 
 def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
-    """And images are counted, not views. Steps and evaluation are left out."""
+    """Also, the log counts images and not views. Steps and evaluation are left out."""
     batches, images = [], []
     monkeypatch.setattr(training, "make_train_step", lambda *_: NoStep(lambda batch: batches.append(jax.device_get(batch))))
-    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda *_: {"AP": 0.0})
-    monkeypatch.setattr(TrainingLoop, "_log", lambda self, step, numbers, interval, **_: images.append(interval.images))
+    monkeypatch.setattr(TrainingLoop, "evaluate", lambda *_: {"AP": 0.0})
+    monkeypatch.setattr(TrainingLoop, "write_log", lambda self, step, numbers, interval, **_: images.append(interval.images))
     config = with_strong_views(coco)
     train(config, tmp_path / "whole")
-    # However they are loaded.
+    # First loaded by threads, then by worker processes.
     for config.train.steps, config.data.workers in ((2, 0), (4, 2)):
         train(config, tmp_path / "parts", accept_changes=True)
     assert len(batches) == 8
@@ -108,12 +106,12 @@ def test_a_resumed_run_sees_the_same_views(coco, tmp_path, monkeypatch):
         assert one.images.shape == (2, 2, 64, 64, 3)
         jax.tree.map(np.testing.assert_array_equal, one, two)
     assert not np.array_equal(batches[0].images, batches[3].images)
-    # Logged behind the steps 1, 2 and 4: two images each.
+    # The log is written behind the steps 1, 2 and 4, each of two images; in parts behind 1 and 2, then 4.
     assert images == [2, 2, 4, 2, 2, 4]
 
 
 def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_path, monkeypatch, caplog):
-    """Steps that take no time and batches that take some."""
+    """Steps take no time here, and batches take some."""
     events = []
 
     class SlowBatches:
@@ -128,11 +126,16 @@ def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_
         def close(self):
             events.append("close")
 
-    check_numbers = TrainingLoop._check
-    monkeypatch.setattr(TrainingLoop, "_check", lambda *arguments: (events.append("wait"), check_numbers(*arguments)))
+    read_numbers = TrainingLoop.read_numbers
+
+    def wait(*arguments):
+        events.append("wait")
+        read_numbers(*arguments)
+
+    monkeypatch.setattr(TrainingLoop, "read_numbers", wait)
     monkeypatch.setattr(training, "train_batches", SlowBatches)
     monkeypatch.setattr(training, "make_train_step", lambda *_: NoStep(lambda batch: events.append("step")))
-    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda *_: {"AP": 0.0})
+    monkeypatch.setattr(TrainingLoop, "evaluate", lambda *_: {"AP": 0.0})
     config = tiny.config(coco)
     config.train.update(steps=6, checkpoint_every=100)
     with caplog.at_level("WARNING", "hpr_jax"):
@@ -141,7 +144,8 @@ def test_batches_are_fetched_while_steps_run_and_waiting_is_said_once(coco, tmp_
     (sentence,) = [message for message in caplog.messages if "waiting for data" in message]
     assert sentence.startswith("step 2: ")
     assert "raise config.data.workers (now 0" in sentence
-    # Logged behind the steps 1, 2, 4 and 6, for which their numbers are waited for; else for those of the step before.
+    # A batch is fetched behind every step but the last. Then the numbers of the step before are waited for, and before the
+    # log is written, behind the steps 1, 2, 4 and 6, those of the step itself.
     begin, logged, unlogged = ["batch"], ["step", "batch", "wait"], ["step", "batch", "step", "batch", "wait", "wait"]
     end = ["step", "batch", "step", "wait", "wait", "close"]
     assert events == begin + 2 * logged + unlogged + end
@@ -205,7 +209,9 @@ def test_predict_writes_pictures_and_boxes_and_skips_broken_images(trained, tmp_
     boxes = np.array([d["box"] for d in entry["detections"]])
     assert boxes.min() >= 0
     assert np.all(boxes <= [80, 100, 80, 100])
-    assert cv2.imread(str(tmp_path / "out/a.jpg")).shape == (100, 80, 3)
+    drawn = cv2.imread(str(tmp_path / "out/a.jpg"))
+    assert drawn is not None
+    assert drawn.shape == (100, 80, 3)
     # Originals are never overwritten, even when pictures go to their folder.
     cv2.imwrite(str(folder / "c.jpg"), picture)
     before = (folder / "c.jpg").read_bytes()
@@ -254,7 +260,7 @@ def test_a_detector_from_a_config():
 
 
 def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
-    """With drop path; a checkpoint of a run that counts epochs can be evaluated, also on canvases."""
+    """Swin has drop path. The checkpoint of a run that counts epochs can be evaluated, also on canvases."""
     config = tiny.config(coco, model="dino")
     config.model.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
     config.model.backbone.update(drop_path=0.5, frozen_stages=-1)
@@ -265,7 +271,7 @@ def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
     assert [line["step"] for line in lines(tmp_path) if "val/AP" in line] == [3]
     assert evaluate(tmp_path, tmp_path / "same").metrics["AP"] == metrics["AP"]
     result = evaluate(tmp_path, tmp_path / "canvas", [("evaluate.canvas", "96"), ("evaluate.buckets", "3")])
-    # 60x48 pixels become 64x51 of 96x96; what lies further away was found on the grey.
+    # Images of 60x48 pixels become 64x51 of a canvas of 96x96: boxes further to the right were found on the grey.
     corners = np.array([found["bbox"] for found in result.detections])
     assert np.all(corners[:, :2] + corners[:, 2:] <= [96 * 60 / 64 + 0.1, 96 * 48 / 51 + 0.1])
     assert np.max(corners[:, 0] + corners[:, 2]) > 60
@@ -275,13 +281,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(coco, tmp_path):
     config = tiny.config(coco)
     config.train.steps = 2
     train(config, tmp_path)
-    kept = weights(tmp_path / "checkpoints")
+    before = weights(tmp_path / "checkpoints")
     config.train.steps = 4
     config.optimizer.learning_rate = 1e30
     with pytest.raises(RunError, match=r"not finite at step 4: .*loss.*The checkpoint of step 2 is kept"):
         train(config, tmp_path, accept_changes=True)
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2"]
-    assert all(np.array_equal(kept[name], value) for name, value in weights(tmp_path / "checkpoints").items())
+    assert all(np.array_equal(before[name], value) for name, value in weights(tmp_path / "checkpoints").items())
 
 
 def test_too_few_images(coco):
@@ -301,29 +307,3 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         (tmp_path / "checkpoints/5" / item).mkdir(parents=True)
     with pytest.raises(UserError, match="cannot be read"):
         load_detector(tmp_path)
-
-
-def test_learning_rate():
-    settings = {
-        "learning_rate": 2.0,
-        "warmup_steps": 10,
-        "warmup_factor": 0.1,
-        "milestones": (20, 30),
-        "gamma": 0.1,
-    }
-    values = [learning_rate(settings, step) for step in (0, 5, 10, 19, 20, 30)]
-    assert values == pytest.approx([0.2, 1.1, 2.0, 2.0, 0.2, 0.02])
-
-
-def test_the_optimizer_is_adamw_with_a_slower_backbone():
-    optimizer = Optimizer(clip_norm=0.1, weight_decay=0.2, backbone_multiplier=0.1)
-    params = {"backbone": {"kernel": jnp.array([1.0])}, "heads": {"bias": jnp.array([2.0])}}
-    gradients = jax.tree.map(lambda x: 3 * x, params)
-    assert global_norm(gradients) == pytest.approx(3 * 5**0.5)
-    params, state = optimizer.update(gradients, optimizer.init(params), params, 0.5)
-    # The first Adam update is the gradient's sign; decay 0.2 x value is added before the learning rate.
-    assert params["backbone"]["kernel"][0] == pytest.approx(1.0 - 0.5 * 0.1 * (1 + 0.2 * 1), rel=1e-4)
-    assert params["heads"]["bias"][0] == pytest.approx(2.0 - 0.5 * (1 + 0.2 * 2), rel=1e-4)
-    # Adam saw the clipped gradient.
-    (moments,) = [leaf for leaf in jax.tree.leaves(state) if leaf.size == 2 and leaf.max() > 5e-3]
-    assert jnp.linalg.norm(moments) == pytest.approx(0.1 * 0.1, rel=1e-3)
