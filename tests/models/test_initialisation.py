@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 from flax import nnx
+from interactions import shared
 
 from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
 from hpr_jax.models.encoder import Encoder
@@ -76,10 +77,13 @@ def test_deformable_attention():
     ("make", "names"),
     [
         (lambda: FeedForward(WIDTH, WIDTH, rngs=rngs()), ("expand", "contract")),
-        (lambda: DynamicConv(WIDTH, 16, 1, rngs=rngs()), ("generator", "project")),
-        (lambda: RegionalAttention(WIDTH, 2, 1, 1, temperature=20.0, rngs=rngs()), ("spawn", "project")),
-        (lambda: RegionFC(WIDTH, WIDTH, 1, rngs=rngs()), ("expand", "contract")),
-        (lambda: PointInteraction(WIDTH, rngs=rngs()), ("project",)),
+        (lambda: DynamicConv(shared(WIDTH, region_size=1), hidden=16, rngs=rngs()), ("generator", "project")),
+        (
+            lambda: RegionalAttention(shared(WIDTH, region_size=1), heads=2, samples=1, temperature=20.0, rngs=rngs()),
+            ("spawn", "project"),
+        ),
+        (lambda: RegionFC(shared(WIDTH, region_size=1), hidden=WIDTH, rngs=rngs()), ("expand", "contract")),
+        (lambda: PointInteraction(shared(WIDTH), rngs=rngs()), ("project",)),
         (lambda: ProposalGenerator(WIDTH, rngs=rngs()), ("project",)),
     ],
 )
@@ -94,7 +98,7 @@ def test_layers_of_encoder_and_decoder(make, names):
 
 def test_positions_of_the_decoder():
     def make_layer(rngs):
-        return PointInteraction(WIDTH, rngs=rngs)
+        return PointInteraction(shared(WIDTH), rngs=rngs)
 
     settings = {"branches": (), "nms_threshold": None, "region": RegionSettings(), "remat": False, "rngs": rngs()}
     for layer in HybridRefiner(make_layer, layers=1, channels=WIDTH, **settings).position.layers:
@@ -102,7 +106,7 @@ def test_positions_of_the_decoder():
 
 
 def test_norms():
-    norm = PointInteraction(WIDTH, rngs=rngs()).norm
+    norm = PointInteraction(shared(WIDTH), rngs=rngs()).norm
     assert_zero(norm.bias)
     np.testing.assert_array_equal(norm.scale[...], np.ones(WIDTH))
 

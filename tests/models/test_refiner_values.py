@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from interactions import shared
 
 from hpr_jax.models.attention import DeformableAttention, MultiHeadAttention
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
@@ -111,7 +112,7 @@ class TestMerges:
 
 
 def point_refiner(rngs):
-    return PointInteraction(4, rngs=rngs)
+    return PointInteraction(shared(4), rngs=rngs)
 
 
 @flax.struct.dataclass
@@ -425,7 +426,7 @@ class TestInteractions:
         return np.asarray(run(module, self.QUERY, self.POSITION, self.REGIONS, memory))[0]
 
     def test_dynamic_convolution(self):
-        module = filled(lambda rngs: DynamicConv(8, 3, 2, rngs=rngs))
+        module = filled(lambda rngs: DynamicConv(shared(8, region_size=2), hidden=3, rngs=rngs))
         generated = linear(module.generator, self.QUERY[0])
         for out, query, region, kernels in zip(self.interact(module), self.QUERY[0], self.REGIONS[0], generated):
             x = relu(norm(module.norm1, region @ kernels[:24].reshape(8, 3)))
@@ -435,7 +436,9 @@ class TestInteractions:
 
     def test_regional_attention(self):
         """Keys have positions within the region, values have none, and neither have queries."""
-        module = filled(lambda rngs: RegionalAttention(8, 2, 3, 2, temperature=20.0, rngs=rngs))
+        module = filled(
+            lambda rngs: RegionalAttention(shared(8, region_size=2), heads=2, samples=3, temperature=20.0, rngs=rngs)
+        )
         encoding = encoded(2, 2).reshape(4, 8)
         parts = (
             np.split(np.asarray(module.attention.input.kernel), 3, axis=1),
@@ -450,7 +453,7 @@ class TestInteractions:
 
     def test_global_attention(self):
         """To the second of two levels, without its padding; keys have positions, values have none."""
-        module = filled(lambda rngs: GlobalAttention(8, 2, 1, 2, temperature=20.0, rngs=rngs))
+        module = filled(lambda rngs: GlobalAttention(shared(8, levels=2), heads=2, level=1, temperature=20.0, rngs=rngs))
         valid = np.array([True] * 4 + [True, True, False] * 2)
         memory = pyramid(array(10, 8), ((2, 2), (2, 3)), [(2, 2), (2, 2)], valid=valid)
         encoding = encoded(2, 3).reshape(6, 8)[valid[4:]]
@@ -465,12 +468,12 @@ class TestInteractions:
         np.testing.assert_allclose(self.interact(module, memory), expected, rtol=1e-3, atol=1e-3)
 
     def test_point_refiner(self):
-        module = filled(lambda rngs: PointInteraction(8, rngs=rngs))
+        module = filled(lambda rngs: PointInteraction(shared(8), rngs=rngs))
         expected = self.QUERY[0] + relu(norm(module.norm, linear(module.project, self.QUERY[0])))
         np.testing.assert_allclose(self.interact(module), expected, rtol=1e-4, atol=1e-4)
 
     def test_fully_connected_layers(self):
         """Nothing of the query is left."""
-        module = filled(lambda rngs: RegionFC(8, 5, 2, rngs=rngs))
+        module = filled(lambda rngs: RegionFC(shared(8, region_size=2), hidden=5, rngs=rngs))
         expected = relu(linear(module.contract, relu(linear(module.expand, self.REGIONS[0].reshape(2, 32)))))
         np.testing.assert_allclose(self.interact(module), expected, rtol=1e-4, atol=1e-4)
