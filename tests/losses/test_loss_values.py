@@ -128,6 +128,8 @@ def stub_matched(predictions, positive, index, targets, *, denoising):
 
 
 class StubDense(DenseLoss):
+    """Terms that tell what a layer's loss was given."""
+
     def __call__(self, predictions, assigned, targets):
         return {"class": jnp.mean(predictions.logits, axis=(1, 2)), "giou": jnp.sum(assigned, axis=1).astype(jnp.float32)}
 
