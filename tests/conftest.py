@@ -3,6 +3,7 @@
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Test programs are small, and compiling them takes longer than running them. Newer versions end at a flag they do not know.
@@ -18,7 +19,8 @@ from hpr_jax.models import build
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-make_builder, builders = build.builder, {}
+make_builder = build.builder
+builders: dict[str, Any] = {}
 
 
 def known_builder(config, num_classes, compute):

@@ -21,7 +21,7 @@ from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.loading.buckets import Shape, choose_buckets, smallest_bucket
 from hpr_jax.inference.detect import make_detect
 from hpr_jax.losses.build import make_criterion
-from hpr_jax.models.detector import Detector
+from hpr_jax.models.detector import Backbone, Detector, QueryInit
 from hpr_jax.models.layers import layer
 from hpr_jax.models.pyramid import Pyramid, flatten
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
@@ -107,7 +107,9 @@ def _num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _cost(name: str, modules: Iterable[nnx.Module | None], flops: int, within: str = "") -> ModuleCost:
+def _cost(
+    name: str, modules: Iterable[nnx.Module | Backbone | QueryInit | None], flops: int, within: str = ""
+) -> ModuleCost:
     """The cost of several modules together; None stands for a module that the detector lacks."""
     modules = [module for module in modules if module is not None]
     trained = sum(_num_elements(nnx.state(module, nnx.Param)) for module in modules)

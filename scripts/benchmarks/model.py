@@ -89,7 +89,8 @@ class Bench:
         from hpr_jax.training.step import TrainStep
 
         optimizer = make_optimizer(self.config)
-        graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
+        graph, variables = nnx.split(self.detector)
+        params, frozen = nnx.split_state(variables, nnx.Param, ...)
         del self.detector
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
@@ -198,7 +199,8 @@ def stages(bench: Bench) -> dict[str, dict[str, float]]:
     import jax.numpy as jnp
     from flax import nnx
 
-    graph, params, rest = nnx.split(bench.detector, nnx.Param, ...)
+    graph, variables = nnx.split(bench.detector)
+    params, rest = nnx.split_state(variables, nnx.Param, ...)
     del bench.detector
     sizes = bench.targets.sizes
 

@@ -24,8 +24,7 @@ def build(directory, features, examples, splits=("train", "validation")):
     """Makes a TFDS directory as users do."""
     import tensorflow_datasets as tfds
 
-    # TFDS comes without types, so mypy takes the base class for `object`, which knows no `skip_registration`.
-    class Own(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    class Own(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "own"
         VERSION = tfds.core.Version("2.0.0")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from hpr_jax.data.dataset import Classes, Dataset, Record, Records
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.masks import parse_segmentation
 
 # The category ids have gaps, and do not count from 0.
@@ -59,9 +59,8 @@ def dataset(
     """
     labels = [range(len(some)) for some in boxes] if labels is None else labels
     records = [
-        Record(
+        ImageAnnotations(
             image_id=10 + number,
-            image=None,
             height=image.shape[0],
             width=image.shape[1],
             boxes=np.array(some, np.float32).reshape(-1, 4),
@@ -75,9 +74,9 @@ def dataset(
     return Dataset("pictures", "0" * 64, lambda: ground_truth(records, classes), classes, packed)
 
 
-def ground_truth(records: Sequence[Record], classes: Classes) -> dict:
+def ground_truth(records: Sequence[ImageAnnotations], classes: Classes) -> dict:
     """The records in COCO form."""
-    annotations = []
+    annotations: list[dict] = []
     for record in records:
         for (left, top, right, bottom), label in zip(record.boxes.tolist(), record.labels):
             annotations.append(

@@ -15,7 +15,7 @@ from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 from hpr_jax.inference.image_detector import Detections
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
-NOTHING = np.zeros((0, 4)), np.zeros(0, int), []
+NOTHING: tuple[np.ndarray, np.ndarray, list[str]] = np.zeros((0, 4)), np.zeros(0, int), []
 
 
 class TestWriting:

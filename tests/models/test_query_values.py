@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from hpr_jax.inference.detect import top_detections
-from hpr_jax.models.detector import Detector, _by_kind
+from hpr_jax.models.detector import Detector, _by_kind, _valid
 from hpr_jax.models.encoder import Encoder, EncoderLayer
 from hpr_jax.models.position import box_encoding, map_encoding
 from hpr_jax.models.pyramid import Pyramid, flatten, pixel_centers
@@ -79,8 +79,8 @@ class TestPositions:
         """Attention sees the tokens, at their references and positions; each norm follows its part."""
         memory = pyramid(np.ones((1, 1)), ((1, 1),), [(1, 1)])
 
-        def attention(query, position, memory, valid, shapes, sizes, reference):
-            return query + 10 * position + 100 * reference[..., :1] + 1000 * memory
+        def attention(query, position, memory, reference):
+            return query + 10 * position + 100 * reference[..., :1] + 1000 * memory.tokens
 
         layer = types.SimpleNamespace(attention=attention, norm1=lambda x: 2 * x, ffn=lambda x: x + 5, norm2=lambda x: 3 * x)
         out = EncoderLayer.__call__(layer, memory, np.full((1, 1, 1), 7.0), np.full((1, 1, 2), 9.0))
@@ -205,7 +205,7 @@ class TestInitialQueries:
         np.testing.assert_allclose(matching.content[0], np.concatenate([10 * content, np.zeros((2, 5))]), rtol=1e-6)
         np.testing.assert_allclose(matching.proposals.logits[0, :, 0], [0.5, 0.3, 0, 0], rtol=1e-6)
         np.testing.assert_allclose(matching.proposals.boxes[0], [LEFT, RIGHT, (0.5,) * 4, (0.5,) * 4], rtol=1e-5)
-        assert matching.twins.tolist() == [[False, False, True, True]]
+        assert matching.duplicates.tolist() == [[False, False, True, True]]
         assert matching.proposals.valid.all(), "the filled places count"
 
     def test_dense_ones_are_ranked_by_their_own_head_and_may_overlap(self):
@@ -215,7 +215,7 @@ class TestInitialQueries:
         np.testing.assert_allclose(dense.proposals.logits[0, :, 0], [-0.1, -0.3, -0.4], rtol=1e-6)
         np.testing.assert_allclose(dense.proposals.boxes[0], [RIGHT, RIGHT, NEAR_LEFT], rtol=1e-5)
         np.testing.assert_allclose(dense.content[0], 10 * memory.tokens[0, [0, 3, 2]], rtol=1e-6)
-        assert not np.any(dense.twins)
+        assert not np.any(dense.duplicates)
 
     def test_without_dense_ones(self):
         run = functools.partial(self.distinct, queries=2, with_dense=False)
@@ -249,7 +249,7 @@ class TestInitialQueries:
         np.testing.assert_array_equal(queries.content[0], content)
         np.testing.assert_allclose(queries.proposals.logits[0, :, 0], [0.5, 0.4, 0.3], rtol=1e-6)
         np.testing.assert_allclose(queries.proposals.boxes[0], [LEFT, NEAR_LEFT, RIGHT], rtol=1e-5)
-        assert not np.any(queries.twins)
+        assert not np.any(queries.duplicates)
 
 
 def initial(content, box, valid):
@@ -296,7 +296,7 @@ class TestDecoderInput:
         assert queries.content[0, :, 0].tolist() == [1] * 5 + [2] * 3 + [3] * 2
         np.testing.assert_allclose(queries.reference_boxes[0, :, 0], [0.1] * 5 + [0.2] * 3 + [0.3] * 2)
         assert (queries.num_denoising, queries.num_matching, queries.num_dense) == (5, 3, 2)
-        assert queries.twins.tolist() == [[False, False, True]]
+        assert queries.duplicates.tolist() == [[False, False, True]]
         assert queries.matching == slice(5, 8)
 
     def test_predictions_are_parted_in_the_same_order(self):
@@ -345,15 +345,15 @@ class TestWhatFollowsTheDecoder:
     """Two layers, two images, three queries and two branches; the third query is none. Hidden states are numbers that name
     their layer and branch, and in front of a layer the references are its number."""
 
-    # In the second image the first query is kept, and so all count.
-    KEPT = np.array([[[True] * 3] * 2, [[False, True, False], [True, False, False]]])
+    # In the second image the first query is selected, and so all that exist are valid.
+    SELECTED = np.array([[[True] * 3] * 2, [[False, True, False], [True, False, False]]])
 
     def outputs(self):
         def numbers(values):
             values = np.float32(values)
             return np.broadcast_to(values[..., None, None, None], (*values.shape, 2, 3, 4))
 
-        decoded = DecoderOutput(numbers([1, 2]), numbers([[10, 20], [30, 40]]), numbers([0, 1, 2]), self.KEPT)
+        decoded = DecoderOutput(numbers([1, 2]), numbers([[10, 20], [30, 40]]), numbers([0, 1, 2]), self.SELECTED)
         one = initial(0.0, 0.5, [True, True, False])
         matching = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), one)
         detector = types.SimpleNamespace(
@@ -366,7 +366,6 @@ class TestWhatFollowsTheDecoder:
             heads=StubHeads(1),
             branch_heads=[StubHeads(100), StubHeads(1000)],
             dtype=jnp.float32,
-            _valid=Detector._valid,
         )
         detector._decoder_input = functools.partial(Detector._decoder_input, detector)
         return jax.jit(functools.partial(Detector.__call__, detector))(np.ones((2, 2, 2, 3)), np.array([[2, 2], [2, 1]]))
@@ -385,7 +384,7 @@ class TestWhatFollowsTheDecoder:
         assert np.asarray(outputs.primary.matching.boxes)[:, 0, 0, 0].tolist() == [0, 1]
         assert np.asarray(outputs.branches["b"].matching.boxes)[:, 0, 0, 0].tolist() == [0, 1000]
 
-    def test_who_counts(self):
+    def test_which_queries_are_valid(self):
         outputs = self.outputs()
         expected = [[[True, True, False]] * 2, [[False, True, False], [True, True, False]]]
         assert outputs.primary.matching.valid.tolist() == expected
@@ -394,10 +393,10 @@ class TestWhatFollowsTheDecoder:
         survivor = outputs.intermediates.attention_mask[1, 1]
         assert survivor.tolist() == [[True, True, True], [True, False, False], [True, False, False]]
 
-    def test_denoising_and_dense_queries_count_in_all_layers(self):
+    def test_denoising_and_dense_queries_are_valid_in_all_layers(self):
         denoising = types.SimpleNamespace(used=np.array([[True, False]]))
         dense = types.SimpleNamespace(proposals=types.SimpleNamespace(valid=np.array([[True, False]])))
-        valid = Detector._valid(denoising, dense, jnp.array([[[True]], [[False]]]))
+        valid = _valid(denoising, dense, jnp.array([[[True]], [[False]]]))
         assert valid.tolist() == [[[True, False, True, True, False]], [[True, False, False, True, False]]]
 
 
@@ -412,8 +411,8 @@ def test_images_become_zero_mean_and_unit_variance():
 class TestDetections:
     """Three queries of two classes in an image of height 100 and width 200."""
 
-    LOGITS = np.float32([[[1, 3], [2, -5], [9, 9]]])
-    BOXES = np.float32([[[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4], [0.5, 0.5, 1, 1]]])
+    LOGITS = np.array([[[1, 3], [2, -5], [9, 9]]], np.float32)
+    BOXES = np.array([[[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4], [0.5, 0.5, 1, 1]]], np.float32)
     VALID = np.array([[True, True, False]])
     detect = staticmethod(jax.jit(top_detections, static_argnums=2))
 

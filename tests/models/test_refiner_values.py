@@ -171,9 +171,9 @@ class TestReferenceBoxes:
     """Of two layers."""
 
     # The third coordinate is below what the inverse sigmoid distinguishes, the fourth above.
-    BOXES = np.tile(np.float32([0.5, 0.25, 1e-4, 1.0]), (4, 1))
+    BOXES = np.tile(np.array([0.5, 0.25, 1e-4, 1.0], np.float32), (4, 1))
     CONTENT = np.arange(32, dtype=np.float32).reshape(2, 4, 4) / 16
-    SHIFT = np.float32([[0.1, 0.2, 0.3, 0.4], [-0.1, -0.2, -0.3, -0.4]])
+    SHIFT = np.array([[0.1, 0.2, 0.3, 0.4], [-0.1, -0.2, -0.3, -0.4]], np.float32)
 
     def expected(self):
         boxes = [self.BOXES.astype(np.float64)]
@@ -186,8 +186,8 @@ class TestReferenceBoxes:
         out = jax.jit(decode)(self.BOXES, self.CONTENT, self.SHIFT)
         np.testing.assert_allclose(out.reference_boxes[:, 0], self.expected(), rtol=1e-5)
         np.testing.assert_array_equal(out.hidden[:, 0], self.CONTENT)
-        assert out.kept.shape == (2, 1, 4)
-        assert np.all(out.kept)
+        assert out.selected.shape == (2, 1, 4)
+        assert np.all(out.selected)
         # Each layer is told where the boxes in front of it are: y before x.
         y_first = self.expected()[:2][..., [1, 0, 2, 3]]
         np.testing.assert_allclose(out.branches[:, 1, 0], np.sin(2 * np.pi * y_first), atol=1e-5)
@@ -210,9 +210,9 @@ class TestReferenceBoxes:
 
 
 class TestSelection:
-    """One denoising query and three matching ones, of which the first two have one box. In front of layer 0 all count."""
+    """One denoising query and three matching ones, of which the first two have one box. All are selected at first."""
 
-    BOXES = np.float32([[0.1, 0.1, 0.1, 0.1], [0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.8, 0.2, 0.2]])
+    BOXES = np.array([[0.1, 0.1, 0.1, 0.1], [0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.8, 0.2, 0.2]], np.float32)
 
     def test_layers(self):
         scores = np.zeros((3, 4, 4), np.float32)
@@ -221,24 +221,24 @@ class TestSelection:
         scores[1, 1:, :2] = [[0.9, 0.9], [0.1, 0.2], [0.0, 0.0]]
         decoded = jax.jit(functools.partial(decode, num_denoising=1, nms_threshold=0.8))
         out = decoded(self.BOXES, scores, np.zeros((3, 4), np.float32))
-        assert out.kept[:, 0].tolist() == [[True, True, True], [False, True, True], [False, True, True]]
+        assert out.selected[:, 0].tolist() == [[True, True, True], [False, True, True], [False, True, True]]
         everything = [[1, 1, 1, 1]] * 4
-        # The removed query sees the kept ones and the denoising one, but no longer itself.
+        # The removed query sees the selected ones and the denoising one, but no longer itself.
         removed = [[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
         assert out.branches[:, 0, 0].tolist() == [everything, removed, removed]
 
     @pytest.mark.parametrize(
-        ("kept", "expected"),
+        ("selected", "expected"),
         [
-            # While the first query is kept, a removed one may come back, and suppress.
+            # While the first query is selected, a removed one may come back, and suppress.
             ([True, False, True], [False, True, True]),
             ([False, False, True], [False, False, True]),
             ([False, True, True], [False, True, True]),
         ],
     )
-    def test_who_counts(self, kept, expected):
-        scores, twins = np.float32([0.1, 0.9, 0.5]), np.zeros(3, bool)
-        found = select_jitted(scores, self.BOXES[1:], np.array(kept), twins)
+    def test_which_queries_are_valid(self, selected, expected):
+        scores, duplicates = np.float32([0.1, 0.9, 0.5]), np.zeros(3, bool)
+        found = select_jitted(scores, self.BOXES[1:], np.array(selected), duplicates)
         assert found.tolist() == expected
 
 
@@ -258,7 +258,7 @@ def test_regions_are_taken_at_the_boxes_of_the_valid_image():
 class TestDecoderHeads:
     """The box heads are shifts, the class heads are zero."""
 
-    REFERENCES = np.float32([[[[1e-4, 0.25, 0.5, 0.9]] * 3], [[[0.5, 0.5, 0.5, 0.5]] * 3]])
+    REFERENCES = np.array([[[[1e-4, 0.25, 0.5, 0.9]] * 3], [[[0.5, 0.5, 0.5, 0.5]] * 3]], np.float32)
     HIDDEN = np.zeros((2, 1, 3, 4), np.float32)
 
     @staticmethod
@@ -346,7 +346,7 @@ class TestDeformableAttention:
         shape = (1, 1, 1, levels, 2, 2)
         ramp = np.stack(np.meshgrid(np.arange(8.0), np.arange(8.0)), axis=-1).reshape(64, 2).astype(np.float32)
         attention = types.SimpleNamespace(
-            value=lambda memory: memory + bias,
+            value=lambda tokens: tokens + bias,
             offsets=lambda x: jnp.broadcast_to(jnp.array(offsets, jnp.float32), shape).reshape(1, 1, -1),
             weights=lambda x: jnp.broadcast_to(jnp.asarray(weights, jnp.float32), (1, 1, 2 * levels)),
             output=lambda x: 10 * x,
@@ -355,13 +355,12 @@ class TestDeformableAttention:
             points=2,
             implementation="xla",
         )
-        memory = np.concatenate([ramp + 100 * level for level in range(levels)])[None]
-        sizes = np.tile(np.array(sizes, np.int32), (1, levels, 1))
+        tokens = np.concatenate([ramp + 100 * level for level in range(levels)])
+        memory = pyramid(tokens, ((8, 8),) * levels, [sizes] * levels, valid=np.full(len(tokens), valid))
 
         @jax.jit
         def run(query, memory, reference):
-            zeros, seen = jnp.zeros((1, 1, 2)), jnp.full(memory.shape[:2], valid)
-            return DeformableAttention.__call__(attention, query, zeros, memory, seen, ((8, 8),) * levels, sizes, reference)
+            return DeformableAttention.__call__(attention, query, jnp.zeros((1, 1, 2)), memory, reference)
 
         out = run(np.ones((1, 1, 2), np.float32), memory, np.float32([[reference]]))
         # Without the residual, 1, and the output projection, 10.

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import conftest  # noqa: F401  It sets how tests compile, which decides the last bits.
 import numpy as np
@@ -53,11 +54,9 @@ def main() -> None:
         shutil.copytree(workdir / f"checkpoints/{STOPPED}", stopped)
         metrics = [line for line in workdirs.lines(workdir) if line["step"] <= STOPPED]
     (FOLDER / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    np.savez_compressed(
-        FOLDER / "expected.npz",
-        **{f"detections/{field}": array for field, array in detections(hpr_jax.load(stopped)).items()},
-        **{f"last/{name}": array for name, array in last.items()},
-    )
+    arrays: dict[str, Any] = {f"detections/{field}": array for field, array in detections(hpr_jax.load(stopped)).items()}
+    arrays |= {f"last/{name}": array for name, array in last.items()}
+    np.savez_compressed(FOLDER / "expected.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ FREE = {
     "train.keep_checkpoints",
 }
 CLASSES = Classes(("cup", "pen"), (2, 5))
-RUN = {
+RUN: dict[str, dict[str, Any]] = {
     "data": {"training split": "a", "validation split": "b"},
     "machine": {"devices": 1, "kind of device": "cpu", "processes": 1, "CPU cores": 2, "JAX": "0.10.2"},
 }
