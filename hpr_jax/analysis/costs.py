@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from hpr_jax.analysis.flops import product_flops
-from hpr_jax.data.augmentation.geometry import evaluation_geometries
+from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
 from hpr_jax.data.build import make_plan
 from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.loading.buckets import Shape, choose_buckets, smallest_bucket
@@ -26,7 +26,8 @@ from hpr_jax.models.layers import layer
 from hpr_jax.models.pyramid import Pyramid, flatten
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
 from hpr_jax.models.refiner.interaction import Surroundings
-from hpr_jax.models.refiner.layer import MERGE_POINTS, RefinerLayer
+from hpr_jax.models.refiner.layer import RefinerLayer
+from hpr_jax.models.refiner.merge import MERGE_POINTS
 from hpr_jax.training.build import make_optimizer
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep

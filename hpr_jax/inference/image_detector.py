@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hpr_jax.config import load_config
-from hpr_jax.data.augmentation.geometry import Geometry, apply_to_image, evaluation_geometries
+from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError

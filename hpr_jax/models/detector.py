@@ -14,7 +14,7 @@ from hpr_jax.models.pyramid import Pyramid, flatten
 from hpr_jax.models.queries.denoising import Denoiser
 from hpr_jax.models.queries.proposals import InitialQueries
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
-from hpr_jax.models.refiner.selection import distinct_attention, valid_queries
+from hpr_jax.models.refiner.nms_selection import distinct_attention, valid_queries
 from hpr_jax.ops.padding import zero_padding
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Intermediates, Outputs, Predictions
 

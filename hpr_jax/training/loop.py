@@ -16,7 +16,7 @@ from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
-from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
 from hpr_jax.training.resume import Progress

@@ -19,7 +19,7 @@ from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
 from hpr_jax.training.build import check_batch, in_steps, make_optimizer, warn_of_recipe
-from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.resume import check_same_everywhere, dependencies, resume

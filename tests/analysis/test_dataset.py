@@ -24,10 +24,10 @@ from hpr_jax.analysis.dataset import (
     plan_facts,
     training_obstacle,
 )
-from hpr_jax.data.augmentation.geometry import evaluation_geometries
+from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
 from hpr_jax.data.build import load_dataset
 from hpr_jax.data.dataset import Problem
-from hpr_jax.data.loading.plan import TrainPlan
+from hpr_jax.data.loading.batch_plan import TrainPlan
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from hpr_jax.data.augmentation.copy_paste import choose_donated, masked_objects, paste
+from hpr_jax.data.augmentation.crop_resize_flip import GREY, Geometry, apply_to_boxes, apply_to_image, draw_large_scale
 from hpr_jax.data.augmentation.drawn_masks import EMPTY_MASK, DrawnMask, draw_box, draw_mask
-from hpr_jax.data.augmentation.geometry import GREY, Geometry, apply_to_boxes, apply_to_image, draw_large_scale
 from hpr_jax.data.augmentation.objects import Objects
 from hpr_jax.data.dataset import ImageAnnotations
 from hpr_jax.data.masks import MalformedMaskError, parse_segmentation

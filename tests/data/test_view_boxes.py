@@ -9,12 +9,12 @@ import pytest
 import tiny
 from pictures import BLUE, GREEN, RED, dataset, plain
 
-from hpr_jax.data.augmentation.geometry import Geometry, Slot
+from hpr_jax.data.augmentation.crop_resize_flip import Geometry, Slot
 from hpr_jax.data.augmentation.strong_view import StrongView
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_views, room_for_boxes
+from hpr_jax.data.loading.batch_plan import PlannedBatch, TrainPlan
 from hpr_jax.data.loading.batches import TrainLoader
-from hpr_jax.data.loading.plan import PlannedBatch, TrainPlan
 from hpr_jax.runtime.devices import data_mesh
 from hpr_jax.training.loop import to_devices
 from hpr_jax.training.parts import side_by_side as _side_by_side

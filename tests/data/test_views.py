@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hpr_jax.data.augmentation.geometry import GREY, Slot, draw_large_scale
+from hpr_jax.data.augmentation.crop_resize_flip import GREY, Slot, draw_large_scale
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_plan, make_views, room_for_boxes, wants_masks
 from hpr_jax.data.loading.batches import TrainLoader, train_batches

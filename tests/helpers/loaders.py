@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 
 # Imported to limit OpenCV's threads, as it does for loaders of images.
-import hpr_jax.data.augmentation.geometry  # noqa: F401
+import hpr_jax.data.augmentation.crop_resize_flip  # noqa: F401
 from hpr_jax.data.loading.batches import empty_batch
 
 

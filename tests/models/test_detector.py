@@ -13,7 +13,7 @@ from hpr_jax.models import build
 from hpr_jax.models.backbones.resnet import NORMS
 from hpr_jax.models.build import build_detector
 from hpr_jax.models.layers import layer
-from hpr_jax.models.refiner.layer import MERGE_POINTS, MERGES
+from hpr_jax.models.refiner.merge import MERGE_POINTS, MERGES
 from hpr_jax.settings import SETTINGS
 
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from hpr_jax.models.queries.top import TopQueries
 from hpr_jax.models.refiner.dynamic_conv import DynamicConv
 from hpr_jax.models.refiner.hybrid import HybridRefiner, RegionSettings
 from hpr_jax.models.refiner.interaction import SharedSettings
-from hpr_jax.models.refiner.layer import Merge
+from hpr_jax.models.refiner.merge import Merge
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention

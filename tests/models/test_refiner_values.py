@@ -19,10 +19,10 @@ from hpr_jax.models.refiner.global_attention import GlobalAttention
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner, RegionSettings
 from hpr_jax.models.refiner.interaction import SharedSettings, Surroundings
 from hpr_jax.models.refiner.layer import RefinerLayer
+from hpr_jax.models.refiner.nms_selection import select_distinct
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
-from hpr_jax.models.refiner.selection import select_distinct
 
 RNG = np.random.default_rng(0)
 SHARED = SharedSettings(channels=8, heads=2, levels=2, points=1, region_size=2)

@@ -17,7 +17,7 @@ from hpr_jax.inference.detect import top_detections
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models import build
 from hpr_jax.models.build import abstract_detector, build_detector
-from hpr_jax.models.refiner.layer import Merge
+from hpr_jax.models.refiner.merge import Merge
 from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.build import make_optimizer
 from hpr_jax.training.state import TrainState

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from hpr_jax.models.refiner.selection import distinct_attention, select_distinct, valid_queries
+from hpr_jax.models.refiner.nms_selection import distinct_attention, select_distinct, valid_queries
 
 
 def test_selected_queries_see_all_and_are_seen():

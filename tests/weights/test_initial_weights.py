@@ -10,7 +10,7 @@ from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
-from hpr_jax.training.checkpoints import Checkpoints
+from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.initial import load_initial_weights
 from hpr_jax.weights.official import IGNORED, to_official

@@ -8,8 +8,8 @@ import dataclasses
 import cv2
 import numpy as np
 
+from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_boxes, has_area
 from hpr_jax.data.augmentation.drawn_masks import DrawnMask, draw_box, draw_mask
-from hpr_jax.data.augmentation.geometry import Geometry, apply_to_boxes, has_area
 from hpr_jax.data.augmentation.objects import Objects, join
 from hpr_jax.data.dataset import ImageAnnotations
 

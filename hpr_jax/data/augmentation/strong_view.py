@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 
 from hpr_jax.data.augmentation.colour import OPERATIONS
+from hpr_jax.data.augmentation.crop_resize_flip import has_area, move_boxes
 from hpr_jax.data.augmentation.drawn_masks import Patch
-from hpr_jax.data.augmentation.geometry import has_area, move_boxes
 from hpr_jax.data.augmentation.objects import Objects
 
 # The level of erased patches, and of pixels that a geometric operation leaves without a source.

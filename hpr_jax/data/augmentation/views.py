@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from hpr_jax.data.augmentation.copy_paste import choose_donated, masked_objects, paste
-from hpr_jax.data.augmentation.geometry import Geometry, Slot, apply_to_boxes, apply_to_image
+from hpr_jax.data.augmentation.crop_resize_flip import Geometry, Slot, apply_to_boxes, apply_to_image
 from hpr_jax.data.augmentation.objects import Objects
 from hpr_jax.data.augmentation.strong_view import draw_strong_view, strong_image, strong_objects
 from hpr_jax.data.dataset import Dataset

@@ -20,7 +20,7 @@ from hpr_jax.models.position import box_encoding
 from hpr_jax.models.pyramid import Pyramid
 from hpr_jax.models.refiner.interaction import Surroundings
 from hpr_jax.models.refiner.layer import RefinerLayer
-from hpr_jax.models.refiner.selection import distinct_attention, select_distinct
+from hpr_jax.models.refiner.nms_selection import distinct_attention, select_distinct
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, inverse_sigmoid, whwh
 from hpr_jax.ops.roi_align import roi_align
 

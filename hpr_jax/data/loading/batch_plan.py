@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from hpr_jax.data.augmentation.geometry import Geometry, Slot
+from hpr_jax.data.augmentation.crop_resize_flip import Geometry, Slot
 from hpr_jax.data.loading.buckets import Shape, fits, smallest_bucket
 
 DrawGeometry = Callable[[np.random.Generator], list[Geometry]]
