@@ -107,11 +107,11 @@ def _num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _cost(name: str, modules: Iterable[nnx.Module | None], flops: int, within: str = "") -> ModuleCost:
+def _cost(name: str, modules: Iterable[Any], flops: int, within: str = "") -> ModuleCost:
     """The cost of several modules together; None stands for a module that the detector lacks."""
-    modules = [module for module in modules if module is not None]
-    trained = sum(_num_elements(nnx.state(module, nnx.Param)) for module in modules)
-    everything = sum(_num_elements(nnx.state(module)) for module in modules)
+    present = [module for module in modules if module is not None]
+    trained = sum(_num_elements(nnx.state(module, nnx.Param)) for module in present)
+    everything = sum(_num_elements(nnx.state(module)) for module in present)
     return ModuleCost(name, trained, everything - trained, flops, within)
 
 
@@ -130,7 +130,7 @@ def module_costs(detector: Detector, shape: Shape, primary: str = "primary") -> 
 
     def initial(query_init, memory):
         matching, _ = query_init(memory, with_dense=False)
-        # The logits of the chosen are the losses'.
+        # Logits of the selected proposals are left out: the losses alone read them.
         return matching.content, matching.proposals.boxes, matching.duplicates
 
     query_init, (content, boxes, duplicates) = _trace(initial, detector.query_init, memory)

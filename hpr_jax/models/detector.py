@@ -120,12 +120,12 @@ class Detector(nnx.Module):
 
         normed = self.refiner.norm(decoded.hidden)
         branch_normed = [norm(decoded.branches[:, i]) for i, norm in enumerate(self.refiner.branch_norms)]
-        valid = _valid(denoising, dense, valid_queries(decoded.selected) & matching.proposals.valid)
+        valid = valid_by_layer(denoising, dense, valid_queries(decoded.selected) & matching.proposals.valid)
         references = decoded.reference_boxes[:-1]
 
         def predict(heads, hidden):
             logits, boxes = heads.predict(hidden, references, queries.num_dense)
-            return _by_kind(Predictions(logits, boxes, valid), queries)
+            return by_kind(Predictions(logits, boxes, valid), queries)
 
         return Outputs(
             primary=predict(self.heads, normed),
@@ -190,7 +190,7 @@ class Detector(nnx.Module):
         )
 
 
-def _valid(denoising: DenoisingQueries | None, dense: InitialQueries | None, matching_valid: jax.Array) -> jax.Array:
+def valid_by_layer(denoising: DenoisingQueries | None, dense: InitialQueries | None, matching_valid: jax.Array) -> jax.Array:
     """Which queries of all kinds are valid, bool `[layers, B, Q]`, given the valid matching queries `[layers, B, M]`."""
     layers = len(matching_valid)
     parts = [matching_valid]
@@ -202,7 +202,7 @@ def _valid(denoising: DenoisingQueries | None, dense: InitialQueries | None, mat
     return jnp.concatenate(parts, axis=-1)
 
 
-def _by_kind(predictions: Predictions, queries: DecoderInput) -> BranchPredictions:
+def by_kind(predictions: Predictions, queries: DecoderInput) -> BranchPredictions:
     """Splits predictions of all queries `[layers, B, Q, ...]` by the kind of the queries."""
 
     def part(start, stop):

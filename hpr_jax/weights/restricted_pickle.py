@@ -137,7 +137,7 @@ class _Dtype:
 class _Array(np.ndarray):
     """An array in NumPy's own pickle format, whose state is checked before NumPy takes it."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         dtype = _real(dtype)
         if not _are_lengths(shape) or not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):

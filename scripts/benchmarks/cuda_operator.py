@@ -1,6 +1,6 @@
-"""Deformable sampling as a CUDA operator (`cuda_operator.cu`) that CuPy compiles: a peer for the Pallas kernels.
+"""Deformable sampling as a CUDA operator (`cuda_operator.cu`), which CuPy compiles, to compare the Pallas kernels with.
 
-It takes and returns NumPy arrays, or leaves them on the device and only runs, for timing.
+`results` takes and returns NumPy arrays. `runs` leaves the arrays on the device, for timing.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 SOURCE = Path(__file__).with_suffix(".cu")
-# Threads of a block, eight warps.
+# Threads of a block: eight warps.
 THREADS = 256
 # The operator's heads have as many channels as a warp has threads.
 WIDTH = 32
@@ -20,7 +20,7 @@ Levels = Sequence[tuple[int, int]]
 
 
 def obstacle() -> str | None:
-    """Why it cannot run here, or None."""
+    """Why the operator cannot run on this machine, or None if it can."""
     if not importlib.util.find_spec("cupy"):
         return "CuPy is not installed"
     import cupy
@@ -34,6 +34,7 @@ def obstacle() -> str | None:
 
 @functools.cache
 def _kernels(dtype: str) -> dict[str, Any]:
+    """The compiled kernels by direction, for values of this type."""
     import cupy
 
     options = ("--std=c++17", *(["-DVALUES_BFLOAT16"] if dtype == "bfloat16" else []))
@@ -42,7 +43,7 @@ def _kernels(dtype: str) -> dict[str, Any]:
 
 
 def bits(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array as the operator reads it: float32, or the 16 bits of bfloat16."""
+    """The array in the type that the operator reads: float32, or uint16 with the bits of bfloat16."""
     import ml_dtypes
 
     if dtype == "bfloat16":
@@ -71,7 +72,7 @@ class _OnDevice:
         self.value, self.gradient = (cupy.asarray(bits(arrays[name], dtype)) for name in ("value", "gradient"))
         self.locations, self.weights = (cupy.asarray(arrays[name], cupy.float32) for name in ("locations", "weights"))
         self.inputs = (*sizes, cupy.asarray(level_table(levels)), self.value, self.locations, self.weights)
-        # NaN, so that what is not written is seen.
+        # NaN everywhere, so that elements which the operator does not write show.
         self.out = cupy.full((batch, queries, heads, width), np.nan, np.float32)
         if dtype == "bfloat16":
             self.out = cupy.full(self.out.shape, 0x7FC0, np.uint16)
@@ -83,7 +84,7 @@ class _OnDevice:
         self._launch("forward", self.out)
 
     def backward(self) -> None:
-        # Clearing the sums is part of it, as in the kernels that it is compared with.
+        # The kernels that it is compared with clear the sums, too.
         self.grad_value.fill(0)
         self._launch("backward", self.gradient, self.grad_value, self.grad_locations, self.grad_weights)
 
@@ -93,19 +94,20 @@ class _OnDevice:
 
 
 def runs(arrays: dict[str, np.ndarray], levels: Levels, dtype: str) -> dict[str, Callable[[], None]]:
-    """What computes it, by direction, on arrays that are on the device already."""
+    """The calls to time, by direction, on arrays that are on the device already."""
     device = _OnDevice(arrays, levels, dtype)
     return {"forward": device.forward, "backward": device.backward}
 
 
 def wait(_: object) -> None:
+    """Returns when everything is computed."""
     import cupy
 
     cupy.cuda.Stream.null.synchronize()
 
 
 def results(arrays: dict[str, np.ndarray], levels: Levels, dtype: str) -> tuple[np.ndarray, ...]:
-    """Output, and gradients of value, locations and weights, float32 `[B, Q, H, 32]` and as the inputs."""
+    """The output, float32 `[B, Q, H, 32]`, and the gradients of value, locations and weights, float32, in their shapes."""
     import cupy
     import ml_dtypes
 

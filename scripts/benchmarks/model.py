@@ -1,16 +1,17 @@
-"""Times a full-size detector: inference, forward and backward, whole training steps, the matching, and the stages of each.
+"""Times a full-size detector: inference, forward and backward, training steps, matching, and the stages of the network.
 
     python scripts/benchmarks/model.py [--config configs/ddq.py:r50_1x] [--batch 1] [--height 800] [--width 1333]
-        [--objects 7]
-        [--dtype float32|bfloat16] [--accumulation-steps 1] [--repeats 3] [--phase PHASE] [--cache DIR]
+        [--objects 7] [--views 1] [--dtype float32|bfloat16] [--accumulation-steps 1] [--repeats 3] [--phase PHASE]
+        [--cache DIR] [--official INFERENCE_S,INFERENCE_GB,TRAINING_S,TRAINING_GB]
 
-Every phase runs in a process of its own, so that its peak memory is its own: the GPU's if there is one, else the process's.
-"compile" is what the first call takes longer than the others; with --cache, programs are kept in DIR, and a second run shows
-what that saves. Medians. The last columns are ratios to the official PyTorch implementation, given its figures by
---official INFERENCE_S,INFERENCE_GB,TRAINING_S,TRAINING_GB, which must be measured on the same machine in the same hour.
+Each phase runs in a process of its own, so that its peak memory is its own: that of the GPU if there is one, else of the
+process. Times are medians. "compile" is how much longer the first call takes than the others; with --cache, compiled
+programs are kept in DIR, and a second run shows how much that saves. The last columns are ratios to the official PyTorch
+implementation, whose numbers --official gives. They must be measured on the same machine in the same hour.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import subprocess
@@ -27,7 +28,7 @@ PHASES = ("inference", "forward and backward", "training step", "matching", "sta
 
 
 class Bench:
-    """A random detector, and a batch of random images."""
+    """A random detector, and a batch of random images with ground truth."""
 
     def __init__(self, arguments: argparse.Namespace):
         import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Bench:
         self.targets = self.targets_of(arguments.objects)
 
     def targets_of(self, objects: int) -> Any:
-        """Ground truth with so many objects in each image, and room for `--room` of them."""
+        """Ground truth with `objects` objects in each image, and room for at least `--room` of them."""
         import jax.numpy as jnp
 
         from hpr_jax.types import Targets
@@ -61,7 +62,7 @@ class Bench:
         )
 
     def timed(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Median time of a call, what the first took longer, images a second, and peak memory in GB."""
+        """Seconds of a call (median), how much longer the first took, images a second, and peak memory in GB."""
         import jax
 
         seconds = []
@@ -78,7 +79,7 @@ class Bench:
         }
 
     def step(self) -> tuple[Any, Any, Any]:
-        """The training step, its first state and batch; the bench's own copy of the weights is gone."""
+        """The training step, its first state and its batch. The bench gives its detector away, to hold the weights once."""
         import jax.numpy as jnp
         from flax import nnx
 
@@ -89,14 +90,16 @@ class Bench:
         from hpr_jax.training.step import TrainStep
 
         optimizer = make_optimizer(self.config)
-        graph, params, frozen = nnx.split(self.detector, nnx.Param, ...)
+        graph, variables = nnx.split(self.detector)
+        params, frozen = nnx.split_state(variables, nnx.Param, ...)
+        del variables
         del self.detector
         step = TrainStep(graph, make_criterion(self.config), optimizer, 0, parts=self.arguments.accumulation_steps)
         state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
         return step, replicate(step.mesh, state), self.batch_of(step, self.targets)
 
     def batch_of(self, step: Any, targets: Any) -> Any:
-        """The images with ground truth, as a training step takes them."""
+        """The images with ground truth as a batch of the training step."""
         import jax
 
         from hpr_jax.runtime.devices import shard
@@ -108,9 +111,9 @@ class Bench:
 
 
 def quick_detector(config: Any, num_classes: int, *, compute: Any) -> Any:
-    """A detector with weights that NumPy draws, of the size that keeps features in range.
+    """A detector whose weights NumPy draws, with a variance that keeps features in range.
 
-    At full size, compiling the program that draws initial weights takes minutes.
+    At full size, the program that draws initial weights takes minutes to compile.
     """
     import jax
     import jax.numpy as jnp
@@ -146,7 +149,7 @@ def inference(bench: Bench) -> dict[str, float]:
 
 def forward_and_backward(bench: Bench) -> dict[str, float]:
     step, state, batch = bench.step()
-    state = state.replace(optimizer=None)
+    state = dataclasses.replace(state, optimizer=None)
     return bench.timed(lambda: step.gradients(state, batch))
 
 
@@ -162,7 +165,7 @@ def training_step(bench: Bench) -> dict[str, float]:
 
 
 def matching(bench: Bench) -> dict[str, float]:
-    """Transfer of the costs and solving, of all layers, branches and dense queries of one step."""
+    """Transfer to the host and solution of the matching problems of a step: all layers, branches and kinds of queries."""
     import jax
     import jax.numpy as jnp
 
@@ -185,20 +188,25 @@ def matching(bench: Bench) -> dict[str, float]:
         requests.append(Request(cost, jnp.ones(cost.shape[:3], bool), repeats))
 
     def run():
-        # A device array keeps its first copy on the host; another array has to be fetched.
-        return solve(mesh, [request.replace(cost=request.cost + 0.0) for request in requests], bench.targets.valid)
+        # New arrays, since an array whose values were fetched once keeps them on the host.
+        fresh = [dataclasses.replace(request, cost=request.cost + 0.0) for request in requests]
+        return solve(mesh, fresh, bench.targets.valid)
 
     return bench.timed(run) | {"problems": sum(len(repeats) for _, repeats in shapes) * batch}
 
 
 def stages(bench: Bench) -> dict[str, dict[str, float]]:
-    """Time of each stage, as the difference between the network up to it and the network up to the one before: forward as in
-    inference, and forward and backward without losses, denoising and dense queries."""
+    """Seconds of each stage: the time of the network up to this stage less the time up to the stage before.
+
+    Forward is as in inference; forward and backward has no losses, no denoising and no dense queries.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    graph, params, rest = nnx.split(bench.detector, nnx.Param, ...)
+    graph, variables = nnx.split(bench.detector)
+    params, rest = nnx.split_state(variables, nnx.Param, ...)
+    del variables
     del bench.detector
     sizes = bench.targets.sizes
 
@@ -219,7 +227,8 @@ def stages(bench: Bench) -> dict[str, dict[str, float]]:
     def loss(stage, params, images):
         return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(up_to(stage, params, images)))
 
-    found, before = {}, {"forward": 0.0, "forward and backward": 0.0}
+    found: dict[str, dict[str, float]] = {}
+    before = {"forward": 0.0, "forward and backward": 0.0}
     for stage in ("backbone", "neck and encoder", "initial queries", "refiner", "heads"):
         forward, backward = jax.jit(up_to, static_argnums=0), jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
         now = {
@@ -251,9 +260,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations; default: the config's")
     parser.add_argument("--accumulation-steps", type=int, default=1, help="parts of the batch of a training step")
     parser.add_argument("--views", type=int, default=1, help="views of each image of a training step")
-    parser.add_argument("--room", type=int, default=0, help="for objects, of an image; default: as many as there are")
     parser.add_argument(
-        "--weights", choices=("initial", "quick"), default="initial", help="quick: drawn by NumPy, without a program"
+        "--room", type=int, default=0, help="room for objects in an image; default: for those that there are"
+    )
+    parser.add_argument(
+        "--weights", choices=("initial", "quick"), default="initial", help="quick: drawn by NumPy, with nothing to compile"
     )
     parser.add_argument("--cache", help="folder that keeps compiled programs")
     parser.add_argument("--official", help="the official implementation's seconds and GB of inference, then of training")

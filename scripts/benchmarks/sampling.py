@@ -3,10 +3,10 @@
     python scripts/benchmarks/sampling.py [--dtype bfloat16|float32] [--cases encoder_2,decoder_300,...] [--repeats 20]
         [--sweep]
 
-Rows: the Pallas kernel (with a GPU); XLA's form; PyTorch's grid_sample form, the original CUDA operator of mmcv, and an
-operator of our own in CUDA, where PyTorch, mmcv and CuPy are installed. Medians, ratios to XLA in the same run, and the
-bandwidth at which compulsory traffic moves: values, locations, weights and outputs read or written once. --sweep times the
-kernel under other launch settings.
+Rows are implementations: the Pallas kernel, on a GPU; XLA's; PyTorch's grid_sample, the original CUDA operator of mmcv, and
+a CUDA operator of our own, where PyTorch, mmcv and CuPy are installed. Times are medians; ratios are to XLA in the same
+run. The bandwidth counts compulsory traffic alone: values, locations, weights and outputs, each read or written once.
+--sweep times the kernel under other launch settings.
 """
 
 import argparse
@@ -36,7 +36,8 @@ class Case:
     """Sizes of one use of sampling.
 
     Attributes:
-      queries: of an image; None is one for each token, as in the encoder.
+      images: number of images.
+      queries: of an image; None stands for one for each token, as in the encoder.
       levels: (height, width) of each level's map.
     """
 
@@ -62,17 +63,19 @@ CASES = {
     "decoder_900": Case(2, 900),
 }
 
+# The calls to time, by direction.
 Runs = dict[str, Callable[[], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """An implementation of sampling.
+    """An implementation of sampling, or of another operation.
 
     Attributes:
-      library: of `WAITS`.
-      make: puts its arrays on the device; returns what computes it, by direction.
-      missing: why it cannot run here; then there is nothing to run.
+      name: for the table.
+      library: a key of `WAITS`, which says how to wait for a result.
+      make: puts the arrays on the device, and returns the calls to time.
+      missing: why the implementation cannot run on this machine, or "" if it can.
     """
 
     name: str
@@ -86,7 +89,7 @@ class Contestant:
 
 
 def make_arrays(case: Case) -> dict[str, np.ndarray]:
-    """Random values, and locations around each query's own place, as a detector has them."""
+    """Random values and weights, and locations around each query's own place, as a detector has them."""
     rng = np.random.default_rng(0)
     places = (case.images, case.rows, HEADS, len(case.levels), POINTS)
     centers = rng.uniform(size=(case.images, case.rows, 1, 1, 1, 2))
@@ -103,17 +106,19 @@ def make_arrays(case: Case) -> dict[str, np.ndarray]:
 
 
 def compulsory_bytes(case: Case, size: int) -> dict[str, int]:
-    """What must be read and written, with values of `size` bytes: forward, and backward with float32 sums."""
+    """Bytes that must be read or written, with values of `size` bytes: forward, and backward with sums in float32."""
     value, output = case.images * case.tokens * HEADS * WIDTH, case.images * case.rows * HEADS * WIDTH
     samples = case.images * case.rows * HEADS * len(case.levels) * POINTS
     return {
         "forward": (value + output) * size + samples * 12,
-        # Values, gradients and samples are read, gradients of samples and values written; the latter are cleared before.
+        # Values, output gradients and samples are read; gradients of samples and of values are written, the latter twice, as
+        # they are set to zero first.
         "backward": (2 * value + output) * size + samples * 24 + 2 * value * 4,
     }
 
 
 def jax_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str, implementation: str) -> Runs:
+    """An implementation of this project, by its name in `hpr_jax.ops`."""
     value, gradient = (jnp.asarray(arrays[name], dtype) for name in ("value", "gradient"))
     locations, weights = (jnp.asarray(arrays[name], jnp.float32) for name in ("locations", "weights"))
 
@@ -142,7 +147,8 @@ def torch_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str, original: 
 
     def by_grid_sample(value, locations, weights):
         batch, queries, heads, _, points, _ = locations.shape
-        start, total = 0, 0.0
+        start = 0
+        total: Any = 0.0
         for level, (height, width) in enumerate(case.levels):
             table = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(batch * heads, WIDTH, height, width)
             grid = 2 * locations[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2) - 1
@@ -185,7 +191,7 @@ def contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str, *, interp
     """All implementations of sampling, the kernel first.
 
     Args:
-      interpret: without a GPU, the kernel interpreted, which says nothing about its speed.
+      interpret: without a GPU, interprets the kernel, which says nothing about its speed.
     """
     if jax.default_backend() == "gpu":
         yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, "pallas"))
@@ -213,19 +219,20 @@ def torch_contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> 
 
     yield Contestant("PyTorch grid_sample", "torch", functools.partial(torch_runs, case, arrays, dtype, original=False))
     if torch.cuda.is_available() and importlib.util.find_spec("mmcv") and importlib.util.find_spec("mmcv._ext"):
-        # It has no bfloat16.
+        # The operator has no bfloat16.
         kind = "float16" if dtype == "bfloat16" else dtype
         make = functools.partial(torch_runs, case, arrays, kind, original=True)
         yield Contestant(f"mmcv's CUDA operator ({kind})", "torch", make)
 
 
+# Launch settings of the kernel that --sweep compares.
 LAUNCHES = tuple(Launch(warps, elements) for warps, elements in itertools.product((1, 2, 4, 8), (2, 4, 8, 16)))
 
 
 def kernel_calls(
     case: Case, arrays: dict[str, np.ndarray], dtype: str, interpret: bool = False
 ) -> Callable[[Launch], dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]]]:
-    """Takes a launch setting; returns by direction the kernel, to be jitted, and its arguments."""
+    """A function from a launch setting to the kernel, by direction: what is to be jitted, and its arguments."""
     value = jnp.asarray(arrays["value"], dtype)
     locations, weights = (jnp.asarray(arrays[name], jnp.float32) for name in ("locations", "weights"))
     gradient = jnp.asarray(arrays["gradient"], dtype).reshape(*locations.shape[:3], WIDTH)
@@ -241,6 +248,7 @@ def kernel_calls(
 
 
 def print_sweep(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
+    """Prints a table of the kernel's times by launch setting."""
     print(f"{'warps':>6} {'channels a thread':>18} {'rows':>5} {'forward ms':>11} {'backward ms':>12}")
     calls = kernel_calls(case, arrays, dtype)
     for launch in LAUNCHES:
@@ -253,6 +261,7 @@ def print_sweep(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: 
 
 
 def print_case(case: Case, arrays: dict[str, np.ndarray], dtype: str, repeats: int) -> None:
+    """Prints a table of all implementations' times."""
     floor = compulsory_bytes(case, jnp.dtype(dtype).itemsize)
     print(f"{case.images} images, {case.rows} queries; compulsory traffic forward", end=" ")
     print(f"{floor['forward'] / 1e6:.0f} MB, backward {floor['backward'] / 1e6:.0f} MB")

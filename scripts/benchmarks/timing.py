@@ -1,4 +1,4 @@
-"""What the benchmarks share: how calls are timed, and how much memory was used at most."""
+"""What the benchmarks share: timing of calls, and peak memory."""
 
 import dataclasses
 import resource
@@ -17,7 +17,7 @@ class Timing:
     Attributes:
       median: of all repeats.
       spread: half of the distance between the quartiles.
-      repeats: how many there were.
+      repeats: number of timings.
     """
 
     median: float
@@ -35,11 +35,14 @@ def time_calls(
 ) -> Timing:
     """Times a call, after two calls that are not counted.
 
-    Short calls are queued, up to 20 of them in about 50 ms, so that launching them does not count on GPUs.
+    A timing of a short call is that of several in a queue, up to 20 in about 50 ms, so that the time to launch them does not
+    count on GPUs.
 
     Args:
+      run: the call.
       wait: takes a result, and returns when it is computed.
-      most_seconds: after these, and three repeats, it is enough.
+      repeats: number of timings.
+      most_seconds: no more timings begin after so many seconds, but three are taken in any case.
     """
     wait(run())
     start = time.perf_counter()
@@ -56,7 +59,7 @@ def time_calls(
 
 
 def peak_memory() -> float:
-    """The most memory that was used so far, of the GPU or else of this process, in GB."""
+    """Peak memory so far, of the GPU if there is one, else of this process, in GB."""
     import jax
 
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -64,7 +67,7 @@ def peak_memory() -> float:
         return statistics["peak_bytes_in_use"] / 1e9
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss, which a process has from its parent.
+        # Not ru_maxrss, which begins with the parent's memory.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

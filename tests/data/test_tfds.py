@@ -24,8 +24,7 @@ def build(directory, features, examples, splits=("train", "validation")):
     """Makes a TFDS directory as users do."""
     import tensorflow_datasets as tfds
 
-    # TFDS comes without types, so mypy takes the base class for `object`, which knows no `skip_registration`.
-    class Own(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    class Own(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "own"
         VERSION = tfds.core.Version("2.0.0")
 
@@ -229,7 +228,8 @@ class TestMakeTfds:
         for example, image in zip(examples, content["images"], strict=True):
             assert (example["image/id"], example["image/filename"]) == (image["id"], image["file_name"].encode())
             file = str(folder / "train2017" / image["file_name"])
-            stored = cv2.imread(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)[..., ::-1]
+            stored = cv2.imread(file, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+            assert stored is not None
             np.testing.assert_allclose(example["image"].astype(int), stored, atol=3)
             objects = example["objects"]
             mine = [a for a in content["annotations"] if a["image_id"] == image["id"] and a["bbox"][2] >= 1]

@@ -14,7 +14,7 @@ from hpr_jax.data.augmentation.strong_view import StrongView
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_views, room_for_boxes
 from hpr_jax.data.loading.batches import TrainLoader
-from hpr_jax.data.loading.plan import PlannedBatch
+from hpr_jax.data.loading.plan import PlannedBatch, TrainPlan
 from hpr_jax.runtime.devices import data_mesh
 from hpr_jax.training.loop import to_devices
 from hpr_jax.training.parts import side_by_side as _side_by_side
@@ -49,7 +49,8 @@ def strong(monkeypatch):
     return change
 
 
-def whole(height, width, flip=False):
+def uncropped(height, width, flip=False):
+    """The geometry that at most mirrors an image of this size."""
     return Geometry((0, 0, width, height), (height, width), flip)
 
 
@@ -80,12 +81,12 @@ class TestBoxesOfStrongViews:
         strong(geometric, magnitude)
         pictures = dataset([with_object(BOX)], [[BOX]], masks=with_masks)
         settings = {"draw_donor": nothing_donated} if with_masks else {}
-        weak, moved = views_of(pictures, whole(100, 100), **settings)
+        weak, moved = views_of(pictures, uncropped(100, 100), **settings)
         assert weak.objects.boxes.tolist() == [BOX]
         assert moved.objects.boxes[0] == pytest.approx(expected, abs=1e-3)
         if with_masks:
-            (region,) = moved.objects.regions
-            assert region.box == pytest.approx(expected, abs=1.01)
+            (mask,) = moved.objects.masks
+            assert mask.box == pytest.approx(expected, abs=1.01)
 
     @pytest.mark.parametrize("flip", [False, True])
     @pytest.mark.parametrize(("geometric", "magnitude", "_"), MOVES)
@@ -94,14 +95,14 @@ class TestBoxesOfStrongViews:
         strong(geometric, min(max(magnitude, -20), 20))
         box = [25, 30, 45, 50]
         image = with_object(box, 80, 120)
-        for view in views_of(dataset([image], [[box]]), whole(80, 120, flip)):
+        for view in views_of(dataset([image], [[box]]), uncropped(80, 120, flip)):
             rows, columns = np.nonzero(view.image[..., 1] > 190)
             around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert view.objects.boxes[0] == pytest.approx(around, abs=2)
 
     def test_are_clipped(self, strong):
         strong("translate_x", 0.1)
-        _, moved = views_of(dataset([plain(100, 100, RED)], [[[85, 0, 99, 10], [20, 20, 30, 30]]]), whole(100, 100))
+        _, moved = views_of(dataset([plain(100, 100, RED)], [[[85, 0, 99, 10], [20, 20, 30, 30]]]), uncropped(100, 100))
         assert moved.objects.boxes.tolist() == [[95, 0, 100, 10], [30, 20, 40, 30]]
 
     def test_start_from_the_weak_ones(self, strong):
@@ -121,12 +122,12 @@ class TestBoxesOfStrongViews:
 
     def test_colours_of_strong_views_alone_change(self, strong):
         strong(colour="brightness", strength=0.5)
-        weak, darker = views_of(dataset([plain(40, 40, (200, 100, 50))], [[[0, 0, 9, 9]]]), whole(40, 40))
+        weak, darker = views_of(dataset([plain(40, 40, (200, 100, 50))], [[[0, 0, 9, 9]]]), uncropped(40, 40))
         assert weak.image[5, 5].tolist() == [200, 100, 50]
         assert darker.image[5, 5].tolist() == [100, 50, 25]
 
 
-class OneBatch:
+class OneBatch(TrainPlan):
     """A plan of a single batch."""
 
     steps_per_epoch = 1
@@ -144,7 +145,7 @@ class TestPlacesInABatch:
         strong("translate_y", 0.1, patches=[(40, 47, 60, 68)])
         first, second = [[0, 10, 20, 30], [40, 40, 60, 60], [70, 0, 100, 20]], [[0, 0, 25, 25]]
         pictures = dataset([plain(80, 100, RED), plain(50, 50, BLUE)], [first, second], labels=[[2, 0, 1], [1]])
-        slots = [Slot(0, whole(80, 100), (1,)), Slot(1, whole(50, 50), (2,))]
+        slots = [Slot(0, uncropped(80, 100), (1,)), Slot(1, uncropped(50, 50), (2,))]
         loader = TrainLoader(OneBatch((96, 128), slots), ViewMaker(pictures, strong=True, **settings), max_boxes=4)
         return loader[0]
 
@@ -202,7 +203,7 @@ class TestVanishedObjects:
         config = tiny.config()
         config.augmentation.update(strong_views=True, drop_vanished=drop)
         pictures = dataset([plain(100, 100, RED)], [[[60, 70, 80, 90], [10, 0, 20, 10]]])
-        views, _ = make_views(config, pictures)(Slot(0, whole(100, 100), (0,)))
+        views, _ = make_views(config, pictures)(Slot(0, uncropped(100, 100), (0,)))
         assert views[0].objects.labels.tolist() == [0, 1]
         assert views[1].objects.labels.tolist() == ([1] if drop else [0, 1])
 
@@ -220,10 +221,10 @@ class TestPastedObjects:
 
     def made(self, seeds=range(60), flip=False, strong=True):
         def draw(sizes, rng):
-            return [whole(40, 40, flip)]
+            return [uncropped(40, 40, flip)]
 
         views = ViewMaker(self.PICTURES, strong=strong, draw_donor=draw)
-        return [views(Slot(0, whole(40, 40), (seed,)))[0] for seed in seeds]
+        return [views(Slot(0, uncropped(40, 40), (seed,)))[0] for seed in seeds]
 
     @pytest.mark.parametrize(("flip", "box"), [(False, [5, 10, 20, 30]), (True, [20, 10, 35, 30])])
     def test_come_with_their_pixels_box_and_label(self, strong, flip, box):
@@ -252,6 +253,7 @@ class TestPastedObjects:
         config = tiny.config()
         config.augmentation.update(kind="lsj", flip=1.0, lsj={"side": 48, "scale_range": (0.5, 0.5)})
         views = make_views(config, self.PICTURES)
+        assert views.draw_donor is not None
         (geometry,) = views.draw_donor(np.array([[40, 40]]), rng=np.random.default_rng(0))
         assert geometry == Geometry((0, 0, 40, 40), (48, 48), True, (24, 24))
         # Room for the objects of the fullest image, and for those of a donor.

@@ -7,8 +7,7 @@ import pytest
 
 from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
 
-RNG = np.random.default_rng(0)
-# Sides of squares that COCO counts as such.
+# Sides of squares, in pixels, that COCO counts as small, medium and large objects.
 SIDES = {"small": 20, "medium": 60, "large": 120}
 
 
@@ -115,7 +114,7 @@ def test_ids_of_objects_do_not_count(annotations, evaluator, number):
 
 
 class TestHandMadeValues:
-    """Which number is which, and of which class."""
+    """Each number is what its name says, and each class has its own."""
 
     def truth(self, boxes, categories=None):
         categories = [3] * len(boxes) if categories is None else categories
@@ -145,7 +144,7 @@ class TestHandMadeValues:
     @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
     @pytest.mark.parametrize("size", SIDES)
     def test_sizes(self, evaluator, size):
-        """Of three objects of three sizes, one is found."""
+        """Of a small, a medium and a large object, one is found."""
         boxes = {name: (300 * place, 0, side, side) for place, (name, side) in enumerate(SIDES.items())}
         metrics, _ = coco_average_precision(self.truth(boxes.values()), self.found([boxes[size]]), evaluator)
         for name in SIDES:
@@ -154,7 +153,7 @@ class TestHandMadeValues:
 
     @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
     def test_numbers_of_detections(self, evaluator):
-        """All of twenty objects are found: with one detection one of them, with ten a half."""
+        """All of twenty objects are found. The first detection alone finds one of them, the first ten find half."""
         boxes = [(90 * (number % 10), 90 * (number // 10), 80, 80) for number in range(20)]
         metrics, _ = coco_average_precision(self.truth(boxes), self.found(boxes), evaluator)
         assert (metrics["AR1"], metrics["AR10"], metrics["AR100"]) == pytest.approx((0.05, 0.5, 1.0))
@@ -162,7 +161,7 @@ class TestHandMadeValues:
     @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
     @pytest.mark.parametrize(("category", "other"), [(3, 8), (8, 3)])
     def test_classes(self, evaluator, category, other):
-        """One of two is found; what is said to be the other is not."""
+        """Both objects are detected as the class of the first: one detection is right, the other wrong."""
         boxes = [(0, 0, 50, 50), (100, 0, 50, 50)]
         truth = self.truth(boxes, [category, other])
         metrics, per_class = coco_average_precision(truth, self.found(boxes, [category, category]), evaluator)

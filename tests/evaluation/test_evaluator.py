@@ -1,4 +1,6 @@
-"""From what a detector finds in padded batches to COCO results in pixels of the originals, and their average precision."""
+"""The evaluator, with known detections: from padded batches to COCO results in pixels of the originals, and to AP."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
 
 
 class Detect:
-    """In place of a compiled detector: `find` gives boxes, scores and labels of an image of a (height, width)."""
+    """Stands for a compiled detector: `find(height, width)` returns boxes, scores and labels for an image of this size."""
 
     def __init__(self, find):
-        self.find, self.batches = find, []
+        self.find = find
+        self.batches: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __call__(self, state, images, sizes):
         images, sizes = np.asarray(images), np.asarray(sizes)
@@ -25,20 +28,22 @@ class Detect:
 
 
 def whole_image(height, width):
-    """Everything that is valid, and its lower right quarter."""
+    """Detections of the whole valid area, and of its lower right quarter."""
     return [(0, 0, width, height), (width / 2, height / 2, width, height)], (0.75, 0.5), (0, 2)
 
 
 def run(pictures, find=whole_image, **settings):
+    """Evaluates known detections; returns the result, and the images and sizes of each batch."""
     config = tiny.config()
     config.evaluate.update(batch_size=2, side=64, max_side=64, buckets=2, evaluator="pycocotools")
     config.evaluate.update(settings)
     evaluator = Evaluator(config, pictures, nnx.split(nnx.Module())[0])
-    evaluator.detect = Detect(find)
-    return evaluator.run(nnx.State({})), evaluator.detect.batches
+    detect: Any = Detect(find)
+    evaluator.detect = detect
+    return evaluator.run(nnx.State({})), detect.batches
 
 
-# (height, width): portrait, landscape, square, larger and smaller than the input; two shapes of batches.
+# Sizes (height, width) of images: portrait, landscape, square, larger and smaller than the input. They fill two buckets.
 SHAPES = [(100, 80), (80, 100), (64, 64), (256, 128), (16, 32)]
 
 
@@ -46,17 +51,17 @@ class TestBoxesInPixelsOfTheOriginals:
     @pytest.mark.parametrize("settings", [{}, {"batch_size": 5, "buckets": 1}, {"side": 32, "max_side": 48}])
     def test_each_image_has_its_own_scale(self, settings):
         result, _ = run(dataset([plain(*shape, RED) for shape in SHAPES], [[]] * len(SHAPES)), **settings)
-        found = {}
+        found: dict[int, list[list[float]]] = {}
         for one in result.detections:
             found.setdefault(one["image_id"], []).append(one["bbox"])
         assert found.keys() == {10, 11, 12, 13, 14}
         for image_id, (height, width) in enumerate(SHAPES, start=10):
             # COCO's boxes are left, top, width and height.
-            np.testing.assert_allclose(found[image_id][0], [0, 0, width, height], atol=2e-3)
-            np.testing.assert_allclose(found[image_id][1], [width / 2, height / 2, width / 2, height / 2], atol=2e-3)
+            expected = np.array([[0, 0, width, height], [width / 2, height / 2, width / 2, height / 2]])
+            np.testing.assert_allclose(found[image_id], expected, atol=2e-3)
 
     def test_on_a_canvas(self):
-        """The image 100 x 80 is the upper left 64 x 51 of a canvas of side 96."""
+        """An image of 100 x 80 takes the upper left 64 x 51 of a canvas of 96 x 96."""
         result, batches = run(
             dataset([plain(100, 80, RED)], [[]]),
             lambda *size: ([(0, 0, 51, 64), (25.5, 32, 51, 64)], (0.75, 0.5), (0, 1)),
@@ -67,7 +72,7 @@ class TestBoxesInPixelsOfTheOriginals:
 
     @pytest.mark.parametrize("stored", [False, True])
     def test_of_turned_photographs(self, tmp_path, stored):
-        """Whether the annotations refer to what is seen or to what is stored."""
+        """Annotations may refer to the photograph as it is seen, or as it is stored."""
         tiny.write_turned(tmp_path / "x.jpg", plain(80, 100, RED), 6)
         seen = plain(80, 100, RED) if stored else plain(100, 80, RED)
         result, batches = run(dataset([seen], [[]], encoded=[(tmp_path / "x.jpg").read_bytes()]))
@@ -75,7 +80,7 @@ class TestBoxesInPixelsOfTheOriginals:
         assert result.detections[0]["bbox"] == ([0, 0, 100, 80] if stored else [0, 0, 80, 100])
 
 
-class TestWhatIsFound:
+class TestDetections:
     def test_categories_are_those_of_the_labels(self):
         def find(height, width):
             return [(0, 0, 8, 8)] * 3, (0.75, 0.5, 0.25), (2, 0, 1)
@@ -86,7 +91,7 @@ class TestWhatIsFound:
         result, _ = run(dataset([plain(64, 64, RED)], [[]], classes=turned), find)
         assert [one["category_id"] for one in result.detections] == [5, 9, 2]
 
-    def test_what_is_not_valid_is_left_out(self, monkeypatch):
+    def test_invalid_ones_are_left_out(self, monkeypatch):
         call = Detect.__call__
 
         def first_alone(self, *arguments):
@@ -98,13 +103,13 @@ class TestWhatIsFound:
         result, _ = run(dataset([plain(*shape, RED) for shape in SHAPES], [[]] * 5))
         assert [one["score"] for one in result.detections] == [0.75] * 5
 
-    def test_images_come_by_their_ids_and_fillers_do_not(self):
-        """Three images of one shape in batches of two."""
+    def test_they_are_in_the_order_of_image_ids_without_fillers(self):
+        """Three images of one shape make two batches of two, the last of which has an empty slot."""
         result, batches = run(dataset([plain(64, 64, RED)] * 3, [[]] * 3))
         assert [one["image_id"] for one in result.detections] == [10, 10, 11, 11, 12, 12]
         assert [len(images) for images, _ in batches] == [2, 2]
 
-    def test_an_image_that_cannot_be_read_has_none(self, caplog):
+    def test_an_unreadable_image_has_none(self, caplog):
         pictures = dataset([plain(64, 64, RED)] * 2, [[]] * 2, encoded=[b"broken", png(plain(64, 64, RED))])
         result, _ = run(pictures)
         assert {one["image_id"] for one in result.detections} == {11}
@@ -112,7 +117,7 @@ class TestWhatIsFound:
 
 
 def test_the_network_sees_rgb():
-    """Each image in its place, resized, at the top left."""
+    """Each image is resized, and in its slot at the top left."""
     colours = [RED, GREEN, BLUE, (200, 120, 40)]
     _, batches = run(dataset([plain(100, 80, colour) for colour in colours], [[]] * 4))
     seen = [(image, size) for images, sizes in batches for image, size in zip(images, sizes)]
@@ -124,7 +129,7 @@ def test_the_network_sees_rgb():
 
 
 class TestAveragePrecision:
-    """The whole of each image is a cup, and its lower right quarter a hat; there are no pens."""
+    """Each image is one large cup, with a hat in its lower right quarter; there are no pens."""
 
     def pictures(self, classes=CLASSES):
         boxes = [[(0, 0, w, h), (w / 2, h / 2, w, h)] for h, w in SHAPES]
@@ -140,7 +145,7 @@ class TestAveragePrecision:
         }
 
     def test_of_each_class(self):
-        """Cups are found where they are, hats are looked for at the other side."""
+        """Cups are detected where they are, hats in the wrong quarter."""
         result, _ = run(self.pictures(), lambda h, w: ([(0, 0, w, h), (0, 0, w / 2, h / 2)], (0.75, 0.5), (0, 2)))
         assert result.per_class["cup"]["AP"] == pytest.approx(1)
         assert result.per_class["hat"]["AP"] == 0
@@ -151,7 +156,7 @@ class TestAveragePrecision:
         assert list(result.per_class) == ["cup (2)", "pen", "cup (9)"]
 
 
-def test_the_table_says_which_class_has_which_precision(caplog):
+def test_the_table_lists_average_precision_by_class(caplog):
     with caplog.at_level("INFO", "hpr_jax"):
         log_table(EvaluationResult({}, {"cup": {"AP": 0.25, "AP50": 0.5}, "hat": {"AP": 0.125, "AP50": 0.75}}, []))
     assert [message.split() for message in caplog.messages] == [

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 
-from hpr_jax.data.dataset import Classes, Dataset, Record, Records
+from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
 from hpr_jax.data.masks import parse_segmentation
 
 # The category ids have gaps, and do not count from 0.
@@ -58,10 +59,9 @@ def dataset(
       encoded: files of the images, where a PNG will not do.
     """
     labels = [range(len(some)) for some in boxes] if labels is None else labels
-    records = [
-        Record(
+    annotated = [
+        ImageAnnotations(
             image_id=10 + number,
-            image=None,
             height=image.shape[0],
             width=image.shape[1],
             boxes=np.array(some, np.float32).reshape(-1, 4),
@@ -71,25 +71,25 @@ def dataset(
         for number, (image, some, numbers) in enumerate(zip(images, boxes, labels, strict=True))
     ]
     pictures = [Picture(data, f"{number}.png") for number, data in enumerate(encoded or map(png, images))]
-    packed = Records.pack(records, pictures, with_masks=masks)
-    return Dataset("pictures", "0" * 64, lambda: ground_truth(records, classes), classes, packed)
+    packed = Records.pack(annotated, pictures, with_masks=masks)
+    return Dataset("pictures", "0" * 64, lambda: ground_truth(annotated, classes), classes, packed)
 
 
-def ground_truth(records: Sequence[Record], classes: Classes) -> dict:
-    """The records in COCO form."""
-    annotations = []
-    for record in records:
-        for (left, top, right, bottom), label in zip(record.boxes.tolist(), record.labels):
+def ground_truth(annotated: Sequence[ImageAnnotations], classes: Classes) -> dict[str, Any]:
+    """The annotations in COCO form."""
+    annotations: list[dict[str, Any]] = []
+    for image in annotated:
+        for (left, top, right, bottom), label in zip(image.boxes.tolist(), image.labels):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": record.image_id,
+                    "image_id": image.image_id,
                     "category_id": classes.category_ids[label],
                     "bbox": [left, top, right - left, bottom - top],
                     "area": (right - left) * (bottom - top),
                     "iscrowd": 0,
                 }
             )
-    images = [{"id": r.image_id, "file_name": f"{r.image_id}", "height": r.height, "width": r.width} for r in records]
+    images = [{"id": r.image_id, "file_name": f"{r.image_id}", "height": r.height, "width": r.width} for r in annotated]
     categories = [{"id": number, "name": name} for number, name in zip(classes.category_ids, classes.names)]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -1,4 +1,4 @@
-"""Pictures show the colours that were given, and boxes where they are."""
+"""Pictures have the colours of the image, and boxes in their places."""
 
 import sys
 import types
@@ -15,35 +15,38 @@ from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 from hpr_jax.inference.image_detector import Detections
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
-NOTHING = np.zeros((0, 4)), np.zeros(0, int), []
+# Boxes, labels and captions of no detection.
+NOTHING: tuple[np.ndarray, np.ndarray, list[str]] = (np.zeros((0, 4)), np.zeros(0, int), [])
 
 
 class TestWriting:
     def test_a_png_is_read_back_equal(self, tmp_path):
         write_image(tmp_path / "new/x.png", COLOURS)
         np.testing.assert_array_equal(read_image(tmp_path / "new/x.png"), COLOURS)
-        # As others read it, whose order of channels is theirs.
-        np.testing.assert_array_equal(cv2.imread(str(tmp_path / "new/x.png"))[..., ::-1], COLOURS)
+        # Another reader, which gives BGR.
+        read = cv2.imread(str(tmp_path / "new/x.png"))
+        assert read is not None
+        np.testing.assert_array_equal(read[..., ::-1], COLOURS)
 
     @pytest.mark.parametrize("colour", [RED, GREEN, BLUE])
     def test_a_jpeg_has_its_colour(self, tmp_path, colour):
         write_image(tmp_path / "x.jpg", plain(32, 32, colour))
         np.testing.assert_allclose(read_image(tmp_path / "x.jpg"), plain(32, 32, colour), atol=4)
 
-    def test_what_cannot_be_written(self, tmp_path):
+    def test_a_path_that_cannot_be_written(self, tmp_path):
         (tmp_path / "x.png").mkdir()
         with pytest.raises(OSError, match=r"x\.png could not be written"):
             write_image(tmp_path / "x.png", COLOURS)
 
 
 class TestDrawing:
-    def test_without_boxes_the_image_stays(self):
+    def test_without_boxes_the_picture_is_a_copy(self):
         picture = draw(COLOURS, *NOTHING)
         np.testing.assert_array_equal(picture, COLOURS)
         assert not np.shares_memory(picture, COLOURS)
 
     def test_boxes_have_the_colours_of_their_labels(self):
-        """In RGB, at their four sides; pixels further away stay as they are."""
+        """All four sides have them, in RGB; pixels further away stay as they are."""
         image = plain(200, 300, (10, 60, 110))
         picture = draw(image, np.array([[40, 50, 120, 150], [180, 60, 260, 160]]), np.array([0, 2]), ["a", "b"])
         for (left, top, right, bottom), label in (((40, 50, 120, 150), 0), ((180, 60, 260, 160), 2)):
@@ -71,8 +74,8 @@ class TestDrawing:
 
 
 class TestContactSheets:
-    def test_images_stand_in_rows_in_their_colours(self):
-        """Scaled to a height of 20, with margins of 4; the shorter row ends in white."""
+    def test_images_are_in_rows_in_their_colours(self):
+        """They are scaled to a height of 20, with margins of 4; the shorter row ends in white."""
         sheet = contact_sheet([[plain(40, 40, RED), plain(10, 20, GREEN)], [plain(20, 20, BLUE)]], height=20)
         assert sheet.shape == (56, 76, 3)
         for (top, left), width, colour in (((4, 4), 20, RED), ((4, 32), 40, GREEN), ((32, 4), 20, BLUE)):
@@ -81,26 +84,32 @@ class TestContactSheets:
         covered[4:24, 4:24] = covered[4:24, 32:72] = covered[32:52, 4:24] = True
         assert np.all(sheet[~covered] == 255)
 
-    def test_of_what_is_written(self, tmp_path):
+    def test_a_sheet_can_be_written(self, tmp_path):
         write_image(tmp_path / "sheet.png", np.ascontiguousarray(contact_sheet([[COLOURS]], height=24)))
         np.testing.assert_array_equal(read_image(tmp_path / "sheet.png")[4:28, 4:36], COLOURS)
 
 
-def test_predictions_stand_beside_the_truth(monkeypatch, tmp_path):
-    """Red images of 40 x 80 on a sheet that is 320 pixels high: everything is eight times as large, and in RGB."""
+def test_predictions_are_beside_the_ground_truth(monkeypatch, tmp_path):
+    """Red images of 40 x 80 in cells 320 pixels high: everything is eight times as large, and in RGB."""
     pictures = dataset([plain(40, 80, RED)] * 2, [[[10, 5, 20, 15]], [[0, 0, 40, 20]]], labels=[[1], [2]])
     drawn = []
 
     def find(image, threshold):
         assert threshold == 0.25
-        return Detections(image, np.float32([[30, 10, 40, 30]]), np.float32([0.751]), np.array([0]), ["cup"], [2])
+        boxes, scores = np.array([[30, 10, 40, 30]], np.float32), np.array([0.751], np.float32)
+        return Detections(image, boxes, scores, np.array([0]), ["cup"], [2])
 
     def draw(image, boxes, labels, captions):
         drawn.append((np.asarray(boxes).tolist(), labels.tolist(), captions, image[0, 0].tolist()))
         return image
 
-    find.config, find.classes = types.SimpleNamespace(data=None), pictures.classes
-    monkeypatch.setattr("hpr_jax.load", lambda workdir: find, raising=False)
+    class Detector:
+        """Stands for the detector of a run."""
+
+        config, classes = types.SimpleNamespace(data=None), pictures.classes
+        __call__ = staticmethod(find)
+
+    monkeypatch.setattr("hpr_jax.load", lambda workdir: Detector(), raising=False)
     monkeypatch.setattr(script, "load_dataset", lambda data, split, classes: pictures)
     monkeypatch.setattr(script, "draw", draw)
     output = tmp_path / "sheet.png"

@@ -1,7 +1,8 @@
-"""From an image to boxes in its own pixels, and to what predict writes: with a detector whose findings are known."""
+"""Image detector and `predict`, with known detections: from an image to boxes in its pixels, and to what is written."""
 
 import json
 import types
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,8 +16,8 @@ from hpr_jax.inference.image_detector import Detections, ImageDetector
 from hpr_jax.inference.predict import predict
 
 
-class Found:
-    """In place of a compiled detector: these boxes, in pixels of the padded input; keeps what it was given."""
+class Detect:
+    """Stands for a compiled detector. It returns these boxes, in pixels of the padded input, and remembers its inputs."""
 
     def __init__(self, *boxes, scores=None, labels=None, valid=None):
         count = len(boxes)
@@ -32,11 +33,13 @@ class Found:
         return self.arrays
 
 
-def detector(found, side=64, max_side=64, canvas=0, classes=CLASSES):
+def detector(detect, side=64, max_side=64, canvas=0, classes=CLASSES):
+    """An image detector whose compiled function is `detect`."""
     config = tiny.config()
     config.evaluate.update(side=side, max_side=max_side, canvas=canvas)
-    made = ImageDetector(nnx.Module(), classes, config)
-    made._detect = found
+    no_module: Any = nnx.Module()
+    made = ImageDetector(no_module, classes, config)
+    made._detect = detect
     return made
 
 
@@ -61,70 +64,76 @@ class TestBoxesInPixelsOfTheImage:
         ],
     )
     def test_known_places(self, shape, settings, box, expected):
-        result = detector(Found(box), **settings)(plain(*shape, RED), 0.0)
+        height, width = shape
+        result = detector(Detect(box), **settings)(plain(height, width, RED), 0.0)
         assert result.boxes.dtype == np.float32
         np.testing.assert_allclose(result.boxes, [expected], rtol=1e-5, atol=1e-4)
 
     def test_of_a_turned_photograph(self, tmp_path):
-        """Stored 80 x 100, to be seen 100 x 80: boxes are those of what is seen."""
+        """Stored as 80 x 100, to be seen as 100 x 80: boxes are in pixels of the photograph as it is seen."""
         tiny.write_turned(tmp_path / "turned.jpg", plain(80, 100, RED), 6)
-        result = detector(Found((0, 0, 51, 64), (25.5, 0, 51, 32)))(tmp_path / "turned.jpg", 0.0)
+        result = detector(Detect((0, 0, 51, 64), (25.5, 0, 51, 32)))(tmp_path / "turned.jpg", 0.0)
         assert result.image.shape == (100, 80, 3)
         np.testing.assert_allclose(result.boxes, [(0, 0, 80, 100), (40, 0, 80, 50)], atol=1e-4)
 
-    def test_of_several_images_are_each_ones_own(self):
-        results = detector(Found((0, 0, 32, 32)))([plain(64, 64, RED), plain(128, 128, RED)], 0.0)
+    def test_each_of_several_images_has_its_own_scale(self):
+        results = detector(Detect((0, 0, 32, 32)))([plain(64, 64, RED), plain(128, 128, RED)], 0.0)
         assert [result.boxes.tolist() for result in results] == [[[0, 0, 32, 32]], [[0, 0, 64, 64]]]
 
 
 class TestInput:
     @pytest.mark.parametrize("canvas", [0, 96])
     def test_is_rgb_at_the_top_left_of_a_multiple_of_128(self, tmp_path, canvas):
-        """Left half red, right half blue: from an array, from a file, and from its name."""
+        """An image whose left half is red and whose right half is blue: as an array, a path, and the text of a path."""
         image = np.concatenate([plain(100, 40, RED), plain(100, 40, BLUE)], axis=1)
         (tmp_path / "x.png").write_bytes(png(image))
         for source in (image, tmp_path / "x.png", str(tmp_path / "x.png")):
-            found = Found((0, 0, 9, 9))
-            result = detector(found, canvas=canvas)(source, 0.0)
+            detect = Detect((0, 0, 9, 9))
+            result = detector(detect, canvas=canvas)(source, 0.0)
             np.testing.assert_array_equal(result.image, image)
-            assert found.images.shape == (1, 128, 128, 3)
-            assert found.images.dtype == np.uint8
-            assert found.sizes.tolist() == [[canvas or 64, canvas or 51]]
-            assert found.images[0, 63, 0].tolist() == list(RED)
-            assert found.images[0, 63, 50].tolist() == list(BLUE)
-            assert np.all(found.images[0, 64:canvas, :canvas] == 114)
-            assert not found.images[0, canvas or 64 :].any()
-            assert not found.images[0, :, canvas or 51 :].any()
+            assert detect.images.shape == (1, 128, 128, 3)
+            assert detect.images.dtype == np.uint8
+            assert detect.sizes.tolist() == [[canvas or 64, canvas or 51]]
+            assert detect.images[0, 63, 0].tolist() == list(RED)
+            assert detect.images[0, 63, 50].tolist() == list(BLUE)
+            assert np.all(detect.images[0, 64:canvas, :canvas] == 114)
+            assert not detect.images[0, canvas or 64 :].any()
+            assert not detect.images[0, :, canvas or 51 :].any()
 
 
-class TestWhatIsKept:
-    def test_scores_from_the_threshold_on(self):
-        made = detector(Found(*[(0, 0, 9, 9)] * 4, scores=[0.75, 0.5, 0.25, 0.125]))
+class TestSelection:
+    def test_the_threshold_is_the_lowest_score(self):
+        made = detector(Detect(*[(0, 0, 9, 9)] * 4, scores=[0.75, 0.5, 0.25, 0.125]))
         image = plain(64, 64, RED)
         for threshold, count in ((0.0, 4), (0.125, 4), (0.25, 3), (0.5, 2), (0.51, 1), (0.75, 1), (0.76, 0)):
             assert len(made(image, threshold)) == len(made(image, 0.0).above(threshold)) == count, threshold
         assert made(image).scores.tolist() == [0.75, 0.5]
 
-    def test_everything_of_a_detection_stays_together(self):
+    def test_fields_of_a_detection_stay_together(self):
         boxes = [(0, 0, 9, 9), (1, 1, 8, 8), (2, 2, 7, 7), (3, 3, 6, 6)]
-        found = Found(*boxes, scores=[0.75, 0.5, 0.25, 0.125], labels=[2, 0, 1, 2], valid=[True, False, True, True])
-        result = detector(found)(plain(64, 64, RED), 0.25)
+        detect = Detect(*boxes, scores=[0.75, 0.5, 0.25, 0.125], labels=[2, 0, 1, 2], valid=[True, False, True, True])
+        result = detector(detect)(plain(64, 64, RED), 0.25)
         assert result.boxes.tolist() == [[0, 0, 9, 9], [2, 2, 7, 7]]
         assert result.scores.tolist() == [0.75, 0.25]
         assert result.labels.tolist() == [2, 1]
         assert result.names == ["hat", "pen"]
         assert result.category_ids == [9, 5]
 
-    def test_names_and_ids_are_those_of_the_labels_whatever_their_order(self):
+    def test_names_and_ids_follow_the_order_of_classes(self):
         classes = Classes(("hat", "cup", "pen"), (9, 2, 5))
-        result = detector(Found(*[(0, 0, 9, 9)] * 3, labels=[0, 1, 2]), classes=classes)(plain(64, 64, RED), 0.0)
+        result = detector(Detect(*[(0, 0, 9, 9)] * 3, labels=[0, 1, 2]), classes=classes)(plain(64, 64, RED), 0.0)
         assert (result.names, result.category_ids) == (["hat", "cup", "pen"], [9, 2, 5])
 
-    def test_pictures_name_and_place_what_was_found(self, monkeypatch):
+    def test_pictures_show_all_detections(self, monkeypatch):
         drawn = []
-        monkeypatch.setattr("hpr_jax.inference.image_detector.draw", lambda *arguments: drawn.append(arguments) or "picture")
+
+        def draw(*arguments):
+            drawn.append(arguments)
+            return "picture"
+
+        monkeypatch.setattr("hpr_jax.inference.image_detector.draw", draw)
         image = plain(64, 64, RED)
-        result = detector(Found((0, 0, 9, 9), (8, 8, 32, 16), scores=[0.751, 0.5], labels=[1, 2]))(image, 0.0)
+        result = detector(Detect((0, 0, 9, 9), (8, 8, 32, 16), scores=[0.751, 0.5], labels=[1, 2]))(image, 0.0)
         assert result.draw() == "picture"
         ((pixels, boxes, labels, captions),) = drawn
         np.testing.assert_array_equal(pixels, image)
@@ -136,18 +145,21 @@ class TestWhatIsKept:
 class TestPredict:
     @pytest.fixture
     def loaded(self, monkeypatch):
-        """What predict loads, and how it is called; it finds two objects in every image."""
+        """Records the calls of a detector that detects the same two objects in every image."""
         calls = types.SimpleNamespace(loads=[], images=[], thresholds=[])
 
         def find(image, threshold):
             calls.images.append(image)
             calls.thresholds.append(threshold)
             boxes = np.array([[1.234, 2.345, 30.5, 40], [0, 0, 80, 100]], np.float32)
-            return Detections(image, boxes, np.float32([0.87654, 0.5]), np.array([2, 0]), ["hat", "cup"], [9, 2])
+            scores = np.array([0.87654, 0.5], np.float32)
+            return Detections(image, boxes, scores, np.array([2, 0]), ["hat", "cup"], [9, 2])
 
-        monkeypatch.setattr(
-            "hpr_jax.inference.predict.load", lambda *args, **settings: calls.loads.append((args, settings)) or find
-        )
+        def load(*arguments, **settings):
+            calls.loads.append((arguments, settings))
+            return find
+
+        monkeypatch.setattr("hpr_jax.inference.predict.load", load)
         return calls
 
     def test_boxes_scores_and_classes_are_written(self, loaded, tmp_path):
@@ -170,14 +182,15 @@ class TestPredict:
                 ],
             }
 
-    def test_the_network_sees_rgb_and_so_does_the_reader(self, loaded, monkeypatch, tmp_path):
+    def test_the_network_and_the_reader_see_rgb(self, loaded, monkeypatch, tmp_path):
         for name, colour in (("red", RED), ("blue", BLUE), ("mixed", (200, 120, 40))):
             (tmp_path / f"{name}.png").write_bytes(png(plain(40, 40, colour)))
-        # Nothing drawn, so that colours can be compared.
+        # Nothing is drawn, so that colours can be compared.
         monkeypatch.setattr(Detections, "draw", lambda self: self.image)
         names = ("red", "blue", "mixed")
         predict(tmp_path, [tmp_path / f"{name}.png" for name in names], tmp_path / "out", 0.5)
         assert [image[20, 20].tolist() for image in loaded.images] == [list(RED), list(BLUE), [200, 120, 40]]
         for name, image in zip(names, loaded.images):
-            written = cv2.imread(str(tmp_path / f"out/{name}.jpg"))[..., ::-1]
-            np.testing.assert_allclose(written, image, atol=4)
+            written = cv2.imread(str(tmp_path / f"out/{name}.jpg"))
+            assert written is not None
+            np.testing.assert_allclose(written[..., ::-1], image, atol=4)

@@ -127,8 +127,11 @@ def stub_matched(predictions, positive, index, targets, *, denoising):
     }
 
 
-def stub_dense(predictions, assigned, targets):
-    return {"class": jnp.mean(predictions.logits, axis=(1, 2)), "giou": jnp.sum(assigned, axis=1).astype(jnp.float32)}
+class StubDense(DenseLoss):
+    """Terms that tell what a layer's loss was given."""
+
+    def __call__(self, predictions, assigned, targets):
+        return {"class": jnp.mean(predictions.logits, axis=(1, 2)), "giou": jnp.sum(assigned, axis=1).astype(jnp.float32)}
 
 
 class TestCriterion:
@@ -136,7 +139,7 @@ class TestCriterion:
     branch, ones for the layer, and hundreds for the kind of query."""
 
     CRITERION = Criterion(branch_weights=(("b", 0.25), ("a", 0.5)))
-    STUBBED = dataclasses.replace(CRITERION, matched=stub_matched, dense=stub_dense)
+    STUBBED = dataclasses.replace(CRITERION, matched=stub_matched, dense=StubDense())
     TARGETS = targets([[BOX, BOX]], [[0, 0]], [[True, True]])
 
     @staticmethod

@@ -93,7 +93,7 @@ def test_a_plain_detector_has_no_branches():
         ("neck", {"groups": 3}, r"config\.model\.neck: 16 channels do not divide into 3 groups"),
         (
             "refiner",
-            {"primary": "regional_attention", "regional_attention": {"heads": 3, "samples": 2, "temperature": 20.0}},
+            {"regional_attention": {"heads": 3, "samples": 2, "temperature": 20.0}},
             r"config\.model\.refiner\.regional_attention: 16 channels do not divide into 3 heads",
         ),
     ],

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stubs import floats
 
 from hpr_jax.ops import attention as attention_module
 from hpr_jax.ops.attention import attention
@@ -197,7 +198,7 @@ def test_roi_align_stops_at_the_valid_area():
 def test_roi_align_takes_the_level_of_a_box_by_its_area():
     """Four levels of an image of 512 x 512, each filled with its number; a sample is a box's centre."""
     shapes = tuple((512 // stride,) * 2 for stride in (8, 16, 32, 64))
-    numbers = np.concatenate([np.full(h * w, level, np.float32) for level, (h, w) in enumerate(shapes)])[None, :, None]
+    numbers = jnp.concatenate([jnp.full(h * w, float(level)) for level, (h, w) in enumerate(shapes)])[None, :, None]
     levels = {
         (0, 0, 0, 0): 0,
         (0, 0, 20, 20): 0,
@@ -213,13 +214,13 @@ def test_roi_align_takes_the_level_of_a_box_by_its_area():
         (-100, -100, 130, 130): 2,
     }
     align = jax.jit(lambda boxes: roi_align(numbers, shapes, jnp.array([shapes]), boxes, output_size=1, sampling_ratio=1))
-    assert np.asarray(align(np.float32([[*levels]])))[0, :, 0, 0].tolist() == [*levels.values()]
+    assert np.asarray(align(floats([[*levels]])))[0, :, 0, 0].tolist() == [*levels.values()]
 
 
 def test_roi_align_counts_samples_beyond_the_border_as_zero():
     """On a map of ones: the middles of the four quarters are at -3, -1, 1 and 3 pixels from the corner of the first pixel,
     so that two of them are more than a pixel away from its middle."""
-    box = np.float32([[[-32, 8, 32, 16]]])
+    box = floats([[[-32, 8, 32, 16]]])
     align = jax.jit(lambda boxes: roi_align(jnp.ones((1, 64, 1)), ((8, 8),), jnp.array([[[8, 8]]]), boxes, output_size=2))
     # In each row of bins the first has its samples outside, the second inside.
     np.testing.assert_allclose(align(box)[0, 0, :, 0], [0, 1, 0, 1], atol=1e-6)
@@ -264,8 +265,8 @@ def test_nms_is_greedy(threshold):
 
 
 def test_nms_suppresses_above_the_threshold_alone():
-    """The second box has IoU 0.5 with the first; of equal scores the lower index is kept."""
-    boxes, everything = np.float32([[0, 0, 1, 1], [0, 0, 2, 1], [0, 0, 1, 1]]), np.ones(3, bool)
+    """The second box has IoU 0.5 with the first; among equal scores the lower index survives."""
+    boxes, everything = floats([[0, 0, 1, 1], [0, 0, 2, 1], [0, 0, 1, 1]]), np.ones(3, bool)
     first, mask = (jax.jit(function, static_argnums=numbers) for function, numbers in ((nms_first, (3, 4)), (nms_mask, ())))
     for scores, threshold, expected in (
         ([0.5, 0.4, 0.5], 0.5, [0, 1]),
@@ -274,10 +275,9 @@ def test_nms_suppresses_above_the_threshold_alone():
         ([0.4, 0.5, 0.4], 0.5, [1, 0]),
         ([0.4, 0.4, 0.5], 0.5, [2, 1]),
     ):
-        scores = np.float32(scores)
-        index, found = first(boxes, scores, everything, 3, threshold)
+        index, found = first(boxes, floats(scores), everything, 3, threshold)
         assert index[found].tolist() == expected
-        assert np.flatnonzero(mask(boxes, scores, everything, threshold)).tolist() == sorted(expected)
+        assert np.flatnonzero(mask(boxes, floats(scores), everything, threshold)).tolist() == sorted(expected)
 
 
 def test_nms_of_nothing():

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import conftest  # noqa: F401  Sets how tests compile, which decides the last bits.
 import numpy as np
@@ -54,10 +55,9 @@ def main() -> None:
         shutil.copytree(workdir / f"checkpoints/{STOPPED}", stopped)
         metrics = [line for line in workdirs.lines(workdir) if line["step"] <= STOPPED]
     (FOLDER / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    expected = {f"detections/{field}": array for field, array in detections(hpr_jax.load(stopped)).items()}
-    expected |= {f"last/{name}": array for name, array in last.items()}
-    # NumPy's types would take arrays by name for its option `allow_pickle`.
-    np.savez_compressed(FOLDER / "expected.npz", **expected)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {f"detections/{name}": array for name, array in detections(hpr_jax.load(stopped)).items()}
+    arrays |= {f"last/{name}": array for name, array in last.items()}
+    np.savez_compressed(FOLDER / "expected.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def imported(name: str) -> set[str]:
     """What a module imports when it is imported itself, with the packages that it is in, and names that may be modules."""
     found = {name.rpartition(".")[0]} - {""}
     path = module_file(name)
-    waiting = list(ast.parse(path.read_text()).body) if path else []
+    waiting: list[ast.AST] = list(ast.parse(path.read_text()).body) if path else []
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions of this project, whose configs had other sections."""
+"""Checkpoints of earlier versions of this project are read, although their configs had other settings."""
 
 import tiny
 
@@ -7,8 +7,8 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.weights.checkpoint import Meta
 
 
-def test_checkpoints_from_before_the_section():
-    """Rematerialisation was a part of their models' configs, and they knew no strong views."""
+def test_configs_without_the_section_compute():
+    """They had rematerialisation in the model, and no strong views."""
     config = to_plain(tiny.config())
     now = dict(config)
     config.pop("compute")

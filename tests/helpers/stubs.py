@@ -1,0 +1,36 @@
+"""Stand-ins for parts of a detector, and arrays to give them, for tests of single parts."""
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hpr_jax.models.pyramid import Pyramid
+
+
+def stub(**attributes: Any) -> Any:
+    """An object with these attributes alone, which can stand in for any other."""
+    return types.SimpleNamespace(**attributes)
+
+
+def floats(values: Any) -> Any:
+    """A float32 array of NumPy, which JAX takes for one of its own."""
+    return np.asarray(values, np.float32)
+
+
+def pyramid(
+    tokens: Any, shapes: Sequence[tuple[int, int]], sizes: Any, *, image_size: Any = (64, 64), valid: Any = None
+) -> Pyramid:
+    """The pyramid of one image.
+
+    Args:
+      tokens: `[S, C]`.
+      shapes: (height, width) of each level.
+      sizes: valid (height, width) of each level.
+      image_size: (height, width) of the image.
+      valid: bool `[S]`; None: all tokens are valid.
+    """
+    valid = np.ones(len(tokens), bool) if valid is None else np.asarray(valid)
+    tokens, sizes, image_size = floats(tokens), np.asarray(sizes, np.int32), np.asarray(image_size, np.int32)
+    return Pyramid(tokens[None], valid[None], sizes[None], image_size[None], tuple(shapes))
