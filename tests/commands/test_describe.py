@@ -1,4 +1,4 @@
-"""What a detector costs: counted FLOPs and parameters, static shapes, and the mode that prints them."""
+"""What a detector costs: counted FLOPs and parameters, static shapes, and the command that prints them."""
 
 import math
 
@@ -75,14 +75,14 @@ def test_flops_of_known_functions(function, shapes, expected):
 @pytest.mark.parametrize(
     ("kind", "side", "multiply_adds", "parameters"),
     [
-        # Besides weights and affine parameters, BatchNorm keeps two statistics a channel.
+        # Torchvision's count is without the two statistics that BatchNorm has for each channel.
         (ResNet, 224, 4.09e9, 25_557_032 - 2049 * 1000 + 2 * 26_560),
-        # Of the norms of the four maps, the classifier has the last.
+        # The classifier has a norm for the last map alone, the backbone one for each of its four.
         (SwinTransformer, 384, 103.9e9, 196_735_516 - 1537 * 1000 + 2 * (192 + 384 + 768)),
     ],
 )
 def test_backbones_have_their_published_sizes(kind, side, multiply_adds, parameters):
-    """Those of ResNet-50 and Swin-L without the 1000-class layer, whose multiply-adds are few."""
+    """Those of ResNet-50 and Swin-L, less the layer of 1000 classes, whose multiply-adds are few."""
     backbone = nnx.eval_shape(lambda: kind(rngs=nnx.Rngs(0)))
     inputs = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     counted = product_flops(jax.make_jaxpr(lambda m, *x: m(*x))(backbone, *inputs).jaxpr)
@@ -118,7 +118,7 @@ def test_parts_sum_to_what_detections_depend_on(merge_points):
     inside = [part for part in parts if part.within == "refiner"]
     for field in ("trained", "frozen", "flops"):
         assert getattr(refiner, field) == sum(getattr(part, field) for part in inside)
-    # Their bodies count once, which would be too little.
+    # The bodies of such loops count once, which would be too little if they had products.
     loops = [equation for equation in equations(needed) if equation.primitive.name == "while"]
     assert loops
     assert not any(product_flops(inner) for equation in loops for inner in inner_jaxprs(equation))
@@ -163,7 +163,7 @@ def test_compiled_memory():
     function = jax.jit(lambda x, y: (x + 1, jnp.sort(y @ y) @ y), donate_argnums=0)
     x, y = jax.ShapeDtypeStruct((1000,), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
     memory = compiled_memory(function, x, y)
-    # x is written over; there may be a few bytes of pointers.
+    # The result x + 1 takes the place of x; there may be a few bytes of pointers.
     assert 0 <= memory["results"] - 4 * 64 * 64 < 100
     assert memory["temporaries"] >= 4 * 64 * 64
 
@@ -176,9 +176,9 @@ def config_file(tmp_path, text=""):
     return path
 
 
-def test_the_mode_prints_everything_without_data(tmp_path, capsys, monkeypatch):
+def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatch):
     def lowered(function, *inputs):
-        # Compiling the training step takes half a minute, and shows no more.
+        # Lowers only: compiling the training step takes half a minute, and would show no more.
         function.lower(*inputs)
         return {"results": 0, "temporaries": 12_345_678}
 
