@@ -17,7 +17,7 @@ from check_resume import differences, read_run
 from workdirs import lines, numbers, weights
 
 from hpr_jax.errors import RunError, StoppedError, UserError
-from hpr_jax.training import checkpoints
+from hpr_jax.training import checkpoint_writer
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.run import train
 from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
@@ -112,7 +112,8 @@ def fails_at_last(folder):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "fails"), [(ocp.Checkpointer, "save", fails_at_once), (checkpoints, "write_manifest", fails_at_last)]
+    ("owner", "name", "fails"),
+    [(ocp.Checkpointer, "save", fails_at_once), (checkpoint_writer, "write_manifest", fails_at_last)],
 )
 def test_a_full_disk_leaves_earlier_checkpoints_intact(trained, coco, tmp_path, monkeypatch, owner, name, fails):
     workdir = tmp_path / "run"
