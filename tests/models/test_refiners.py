@@ -166,7 +166,7 @@ def test_initial_weights_of_merges(kind):
         ({"merge_points": ("attention", "fnn")}, r"merge_points names 'fnn'; known are attention, interaction, ffn"),
         (
             {"primary": "global_attention", "global_attention": {"heads": 2, "level": 4, "temperature": 20.0}},
-            "levels 0 to 3",
+            "levels, 0 to 3",
         ),
     ],
 )
