@@ -38,8 +38,39 @@ build.builder = known_builder
 # Test files that take minutes each. They start first: started last, one of them would run alone on one core at the end.
 SLOWEST_FILES = ("test_resuming.py", "test_training.py", "test_devices.py")
 
+# Test files that compile programs of a detector or start many processes: `scripts/test --quick` leaves them out.
+COMPILING_FILES = (
+    *SLOWEST_FILES,
+    "test_check_data.py",
+    "test_chunks.py",
+    "test_compute.py",
+    "test_convert.py",
+    "test_describe.py",
+    "test_detector.py",
+    "test_initial_weights.py",
+    "test_initialisation.py",
+    "test_kernel_lowering.py",
+    "test_manual_axes.py",
+    "test_old_checkpoints.py",
+    "test_ops.py",
+    "test_query_values.py",
+    "test_reference_parity.py",
+    "test_refiner_values.py",
+    "test_refiners.py",
+    "test_sampling_implementations.py",
+    "test_swin.py",
+    "test_tfds.py",
+    "test_torch_import.py",
+    "test_train_step.py",
+    "test_unfinished_run.py",
+    "test_workers.py",
+)
+
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in COMPILING_FILES:
+            item.add_marker("compiles")
     items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
 
 
