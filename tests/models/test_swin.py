@@ -153,8 +153,8 @@ def recorded_drops(monkeypatch, count, **settings):
         return branch
 
     monkeypatch.setattr("hpr_jax.models.backbones.swin.drop_path", record)
-    monkeypatch.setattr("hpr_jax.models.swin.WindowAttention.__call__", lambda self, x, sizes, regions: x)
-    monkeypatch.setattr("hpr_jax.models.swin.GeluMLP.__call__", lambda self, x: x)
+    monkeypatch.setattr("hpr_jax.models.backbones.swin.WindowAttention.__call__", lambda self, x, sizes, regions: x)
+    monkeypatch.setattr("hpr_jax.models.backbones.swin.GeluMLP.__call__", lambda self, x: x)
     images, sizes = padded([IMAGES[0][:4, :4]] * count, (4, 4))
     keys = jax.random.split(jax.random.key(0), count)
     model = filled(**SHALLOW, **settings)
