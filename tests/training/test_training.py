@@ -265,7 +265,7 @@ def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
     config.model.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
     config.model.backbone.update(drop_path=0.5, frozen_stages=-1)
     config.compute.remat = ("backbone", "encoder", "refiner")
-    config.train.update(steps=0, epochs=1, evaluate_every=1)
+    config.train.update(steps=0, epochs=1, evaluate_every=1, initial_weights="random")
     config.optimizer.milestones = (1,)
     metrics = train(config, tmp_path)
     assert [line["step"] for line in lines(tmp_path) if "val/AP" in line] == [3]
