@@ -16,6 +16,7 @@ from hpr_jax.ops.chunks import by_chunks
 from hpr_jax.ops.convolution import convolution
 from hpr_jax.ops.layer_norm import normalized
 from hpr_jax.ops.linear import affine
+from hpr_jax.ops.order import materialized
 from hpr_jax.ops.padding import valid_mask
 
 T = TypeVar("T", bound=nnx.Module)
@@ -187,5 +188,5 @@ class Conv(nnx.Module):
         """`[B, h, w, in]` and its valid sizes `[B, 2]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
         kernel = self.kernel.get_value()
         if self.kernel_size == 1:
-            return affine(x[:, :: self.stride, :: self.stride], kernel, None)
+            return affine(materialized(x[:, :: self.stride, :: self.stride]), kernel, None)
         return convolution(x, kernel, self.stride, sizes)

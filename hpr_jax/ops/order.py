@@ -1,4 +1,4 @@
-"""The order in which a program computes, for where XLA's own order takes more memory."""
+"""Where and in which order XLA computes a value, for where its own choice takes more memory or fails."""
 
 import jax
 import jax.numpy as jnp
@@ -15,3 +15,12 @@ def compute_after(other: jax.Array, x: jax.Array) -> jax.Array:
         return x
     first = other.ravel()[0]
     return x + jnp.where(jnp.isnan(first), first, 0).astype(x.dtype)
+
+
+def materialized(x: jax.Array) -> jax.Array:
+    """Returns x unchanged, but keeps XLA from computing it anew inside the operations that read it.
+
+    The operand of a product must not be a strided slice: when XLA's GPU compiler (seen in JAX 0.11.2) makes one Triton
+    kernel of both, it ends the process at a failed check of its tiling.
+    """
+    return jax.lax.optimization_barrier(x)

@@ -16,17 +16,19 @@ from gpu_report.runner import Part, run_parts
 # For all parts together, and how much longer everything may take in a rehearsal: on a machine with few and busy cores.
 SECONDS, REHEARSAL = 480, 4
 FOLDER = Path(__file__).resolve().parent
-# Name of the module in parts/, title, limit in seconds, share of the card's memory for JAX. Most valuable first.
+# Name of the module in parts/, title, limit in seconds, share of the card's memory for JAX. Most valuable first. What one of
+# them does not need goes to those after it.
 PARTS = (
-    ("card", "Card", 10, 0.75),
+    ("card", "Card", 35, 0.75),
     ("rates", "Rates of reductions and gathers", 20, 0.75),
     # Little memory, which is all poisoned before each check.
-    ("correctness", "Kernels against float64", 60, 0.1),
+    ("correctness", "Kernels against float64", 45, 0.1),
     # The rest of the memory is for other libraries.
-    ("operations", "Operations beside their peers", 60, 0.4),
-    ("sweep", "Launch settings of the kernels", 45, 0.75),
-    ("inference", "Inference at full size", 75, 0.9),
-    ("training", "Training step of 4 views", 150, 0.9),
+    ("operations", "Operations beside their peers", 70, 0.4),
+    ("inference", "Inference at full size", 90, 0.9),
+    ("training", "Training step of 4 views", 135, 0.9),
+    ("sweep", "Launch settings of the kernels", 30, 0.75),
+    ("inference_float32", "Inference at full size in float32", 55, 0.9),
 )
 
 

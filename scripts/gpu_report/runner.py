@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -15,6 +16,8 @@ from gpu_report import recorder, report
 
 # How much of the end of a part's output is kept, in characters: in the report if it fails, and in the log.
 ERROR_CHARACTERS, LOG_CHARACTERS = 2500, 400_000
+# The line in which XLA says why it ends the process. A long list of functions follows it.
+FATAL = re.compile(r"^F\d{4} .*$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ def run_parts(
     """Runs the parts in order, and returns the report, which is also in `output`.
 
     A part that fails, crashes, or hangs until its limit is recorded as such, with the end of what it said. A part
-    whose limit is longer than what is left of all the `seconds` is left out.
+    that would get less than half of its limit of what is left of all the `seconds` is left out.
     """
     end = time.monotonic() + seconds
     output.mkdir(parents=True, exist_ok=True)
@@ -50,12 +53,12 @@ def run_parts(
     found: dict[str, Any] = {"rehearsal": rehearsal, "seconds": seconds, "machine": dict(machine), "parts": entries}
     for place, part in enumerate(parts):
         left = end - time.monotonic()
-        if left < part.seconds:
+        if left < part.seconds / 2:
             reason = f"It may take {part.seconds:.0f} s, and {max(left, 0):.0f} s were left."
             entries[place] = {**_entry(part, "left out"), "reason": reason}
             report.write(output, found)
             continue
-        limit = max(part.seconds, left - sum(later.seconds for later in parts[place + 1 :]))
+        limit = min(left, max(part.seconds, left - sum(later.seconds for later in parts[place + 1 :])))
         entries[place] = {**_entry(part, "running"), "limit": limit}
         report.write(output, found)
         entries[place] = _run(part, limit, output)
@@ -80,7 +83,7 @@ def _run(part: Part, limit: float, output: Path) -> dict[str, Any]:
         log.write(f"== {part.title}\n{words}\n")
     if code != 0:
         entry["status"] = "stopped at its limit" if code is None else "failed"
-        entry["error"] = words[-ERROR_CHARACTERS:]
+        entry["error"] = "\n".join([*FATAL.findall(words), words[-ERROR_CHARACTERS:]])
         if code is not None:
             entry["reason"] = f"It was ended by signal {-code}." if code < 0 else f"It ended with code {code}."
     print(f"   {entry['status']} after {seconds:.0f} s", flush=True)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from hpr_jax.kernels import deformable_sampling, weighted_rows
 from hpr_jax.models.build import abstract_detector
+from hpr_jax.models.layers import Conv
 from hpr_jax.ops.deformable_sampling import deformable_sampling as sampling_op
 
 # (height, width) of the levels of an 800x1333 image.
@@ -140,3 +141,12 @@ def test_a_detector_takes_the_kernels_on_gpus_alone(train):
         for direction in ("forward", "backward"):
             assert any(f"{kernel}_{direction}" in name for name in names) == (direction in directions)
     assert "triton" not in jax.jit(function).lower(*arguments).as_text()
+
+
+def test_products_read_no_strided_slice():
+    """XLA's GPU compiler of JAX 0.11.2 ends the process where it fuses one into a product."""
+    conv = nnx.eval_shape(lambda: Conv(32, 64, 1, 2, rngs=nnx.Rngs(0)))
+    text = jax.jit(lambda conv, x, sizes: conv(x, sizes)).trace(conv, array(1, 8, 8, 32), array(1, 2, dtype=jnp.int32))
+    text = text.lower(lowering_platforms=("cuda",)).as_text()
+    sliced, product = text.index("stablehlo.slice"), text.index("stablehlo.dot_general")
+    assert "stablehlo.optimization_barrier" in text[sliced:product]

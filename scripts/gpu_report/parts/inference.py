@@ -14,13 +14,12 @@ from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, Table, mill
 from hpr_jax.inference.detect import make_detect
 
 BATCHES = (1, 8)
-TYPES = ("bfloat16", "float32")
 # Columns of `costs`.
 COSTS = {"trace s": MEASURED, "compile s": MEASURED, "GB of arguments": COMPUTED, "GB of inner values": COMPUTED}
 REPEATS, MOST_SECONDS = 20, 3.0
 
 
-def run(recorder: Recorder, small: bool) -> None:
+def run(recorder: Recorder, small: bool, dtype: str = "bfloat16") -> None:
     table = recorder.table(
         "Inference",
         {
@@ -32,8 +31,7 @@ def run(recorder: Recorder, small: bool) -> None:
         },
     )
     profiles = summary_table(recorder, "Kernels of inference")
-    for dtype in TYPES[:1] if small else TYPES:
-        measure(recorder, table, profiles, dtype, small)
+    measure(recorder, table, profiles, dtype, small)
 
 
 def measure(recorder: Recorder, table: Table, profiles: Table, dtype: str, small: bool) -> None:
@@ -63,12 +61,12 @@ def measure(recorder: Recorder, table: Table, profiles: Table, dtype: str, small
     for batch, program in programs.items():
         name = f"{dtype}, {batch} image{'s' * (batch > 1)}"
         found = summarize(recorder, profiles, name, calls[batch], seconds[batch])
-        if found is None or dtype != TYPES[0]:
+        if found is None:
             continue
         list_kernels(recorder, f"Kernels by time: {name}", found, program)
         if batch == BATCHES[0]:
-            recorder.keep("inference.xplane.pb", found.raw)
-            recorder.keep("inference.hlo.txt", (program.call.as_text() or "").encode())
+            recorder.keep(f"inference-{dtype}.xplane.pb", found.raw)
+            recorder.keep(f"inference-{dtype}.hlo.txt", (program.call.as_text() or "").encode())
 
 
 def costs(program: Program) -> dict[str, Any]:
