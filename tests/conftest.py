@@ -1,5 +1,6 @@
 """What all tests share: the CPU, quick compilation, compiled programs kept between runs, and fixtures."""
 
+import gc
 import logging
 import os
 from importlib.metadata import version
@@ -7,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Test programs are small, and compiling them takes longer than running them: XLA optimises them less. The flags are those of
-# JAX 0.10; a version that does not know a flag ends the process.
+# Test programs are small, and compiling them takes longer than running them: XLA optimises them less, and in one thread, for
+# pytest runs on all cores. The flags are those of JAX 0.10; a version that does not know a flag ends the process.
 if version("jax").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 import jax
 import pytest
@@ -20,6 +22,9 @@ from hpr_jax.models import build
 # Compiled programs are kept beside pytest's own cache; nothing else outlives a test run.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Tracing makes millions of objects that live on; looking through them for garbage takes a tenth of the time.
+gc.set_threshold(200_000, 50, 1000)
 
 make_builder = build.builder
 builders: dict[str, Any] = {}

@@ -206,6 +206,7 @@ def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatc
     assert sorted(tmp_path.iterdir()) == sorted([*before, file])
 
 
+@pytest.mark.slow
 def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
     file = config_file(tmp_path, "c.augmentation.update(kind='lsj', strong_views=True)")

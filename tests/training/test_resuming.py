@@ -182,6 +182,7 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
         np.testing.assert_array_equal(value, raw[".".join(str(part.key) for part in path)])
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(trained, coco, tmp_path):
     """Two processes on this machine each load, train on and evaluate one half. One process goes on from their checkpoint."""
     config = tiny.write_config(tmp_path / "tiny_config.py", coco)

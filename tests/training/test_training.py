@@ -259,6 +259,7 @@ def test_a_detector_from_a_config():
         hpr_jax.load(f"{tiny.ROOT}/configs/ddq.py:demo", overrides={"evaluate.detection": 3})
 
 
+@pytest.mark.slow
 def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
     """Swin has drop path. The checkpoint of a run that counts epochs can be evaluated, also on canvases."""
     config = tiny.config(coco, model="dino")
