@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL
+from hpr_jax.weights.find_checkpoint import BEST, LATEST, PARTIAL
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings that cut the default run short.

@@ -18,7 +18,7 @@ from hpr_jax.analysis.flops import product_flops
 from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
 from hpr_jax.data.build import make_plan
 from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
-from hpr_jax.data.loading.buckets import Shape, choose_buckets, smallest_bucket
+from hpr_jax.data.loading.batch_plan import Shape, choose_buckets, smallest_bucket
 from hpr_jax.inference.detect import make_detect
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.detector import Detector

@@ -11,8 +11,7 @@ import numpy as np
 
 from hpr_jax.data.dataset import Dataset, Problem, Record
 from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
-from hpr_jax.data.loading.batch_plan import TrainPlan
-from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.data.loading.batch_plan import Shape, TrainPlan
 from hpr_jax.data.sources.coco import clip_box
 
 # COCO's small boxes have areas below SMALL, its medium ones below MEDIUM, in square pixels.

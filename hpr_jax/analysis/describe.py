@@ -19,7 +19,7 @@ from hpr_jax.analysis.costs import (
     training_memory,
 )
 from hpr_jax.data.build import wants_masks
-from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.data.loading.batch_plan import Shape
 from hpr_jax.errors import UserError
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector

@@ -23,8 +23,7 @@ from hpr_jax.data.augmentation.copy_paste import MAX_PASTED
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, draw_large_scale, draw_weak
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Classes, Dataset
-from hpr_jax.data.loading.batch_plan import TrainPlan
-from hpr_jax.data.loading.buckets import Shape, choose_buckets
+from hpr_jax.data.loading.batch_plan import Shape, TrainPlan, choose_buckets
 from hpr_jax.data.sources.coco import is_coco, load_coco
 from hpr_jax.data.sources.tfds import find_below, is_tfds, load_tfds
 from hpr_jax.errors import UserError

@@ -12,7 +12,8 @@ from hpr_jax.data.build import load_dataset
 from hpr_jax.data.log_dropped import log_dropped
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process
-from hpr_jax.weights.checkpoint import checkpoint_config, find_checkpoint, load_detector, read_meta
+from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
+from hpr_jax.weights.find_checkpoint import find_checkpoint
 
 log = logging.getLogger("hpr_jax")
 

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
 from hpr_jax.data.dataset import Classes, Dataset
-from hpr_jax.data.loading.batch_plan import evaluation_plan
+from hpr_jax.data.loading.batch_plan import choose_buckets, evaluation_plan
 from hpr_jax.data.loading.batches import EvaluationLoader, evaluation_batches
-from hpr_jax.data.loading.buckets import choose_buckets
 from hpr_jax.evaluation.average_precision import coco_average_precision, find_evaluator
 from hpr_jax.inference.detect import make_detect
 from hpr_jax.runtime.devices import agree, data_mesh, gather, is_main_process, on_devices_of, shard

@@ -12,7 +12,8 @@ from flax import nnx
 
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.runtime.devices import agree, gather, is_main_process, wait_for_all
-from hpr_jax.weights.checkpoint import BEST, LATEST, PARTIAL, Meta, checkpoints_in, open_reader, read_meta
+from hpr_jax.weights.checkpoint import Meta, open_reader, read_meta
+from hpr_jax.weights.find_checkpoint import BEST, LATEST, PARTIAL, checkpoints_in
 from hpr_jax.weights.manifest import find_damage, write_manifest
 
 log = logging.getLogger("hpr_jax")

@@ -26,7 +26,8 @@ from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import make_train_step
 from hpr_jax.training.stopping import StopRequests
-from hpr_jax.weights.checkpoint import LATEST, Meta
+from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.find_checkpoint import LATEST
 from hpr_jax.weights.pretrained import initial_weights
 
 log = logging.getLogger("hpr_jax")

@@ -23,12 +23,8 @@ from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
+from hpr_jax.weights.find_checkpoint import find_checkpoint
 from hpr_jax.weights.manifest import find_damage
-
-# Folders of a workdir: the latest checkpoints, from which the run goes on, and the one with the best AP.
-LATEST, BEST = "checkpoints", "best"
-# Part of the names of folders that are being written or deleted.
-PARTIAL = ".partial"
 
 # Settings that did not exist yet when the first checkpoints were written, with the values for what was done then.
 _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
@@ -85,30 +81,6 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     augmentation = {"lsj": lsj, "drop_vanished": False, **config["augmentation"], "strong_views": False}
     compute = {**dataclasses.asdict(Compute()), "remat": list(Compute().remat)}
     return {**config, "model": model, "compute": compute, "augmentation": augmentation}
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, which are named by their steps, oldest first."""
-    found = [path for path in folder.glob("*") if path.name.isdigit() and (path / "meta").is_dir()]
-    return sorted(found, key=lambda path: int(path.name))
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Finds the checkpoint that a path stands for.
-
-    Args:
-      path: the directory of one checkpoint; or a directory of checkpoints, for the newest in it; or a workdir, for its best
-        checkpoint, or the newest if there is no best one yet.
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
-    if (path / "model").is_dir() and (path / "meta").is_dir():
-        return path
-    for folder in (path / BEST, path / LATEST, path):
-        if found := checkpoints_in(folder):
-            return found[-1]
-    raise UserError(f"There is no checkpoint in {path}; give a run's workdir or one checkpoint's directory.")
 
 
 def read_meta(path: Path, *, verify: bool = True) -> Meta:

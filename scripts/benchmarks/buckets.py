@@ -17,7 +17,7 @@ import numpy as np
 from hpr_jax.analysis.costs import photographs
 from hpr_jax.config import load_config
 from hpr_jax.data.build import load_training_data, make_plan
-from hpr_jax.data.loading.buckets import smallest_bucket
+from hpr_jax.data.loading.batch_plan import smallest_bucket
 from hpr_jax.training.build import in_steps
 
 

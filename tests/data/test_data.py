@@ -18,9 +18,8 @@ from hpr_jax.data.augmentation.crop_resize_flip import (
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import ImageFile, UnreadableImageError, read_annotated_image, read_image
-from hpr_jax.data.loading.batch_plan import TrainPlan, evaluation_plan
+from hpr_jax.data.loading.batch_plan import TrainPlan, choose_buckets, evaluation_plan, fits, smallest_bucket
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
-from hpr_jax.data.loading.buckets import choose_buckets, fits, smallest_bucket
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 

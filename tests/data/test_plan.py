@@ -10,9 +10,8 @@ from pictures import dataset, plain
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_plan
-from hpr_jax.data.loading.batch_plan import TrainPlan, evaluation_plan
+from hpr_jax.data.loading.batch_plan import TrainPlan, evaluation_plan, fits
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader
-from hpr_jax.data.loading.buckets import fits
 
 NESTED = [(32, 32), (64, 64), (96, 96)]
 

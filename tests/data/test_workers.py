@@ -16,9 +16,8 @@ import tiny
 
 from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
 from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes, wants_masks
-from hpr_jax.data.loading.batch_plan import evaluation_plan
+from hpr_jax.data.loading.batch_plan import choose_buckets, evaluation_plan
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
-from hpr_jax.data.loading.buckets import choose_buckets
 from hpr_jax.data.loading.workers import LoadedByWorkers
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import RunError, UserError

@@ -113,6 +113,7 @@ def test_a_head_computes_in_float32(dtype):
         assert jax.eval_shape(function, head, x).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_its_gradients_are_float32():
     (exact, _), (rounded, gradient) = gradients(remat=()), gradients(remat=(), dtype="bfloat16")
     assert rounded == pytest.approx(float(exact), rel=0.05)

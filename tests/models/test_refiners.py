@@ -138,13 +138,19 @@ def row(variant):
     return shallow(**{key: full.model.refiner[key] for key in keys})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Each refiner alone, all three with the published merge, and each kind of merge; other rows combine the same parts.
+OFTEN = ("table5", "table6_attention_ffn", "table7_fixed_2", "table7_scalar_2", "table7_vector_2")
+ROWS = [name if name.startswith(OFTEN) else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("variant", ROWS)
 def test_every_row_learns(variant):
     # Fully connected layers on a region replace the query: what they return depends on nothing that came before.
     before = ("layers.primary.attention", "layers.primary.norm1", "position.layers.0", "position.layers.1")
     assert_learns(row(variant), before if variant == "table5_region_fc" else ())
 
 
+@pytest.mark.slow
 def test_a_row_trains_and_evaluates(dataset):
     assert_trains_and_evaluates(row("table7_vector_2_1_1"), dataset)
 

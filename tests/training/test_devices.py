@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+# Programs for one and for eight devices are compiled.
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

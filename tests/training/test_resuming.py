@@ -20,7 +20,8 @@ from hpr_jax.errors import RunError, StoppedError, UserError
 from hpr_jax.training import checkpoint_writer
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.run import train
-from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
+from hpr_jax.weights.checkpoint import load_detector
+from hpr_jax.weights.find_checkpoint import find_checkpoint
 
 
 def test_resuming_gives_the_weights_of_a_run_without_stop(trained, coco, tmp_path):
@@ -57,6 +58,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained, coco, tmp_path, mon
     assert all(name.startswith(("names in checkpoints", "checkpoints/2:", "checkpoints/3:")) for name in different)
 
 
+@pytest.mark.slow
 def test_kills_do_not_change_the_end(trained, coco, tmp_path):
     """SIGKILL comes three times, once while a checkpoint is written."""
     config = tiny.write_config(tmp_path / "tiny_config.py", coco)
@@ -151,6 +153,7 @@ def test_a_best_checkpoint_alone_is_of_a_run_too(trained, coco, tmp_path):
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
     config = tiny.config(coco)
     config.train.ema_decay = 0.9

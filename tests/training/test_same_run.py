@@ -20,7 +20,8 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.training.resume import check_same_everywhere, check_same_run, dependencies
 from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
-from hpr_jax.weights.checkpoint import Meta, find_checkpoint
+from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.find_checkpoint import find_checkpoint
 
 CONFIG = to_plain(tiny.config())
 # Settings that may differ, since they change nothing of the result but its last bits.

@@ -21,7 +21,8 @@ from hpr_jax.evaluation.evaluator import Evaluator
 from hpr_jax.inference.predict import predict
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.run import train
-from hpr_jax.weights.checkpoint import find_checkpoint, load_detector
+from hpr_jax.weights.checkpoint import load_detector
+from hpr_jax.weights.find_checkpoint import find_checkpoint
 
 
 def test_a_run_leaves_everything_behind(trained):

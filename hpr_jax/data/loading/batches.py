@@ -13,8 +13,7 @@ from hpr_jax.data.augmentation.crop_resize_flip import Slot, apply_to_image
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Dataset, Record
 from hpr_jax.data.images import UnreadableImageError, read_annotated_image
-from hpr_jax.data.loading.batch_plan import PlannedBatch, TrainPlan
-from hpr_jax.data.loading.buckets import Shape
+from hpr_jax.data.loading.batch_plan import PlannedBatch, Shape, TrainPlan
 from hpr_jax.data.loading.workers import LoadedByWorkers, keep_freed_memory
 from hpr_jax.errors import UserError
 
