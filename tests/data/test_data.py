@@ -234,6 +234,16 @@ class TestGeometry:
         assert min(widths) >= 40 / scale[1] - 2
         assert max(widths) <= 70 / scale[0] + 2
 
+    def test_crops_lie_anywhere(self):
+        """Where a crop begins, as a fraction of where it can: uniform along both sides, which are not resized before it."""
+        settings = {**SETTINGS, "crop": 1.0, "crop_sides": (480,), "crop_range": (100, 200)}
+        drawn = draw_weak(np.array([[480, 640]] * 400), settings, np.random.default_rng(0))
+        windows = np.array([geometry.window for geometry in drawn])
+        start = windows[:, :2] / ([640, 480] - (windows[:, 2:] - windows[:, :2]))
+        assert np.all((start.min(axis=0) < 0.02) & (start.max(axis=0) > 0.98))
+        np.testing.assert_allclose(start.mean(axis=0), 0.5, atol=0.05)
+        assert abs(np.corrcoef(start.T)[0, 1]) < 0.2
+
 
 class TestImages:
     def exif(self, tmp_path, orientation):

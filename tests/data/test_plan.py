@@ -55,6 +55,19 @@ class TestImagesOfAnEpoch:
             for epoch in range(3):
                 assert len(set(indices(plan, epoch))) == 8
 
+    @pytest.mark.parametrize(("wide", "high"), [(3, 3), (7, 3), (3, 7), (4, 1)])
+    def test_every_batch_is_full(self, wide, high):
+        """Neither shape holds the other: a batch of what is left of one is filled with images that fit, its own at worst."""
+        shapes = [(32, 64)] * wide + [(64, 32)] * high
+        geometries = [Geometry((0, 0, w, h), (h, w)) for h, w in shapes]
+        plan = TrainPlan(lambda rng: geometries, len(shapes), batch_size=4, buckets=[(32, 64), (64, 32)], seed=0)
+        for step in range(3 * plan.steps_per_epoch):
+            batch = plan[step]
+            assert len(batch.slots) == 4
+            assert {slot.geometry.size for slot in batch.slots} == {batch.shape}
+            # An image comes again when all that fit have come.
+            assert len({slot.index for slot in batch.slots}) >= 3
+
     def test_whole_batches_and_leftovers_share_no_image(self):
         """Six small, seven middle and nine large images: five batches of four, of twenty images."""
         plan = make(*[32] * 6, *[64] * 7, *[96] * 9, buckets=NESTED)

@@ -119,6 +119,14 @@ class TestSelection:
         assert result.names == ["hat", "pen"]
         assert result.category_ids == [9, 5]
 
+    def test_what_is_above_a_threshold_may_lie_anywhere(self):
+        boxes = np.arange(12, dtype=np.float32).reshape(3, 4)
+        some = Detections(plain(9, 9, RED), boxes, np.array([0.1, 0.9, 0.4]), np.arange(3), ["cup", "pen", "hat"], [2, 5, 9])
+        found = some.above(0.4)
+        assert found.boxes.tolist() == boxes[1:].tolist()
+        assert (found.scores.tolist(), found.labels.tolist()) == ([0.9, 0.4], [1, 2])
+        assert (found.names, found.category_ids) == (["pen", "hat"], [5, 9])
+
     def test_names_and_ids_follow_the_order_of_classes(self):
         classes = Classes(("hat", "cup", "pen"), (9, 2, 5))
         result = detector(Detect(*[(0, 0, 9, 9)] * 3, labels=[0, 1, 2]), classes=classes)(plain(64, 64, RED), 0.0)

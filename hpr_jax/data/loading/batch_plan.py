@@ -83,8 +83,8 @@ class TrainPlan:
 
     An epoch shuffles the images and collects them by their smallest bucket; when a bucket has a batch of images, they become
     one. The images that are left over in the end are put together in the bucket that holds most of them; a batch that is
-    still short is filled up with images that the epoch had already. So each epoch has `count // batch_size` batches. A few
-    images may find no place in an epoch, others in each.
+    still short is filled up with images that the epoch had already, or else with its own again. So each epoch has
+    `count // batch_size` batches. A few images may find no place in an epoch, others in each.
 
     Args:
       draw: draws the geometry of every image of the data set.
@@ -143,8 +143,9 @@ class TrainPlan:
             shape = max(self.buckets, key=lambda shape: sum(fits(slot.geometry.size, shape) for slot in left))
             chosen = [slot for slot in left if fits(slot.geometry.size, shape)][: self.batch_size]
             left = [slot for slot in left if slot not in chosen]
-            again = (slot for batch in batches for slot in batch.slots if fits(slot.geometry.size, shape))
-            chosen += itertools.islice(again, self.batch_size - len(chosen))
+            earlier = (slot for batch in batches for slot in batch.slots if fits(slot.geometry.size, shape))
+            again = itertools.chain(earlier, itertools.cycle(chosen))
+            chosen = [*chosen, *itertools.islice(again, self.batch_size - len(chosen))]
             batches.append(PlannedBatch(shape, tuple(chosen)))
         return batches
 
