@@ -113,6 +113,18 @@ class TestViews:
         assert set(weak_counts) == set(strong_counts) == {0, 1, 2}
         assert weak_counts != strong_counts
 
+    def test_own_objects_come_before_what_is_pasted(self, coco):
+        loader = setup(coco, "lsj")
+        slot = next(slot for slot in loader.plan[0].slots if len(loader.make_views.dataset.records[slot.index].boxes) == 2)
+        own = ViewMaker(loader.make_views.dataset)(slot)[0][0].objects
+        views = [loader.make_views(Slot(slot.index, slot.geometry, (seed,)))[0][0] for seed in range(40)]
+        whole = [view.objects for view in views if len(view.objects) == 4]
+        assert len(whole) > 3
+        for objects in whole:
+            assert objects.labels[:2].tolist() == own.labels.tolist()
+            # Their boxes may have shrunk where they are partly hidden.
+            assert np.all(np.abs(objects.boxes[:2] - own.boxes) <= 10)
+
     def test_donors_that_cannot_be_read(self, tmp_path, coco):
         dataset = load_coco(
             tiny.write_coco(tmp_path / "data"), "train2017", "annotations/instances_train2017.json", masks=True

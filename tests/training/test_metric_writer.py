@@ -17,7 +17,14 @@ def test_numbers_are_written_to_both_files(tmp_path):
 def test_a_run_goes_on_behind_its_checkpoint(tmp_path):
     """Lines behind the checkpoint are dropped, as their steps are made again, and so is half a line that a kill left."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "loss": 3.0}\n{"step": 8, "lo')
+    lines = (
+        '{"step": 2, "loss": 1.0}',
+        '{"step": 3, "lo',
+        '{"step": 4, "loss": 2.0}',
+        '{"step": 6, "loss": 3.0}',
+        '{"step"',
+    )
+    path.write_text("\n".join(lines))
     with MetricWriter(tmp_path, start=4) as writer:
         writer.write(6, {"loss": 4.0})
     assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
