@@ -252,7 +252,7 @@ def official_term(name):
     return f"{prefix}{depth}{'dn_' if kind == 'denoising' else ''}loss_{loss}"
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS[:-1], pytest.param(MODELS[-1], marks=pytest.mark.slow)])
 class TestTraining:
     def test_decoder(self, model):
         expected, (_, outputs, _, _) = arrays(f"{model}_train"), training(model)

@@ -217,6 +217,7 @@ def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
     assert "Memory of one training step, 4 x 1024x1024, on cpu:" in printed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
     state = nnx.state(abstract_detector(tiny.config().model, tiny.CLASSES))
