@@ -77,6 +77,7 @@ def test_overrides_keep_types_that_only_configs_of_ones_own_have():
         ("train", "1", "is a section"),
         ("train.steps", "many", "wants a whole number"),
         ("train.steps", "1.5", "wants a whole number"),
+        ("train.steps", "True", "wants a whole number"),
         ("optimizer.learning_rate", "fast", "wants a number"),
         ("data.keep_empty", "maybe", "True or False"),
         ("augmentation.sides", "wide", "a list of numbers"),

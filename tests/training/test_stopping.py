@@ -1,0 +1,40 @@
+"""What signals do to a run."""
+
+import signal
+
+import pytest
+
+from hpr_jax.training.stopping import StopRequests
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_and_told(number, code):
+    with StopRequests() as requests:
+        assert requests.noted is None
+        signal.raise_signal(number)
+        assert requests.noted is number
+    error = requests.stop(7)
+    assert error.exit_code == code
+    assert str(error) == f"Stopped by {number.name}; step 7 is saved, and the same command goes on from it."
+
+
+def test_a_second_interrupt_ends_the_step_at_once():
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        # A scheduler repeats itself; that is no reason to lose the step.
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.noted is signal.SIGTERM
+
+
+def test_another_process_was_asked():
+    assert StopRequests().stop(3).exit_code == 75
+
+
+def test_afterwards_signals_do_what_they_did_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequests():
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
