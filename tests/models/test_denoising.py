@@ -40,6 +40,15 @@ def test_groups_of_positives_and_negatives():
     assert np.all(np.asarray(drawn.boxes)[~np.asarray(drawn.object)] == 0.5)
 
 
+def test_what_does_not_fill_a_group_stays_unused():
+    """Seven queries make two groups of three boxes, and three of two."""
+    targets = tiny.targets([3, 3, 2, 2], 3, SIZES)
+    drawn = denoiser(queries=7).draw(jax.random.key(0), targets)
+    assert drawn.used.shape[1] == 14
+    assert drawn.used.sum(axis=1).tolist() == [12] * 4
+    assert drawn.group[:, 11:].tolist() == [[1, -1, -1]] * 2 + [[2, -1, -1]] * 2
+
+
 def test_slots_suffice_for_more_boxes_than_queries():
     targets = tiny.targets([9, 2], 9, SIZES[:2])
     drawn = denoiser(queries=4).draw(jax.random.key(0), targets)
