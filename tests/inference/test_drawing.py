@@ -84,6 +84,11 @@ class TestContactSheets:
         covered[4:24, 4:24] = covered[4:24, 32:72] = covered[32:52, 4:24] = True
         assert np.all(sheet[~covered] == 255)
 
+    @pytest.mark.parametrize("counts", [(1, 3), (3, 1)])
+    def test_the_widest_row_decides_wherever_it_is(self, counts):
+        sheet = contact_sheet([[plain(20, 20, RED)] * count for count in counts], height=20)
+        assert sheet.shape == (56, 84, 3)
+
     def test_a_sheet_can_be_written(self, tmp_path):
         write_image(tmp_path / "sheet.png", np.ascontiguousarray(contact_sheet([[COLOURS]], height=24)))
         np.testing.assert_array_equal(read_image(tmp_path / "sheet.png")[4:28, 4:36], COLOURS)

@@ -190,6 +190,16 @@ class TestPredict:
                 ],
             }
 
+    def test_no_image_is_written_over(self, loaded, tmp_path):
+        """The pictures come into the folder of the images."""
+        cv2.imwrite(str(tmp_path / "x.jpg"), plain(40, 40, RED))
+        (tmp_path / "x.png").write_bytes(png(plain(40, 40, GREEN)))
+        before = {name: (tmp_path / name).read_bytes() for name in ("x.jpg", "x.png")}
+        predict(tmp_path, [tmp_path], tmp_path, 0.5)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        pictures = [entry["picture"] for entry in json.loads((tmp_path / "predictions.json").read_text())["images"]]
+        assert pictures == [str(tmp_path / "x_2.jpg"), str(tmp_path / "x_3.jpg")]
+
     def test_the_network_and_the_reader_see_rgb(self, loaded, monkeypatch, tmp_path):
         for name, colour in (("red", RED), ("blue", BLUE), ("mixed", (200, 120, 40))):
             (tmp_path / f"{name}.png").write_bytes(png(plain(40, 40, colour)))
