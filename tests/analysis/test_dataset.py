@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from pictures import RED, dataset, plain
 
 from hpr_jax.analysis.data_verdict import Verdict, first_few
 from hpr_jax.analysis.dataset import (
@@ -60,6 +61,23 @@ def test_annotations(directory, capsys):
     assert (facts.repeated_names, facts.file_names) == (("3.jpg",), {f"{number}.jpg" for number in (0, 1, 2, 3, 5)})
     assert (count_below(dataset, 48), count_below(dataset, 49)) == (0, 6)
     assert capsys.readouterr().out == ""
+
+
+def test_images_with_one_object_are_not_empty():
+    box = [2, 2, 12, 12]
+    facts = annotation_facts(dataset([plain(20, 30, RED)] * 4, [[], [box], [box] * 3, [box]]))
+    assert (facts.empty, facts.objects, facts.objects_per_image) == (1, 5, Spread(0, 1, 3))
+
+
+def test_every_repetition_of_an_id_counts(directory):
+    path = directory / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for annotation, number in zip(content["annotations"], (7, 7, 7, 8, 8)):
+        annotation["id"] = number
+    for number, annotation in enumerate(content["annotations"][5:], start=100):
+        annotation["id"] = number
+    path.write_text(json.dumps(content))
+    assert annotation_facts(load(directory)).repeated_ids == 3
 
 
 def test_a_split_without_images(directory):

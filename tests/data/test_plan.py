@@ -222,6 +222,26 @@ class TestFromAConfig:
         large_scale = self.plan(kind="lsj", lsj={"side": 64})
         assert all(slot.geometry.size == (64, 64) and slot.geometry.content for slot in slots(large_scale, 0))
 
+    @pytest.mark.parametrize(
+        ("sizes", "crop", "largest"),
+        [
+            ([(40, 60)], 0.0, {(64, 96)}),
+            ([(60, 40)], 0.0, {(96, 64)}),
+            ([(60, 40), (40, 60)], 0.0, {(64, 96), (96, 64)}),
+            ([(40, 60)], 0.5, {(64, 96), (96, 64)}),
+            ([(60, 40)], 0.5, {(64, 96), (96, 64)}),
+        ],
+    )
+    def test_a_bucket_holds_whatever_an_epoch_can_draw(self, sizes, crop, largest):
+        """Images of a shape that no trial draws: the sides are 64 and 96 at most."""
+        config = tiny.config()
+        config.train.batch_size = 1
+        config.data.buckets = 4
+        config.augmentation.update(sides=(64,), max_side=96, crop=crop, crop_sides=(48,), crop_range=(32, 40))
+        plan = make_plan(config, dataset([plain(*size, (0, 0, 0)) for size in sizes], [[]] * len(sizes)))
+        assert all(any(fits(size, bucket) for bucket in plan.buckets) for size in largest)
+        assert crop or all(any(fits(bucket, size) for size in largest) for bucket in plan.buckets)
+
     def test_flips_and_crops_are_others_in_each_epoch(self):
         plan = self.plan()
         drawn = [[slot.geometry for slot in sorted(slots(plan, epoch), key=lambda slot: slot.index)] for epoch in range(2)]
