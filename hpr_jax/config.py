@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,21 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
       overrides: (dotted key, text) as `override` takes them.
 
     Raises:
-      UserError: there is no such file or variant, the file cannot be loaded, or an override is wrong.
+      UserError: there is no such file or variant, the file cannot be loaded, its function fails, or an override is wrong.
     """
     path, variant = _find(spec)
     module = load_module(path)
     variants = getattr(module, "VARIANTS", None)
     if variant and variants is not None and variant not in variants:
         raise UserError(f"{path} has no variant {variant!r}; {suggestion(variant, variants)}")
-    config = module.get_config(variant) if variant else module.get_config()
+    try:
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise UserError(f"get_config of {path} ends with {type(error).__name__}: {error} ({where}).") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} returns a {type(config).__name__}, not an ml_collections.ConfigDict.")
     for key, text in overrides:

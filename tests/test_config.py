@@ -97,6 +97,9 @@ def test_wrong_files_and_variants(tmp_path):
     with pytest.raises(UserError, match=r"did you mean.*configs/ddq\.py"):
         load_config(f"{tiny.ROOT}/confgs/ddq.py")
     (tmp_path / "broken.py").write_text("def get_config(:")
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {}['lr']")
+    with pytest.raises(UserError, match=r"get_config of .*wrong\.py ends with KeyError: 'lr' \(wrong\.py, line 2\)\."):
+        load_config(f"{tmp_path}/wrong.py")
     with pytest.raises(UserError, match="cannot be loaded: SyntaxError"):
         load_config(str(tmp_path / "broken.py"))
     (tmp_path / "empty.py").write_text("")
