@@ -37,6 +37,11 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on with a run whose settings or data were others when it began"
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="begin although the workdir's file system has no locks, which tell that no other run is at work there",
+    )
 
 
 def run(arguments: Namespace, overrides: Overrides) -> None:
@@ -61,4 +66,4 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     log.info("The run %s is in %s.", arguments.config, workdir)
     from hpr_jax.training.run import train
 
-    train(config, workdir, accept_changes=arguments.accept_changes)
+    train(config, workdir, accept_changes=arguments.accept_changes, take_over=arguments.take_over)

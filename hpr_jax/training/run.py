@@ -26,6 +26,7 @@ from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import make_train_step
 from hpr_jax.training.stopping import StopRequests
+from hpr_jax.training.workdir_lock import owned
 from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.find_checkpoint import LATEST
 from hpr_jax.weights.pretrained import initial_weights
@@ -52,14 +53,15 @@ def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
     )
 
 
-def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) -> dict[str, float]:
+def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, take_over: bool = False) -> dict[str, float]:
     """Trains, going on from the workdir's latest checkpoint if there is one; returns the metrics of the last evaluation.
 
     Args:
       accept_changes: goes on even if settings or data are others than those that the run began with.
+      take_over: begins even if the file system cannot tell whether another run is at work in the workdir.
 
     Raises:
-      UserError: the run cannot be trained with these settings or data.
+      UserError: the run cannot be trained with these settings or data, or another run is at work in the workdir.
       RunError: the loss is not finite, or a checkpoint cannot be written.
       StoppedError: SIGTERM or SIGINT came; the run is saved.
     """
@@ -77,40 +79,43 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False) ->
     meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(train_split, val_set))
     check_same_everywhere(meta)
     # Nothing is written before this line, so that wrong settings or data leave no files behind.
-    log_to_file(workdir / ("train.log" if is_main_process() else f"train.{jax.process_index()}.log"))
-    report_data(train_split, train_set, val_set)
-    views = make_views(config, train_set)
-    max_boxes = room_for_boxes(config, train_set, views)
-    begun = any((workdir / LATEST).glob("*"))
-    weights = None if begun else initial_weights(config)
-    if weights is not None:
-        log.info("The run begins with the weights %s.", weights)
-    graph, state = initial_state(config, len(train_set.classes.names), mesh, weights)
-    log.info("%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params)))
-    what = "images, a weak and a strong view of each," if views.strong else "images"
-    log.info("batches of %d %s in the shapes %s", plan.batch_size, what, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
-    if mesh.size > 1:
-        log.info("on %d devices of %d processes", mesh.size, jax.process_count())
+    with owned(workdir, take_over=take_over):
+        log_to_file(workdir / ("train.log" if is_main_process() else f"train.{jax.process_index()}.log"))
+        report_data(train_split, train_set, val_set)
+        views = make_views(config, train_set)
+        max_boxes = room_for_boxes(config, train_set, views)
+        begun = any((workdir / LATEST).glob("*"))
+        weights = None if begun else initial_weights(config)
+        if weights is not None:
+            log.info("The run begins with the weights %s.", weights)
+        graph, state = initial_state(config, len(train_set.classes.names), mesh, weights)
+        log.info(
+            "%.1f million parameters, %.1f trained", *(_millions(s) for s in ((state.params, state.frozen), state.params))
+        )
+        what = "images, a weak and a strong view of each," if views.strong else "images"
+        log.info("batches of %d %s in the shapes %s", plan.batch_size, what, ", ".join(f"{h}x{w}" for h, w in plan.buckets))
+        if mesh.size > 1:
+            log.info("on %d devices of %d processes", mesh.size, jax.process_count())
 
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    state, progress = resume(checkpoints, state, meta, accept_changes)
-    start, steps = int(state.step), config.train.steps
-    if start >= steps:
-        log.info("Step %d of %d is done already.", start, steps)
-    loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
-    evaluator = Evaluator(config, val_set, graph)
-    settings = config.train
-    step_function = make_train_step(
-        graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
-    )
-    with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
-        loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
-        batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
-        try:
-            return loop.run(step_function, state, batches)
-        finally:
-            batches.close()
-            loop.bar.close()
+        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+        state, progress = resume(checkpoints, state, meta, accept_changes)
+        start, steps = int(state.step), config.train.steps
+        if start >= steps:
+            log.info("Step %d of %d is done already.", start, steps)
+        loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
+        evaluator = Evaluator(config, val_set, graph)
+        settings = config.train
+        step_function = make_train_step(
+            graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
+        )
+        with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
+            loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
+            batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
+            try:
+                return loop.run(step_function, state, batches)
+            finally:
+                batches.close()
+                loop.bar.close()
 
 
 def _millions(state: Any) -> float:

@@ -159,9 +159,13 @@ class TestArguments:
         (elsewhere / "data/coco").mkdir(parents=True)
         training = ("--config", DDQ, "--workdir", "w", "--config.train.initial_weights=random")
         config, workdir, others = called(*training, "--config.train.seed=5", "--accept-changes")
-        assert (config.train.seed, workdir, others) == (5, Path("w"), {"accept_changes": True})
-        *_, others = called(*training)
-        assert others == {"accept_changes": False}
+        assert (config.train.seed, workdir, others) == (
+            5,
+            Path("w"),
+            {"accept_changes": True, "take_over": False},
+        )
+        *_, others = called(*training, "--take-over")
+        assert others == {"accept_changes": False, "take_over": True}
 
     def test_evaluation(self, called):
         overrides = [("evaluate.side", "32")]

@@ -19,11 +19,13 @@ import tiny
 from flax import nnx
 from workdirs import events, lines
 
+from hpr_jax.errors import UserError
 from hpr_jax.evaluation.evaluator import EvaluationResult
 from hpr_jax.runtime.devices import data_mesh, replicate
 from hpr_jax.runtime.logs import log_to_console
 from hpr_jax.training.run import train
 from hpr_jax.training.state import TrainState, initial_state
+from hpr_jax.training.workdir_lock import owned
 from hpr_jax.weights.checkpoint import read_meta
 
 SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 4, "warmup_factor": 0.5, "milestones": (3,), "gamma": 0.1}
@@ -153,6 +155,12 @@ class TestWhatIsWritten:
         assert metrics == {"AP": 0.375, "AP50": 0.625}
         assert "step 2: AP 0.2500, AP50 0.7500" in caplog.messages
         assert len(scripted.evaluated_on) == 3
+
+    def test_a_workdir_has_one_run_at_a_time(self, scripted, coco, tmp_path):
+        with owned(tmp_path / "run"), pytest.raises(UserError, match="belongs to a run that is at work"):
+            train(settings(coco, steps=2), tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["owner"]
+        train(settings(coco, steps=2), tmp_path / "run")
 
     def test_checkpoints_come_at_their_steps(self, scripted, coco, tmp_path):
         train(settings(coco, steps=7, checkpoint_every=2, keep_checkpoints=3), tmp_path)
