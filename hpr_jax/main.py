@@ -6,6 +6,7 @@ answered before JAX is imported.
 
 import difflib
 import importlib
+import io
 import sys
 from types import ModuleType
 
@@ -104,6 +105,10 @@ def _unknown(name: str, word: str, parser: CommandParser) -> str:
 
 def main() -> int:
     """Carries out the command line of this process; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A console that lacks a character, of a class or a file name, must not end a run.
+            stream.reconfigure(errors="backslashreplace")
     return run_command(lambda: run(sys.argv[1:]), leave_at_once="--distributed" in sys.argv)
 
 

@@ -32,6 +32,11 @@ class CommandParser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
 
+def path(text: str) -> Path:
+    """A path on the command line. A shell leaves the `~` in `--output=~/x` as it is."""
+    return Path(text).expanduser()
+
+
 def add_config(parser: CommandParser, meaning: str) -> None:
     """Adds `--config`, and to the help the two ways to change and to list settings."""
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help=meaning)
@@ -45,8 +50,8 @@ def add_config(parser: CommandParser, meaning: str) -> None:
 
 def add_checkpoint(parser: CommandParser) -> None:
     """Adds `--workdir` and `--checkpoint`."""
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of a run, whose best checkpoint is used")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint to use instead")
+    parser.add_argument("--workdir", type=path, metavar="DIR", help="folder of a run, whose best checkpoint is used")
+    parser.add_argument("--checkpoint", type=path, metavar="DIR", help="a checkpoint to use instead")
 
 
 def check_folder(path: Path | None, what: str) -> None:

@@ -37,7 +37,7 @@ from hpr_jax.analysis.dataset import (
     plan_facts,
     training_obstacle,
 )
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_config
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, path
 from hpr_jax.config import load_config
 from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes
 from hpr_jax.data.dataset import Dataset, Problem
@@ -265,7 +265,7 @@ def _draw_view(batch: Batch, index: int, names: Sequence[str]) -> np.ndarray:
 
 def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "what would be trained")
-    parser.add_argument("--output", type=Path, default=Path("runs/check_data"), help="folder of the pictures (%(default)s)")
+    parser.add_argument("--output", type=path, default=Path("runs/check_data"), help="folder of the pictures (%(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="pictures of augmented images (default %(default)s)")
 
 

@@ -6,20 +6,19 @@ examples:
 """
 
 from argparse import Namespace
-from pathlib import Path
 
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_config
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, path
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.settings import check
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("source", type=Path, help="the .pth file, or with --to-torch a checkpoint or workdir")
-    parser.add_argument("target", type=Path, help="a new workdir, or with --to-torch a .pth file")
+    parser.add_argument("source", type=path, help="the .pth file, or with --to-torch a checkpoint or workdir")
+    parser.add_argument("target", type=path, help="a new workdir, or with --to-torch a .pth file")
     add_config(parser, "the model that the weights belong to")
     parser.add_argument(
-        "--annotations", type=Path, metavar="FILE.json", help="COCO annotation file whose categories are the classes"
+        "--annotations", type=path, metavar="FILE.json", help="COCO annotation file whose categories are the classes"
     )
     parser.add_argument("--to-torch", action="store_true", help="the other way: a checkpoint to a .pth file")
 

@@ -5,9 +5,8 @@ example:
 """
 
 from argparse import Namespace
-from pathlib import Path
 
-from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_checkpoint, add_config, check_folder
+from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_checkpoint, add_config, check_folder, path
 from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
@@ -18,7 +17,7 @@ def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "settings in place of the checkpoint's; the model must be the same")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder for metrics.json and detections.json (default: WORKDIR/evaluation)",
     )

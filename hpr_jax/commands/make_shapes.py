@@ -5,14 +5,13 @@ example:
 """
 
 from argparse import Namespace
-from pathlib import Path
 
-from hpr_jax.commands.arguments import CommandParser, Overrides, check_folder
+from hpr_jax.commands.arguments import CommandParser, Overrides, check_folder, path
 from hpr_jax.errors import UserError
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument("directory", type=path, metavar="DIR", help="folder of the data set")
     parser.add_argument("--train", type=int, default=400, help="training images (default 400)")
     parser.add_argument("--val", type=int, default=100, help="validation images (default 100)")
     parser.add_argument("--side", type=int, default=128, help="longer side in pixels (default 128)")

@@ -5,15 +5,14 @@ example:
 """
 
 from argparse import Namespace
-from pathlib import Path
 
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, check_folder
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, check_folder, path
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("target", type=Path, metavar="DATA_DIR", help="where TFDS data sets are kept")
+    parser.add_argument("target", type=path, metavar="DATA_DIR", help="where TFDS data sets are kept")
     add_config(parser, "whose data to write")
 
 

@@ -5,9 +5,8 @@ example:
 """
 
 from argparse import Namespace
-from pathlib import Path
 
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_checkpoint, add_config, check_folder
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_checkpoint, add_config, check_folder, path
 from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
@@ -15,12 +14,13 @@ from hpr_jax.inference.find_images import find_images
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE_OR_FOLDER", help="images, and folders of images")
+    parser.add_argument("inputs", nargs="*", type=path, metavar="IMAGE_OR_FOLDER", help="images, and folders of images")
     add_checkpoint(parser)
     add_config(parser, "settings in place of the checkpoint's; the model must be the same")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for pictures and predictions.json (default: WORKDIR/predictions)"
+        "--output", type=path, metavar="DIR", help="folder for pictures and predictions.json (default: WORKDIR/predictions)"
     )
+    parser.add_argument("--recursive", action="store_true", help="take images of folders in the folders, too")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
 
 
@@ -36,10 +36,11 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
         raise UserError(f"The threshold is a score between 0 and 1, not {arguments.threshold}.")
     check_folder(arguments.workdir, "workdir")
     check_folder(arguments.output, "output folder")
-    find_images(arguments.inputs)
+    find_images(arguments.inputs, recursive=arguments.recursive)
     config = load_config(arguments.config, overrides) if arguments.config else None
     start()
     from hpr_jax.inference.predict import predict
 
     output = arguments.output or arguments.workdir / "predictions"
-    predict(arguments.checkpoint or arguments.workdir, arguments.inputs, output, arguments.threshold, overrides, config)
+    checkpoint = arguments.checkpoint or arguments.workdir
+    predict(checkpoint, arguments.inputs, output, arguments.threshold, overrides, config, recursive=arguments.recursive)

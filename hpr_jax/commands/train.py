@@ -8,7 +8,7 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
-from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_config, check_folder
+from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_config, check_folder, path
 from hpr_jax.commands.start import start
 from hpr_jax.config import config_name, load_config
 from hpr_jax.data.presence import missing_data
@@ -29,7 +29,7 @@ def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "what to train")
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder of the run: checkpoints, metrics, log (default: runs/ and the names of config and variant)",
     )

@@ -52,12 +52,33 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 256, gap: 
     )
 
 
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """The file of an image, in the format that the suffix of its name tells.
+
+    Raises:
+      cv2.error: there is no such format, or it has no images so large.
+    """
+    _, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return data.tobytes()
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Writes an image in the format that the path's suffix names.
+    """Writes an image in the format that the path's suffix names; raises what `encode_image` and `write_whole` raise."""
+    write_whole(path, encode_image(image, path.suffix))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that appears under its name when it is complete, in place of an earlier one.
 
     Raises:
       OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path} could not be written")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)

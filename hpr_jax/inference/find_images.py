@@ -9,8 +9,8 @@ from hpr_jax.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
-    """The given files, and the image files directly inside given folders.
+def find_images(inputs: Sequence[Path], *, recursive: bool = False) -> list[Path]:
+    """The given files, and the image files directly inside given folders, or anywhere below them.
 
     Raises:
       UserError: no path is given, a path does not exist, or a folder holds no images.
@@ -20,9 +20,12 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
     files = []
     for path in inputs:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = sorted(file for file in path.glob("**/*" if recursive else "*") if file.suffix.lower() in SUFFIXES)
             if not inside:
-                raise UserError(f"The folder {path} holds no images ({', '.join(SUFFIXES)}).")
+                raise UserError(
+                    f"The folder {path} holds no images ({', '.join(SUFFIXES)})"
+                    + ("." if recursive else "; --recursive looks into its folders, too.")
+                )
             files += inside
         elif path.is_file():
             files.append(path)

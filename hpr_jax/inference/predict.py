@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ from tqdm import tqdm
 
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
-from hpr_jax.inference.drawing import write_image
+from hpr_jax.inference.drawing import encode_image, write_whole
 from hpr_jax.inference.find_images import find_images
 from hpr_jax.inference.image_detector import Detections, load
 
 log = logging.getLogger("hpr_jax")
+
+# The suffix of the pictures that are written.
+PICTURES = ".jpg"
+# Seconds between two times that predictions.json is written.
+INTERVAL = 2.0
 
 
 def predict(
@@ -25,10 +32,13 @@ def predict(
     threshold: float,
     overrides: Sequence[tuple[str, str]] = (),
     config: ConfigDict | None = None,
+    *,
+    recursive: bool = False,
 ) -> None:
     """Writes a picture of each image with its detections, and `predictions.json` with boxes in pixels of the images.
 
-    Images that cannot be read are reported and skipped.
+    What goes wrong with one image is reported, and the image skipped. No file is written over but those of an earlier call.
+    `predictions.json` is complete whenever it is looked at, and has what was found so far if the process is ended.
 
     Args:
       checkpoint: a checkpoint's directory or a run's workdir.
@@ -37,39 +47,89 @@ def predict(
       threshold: lowest score of the detections.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
+      recursive: takes images of folders in the folders, too.
 
     Raises:
-      UserError: there is no checkpoint or no image, or no image can be read.
+      UserError: there is no checkpoint or no image, no image can be read, or predictions.json is another's.
+      OSError: the results cannot be written.
     """
-    files = find_images(inputs)
+    files = find_images(inputs, recursive=recursive)
+    report = _Report(output)
     detector = load(checkpoint, overrides=dict(overrides), config=config)
-    entries, skipped = [], []
+    # The paths of images, and of the pictures of this call.
     taken = {file.resolve() for file in files}
-    for file in tqdm(files, desc="prediction", unit="image"):
-        try:
-            image = read_image(file)
-        except UnreadableImageError as error:
-            log.warning("%s; skipped", error)
-            skipped.append(str(file))
-            continue
-        found = detector(image, threshold)
-        picture = _picture_path(output, file, taken)
-        taken.add(picture.resolve())
-        write_image(picture, found.draw())
-        entries.append(_entry(file, picture, found))
-    if not entries:
+    try:
+        for file in tqdm(files, desc="prediction", unit="image"):
+            try:
+                found = detector(read_image(file), threshold)
+                data = encode_image(found.draw(), PICTURES)
+            except Exception as error:
+                text = str(error) if isinstance(error, UnreadableImageError) else f"{file}: {_first_line(error)}"
+                log.warning("%s; skipped", text)
+                report.skipped.append(str(file))
+                continue
+            picture = _picture_path(output, file, taken, report.earlier)
+            taken.add(picture.resolve())
+            write_whole(picture, data)
+            report.entries.append(_entry(file, picture, found))
+            report.write_if_due()
+    finally:
+        if report.entries:
+            report.write()
+    if not report.entries:
         raise UserError(f"None of the {len(files)} images could be read.")
-    result = output / "predictions.json"
-    result.write_text(json.dumps({"images": entries, "skipped": skipped}, indent=1) + "\n")
-    log.info("Wrote %d pictures and %s; %d images skipped.", len(entries), result, len(skipped))
+    log.info("Wrote %d pictures and %s; %d images skipped.", len(report.entries), report.path, len(report.skipped))
 
 
-def _picture_path(output: Path, file: Path, taken: set[Path]) -> Path:
-    """A path for the picture of an image, named like the image; numbered if another picture or an image has that path."""
-    path, number = output / f"{file.stem}.jpg", 1
-    while path.resolve() in taken:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Report:
+    """`predictions.json`, written anew at intervals.
+
+    Attributes:
+      entries: what it says about each image.
+      skipped: the images that something was wrong with.
+      earlier: the pictures of the call that wrote the file that is there.
+    """
+
+    def __init__(self, output: Path):
+        self.path = output / "predictions.json"
+        self.entries: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self.earlier = self._earlier_pictures()
+        self._written = -math.inf
+
+    def _earlier_pictures(self) -> set[Path]:
+        if not self.path.exists():
+            return set()
+        try:
+            content = json.loads(self.path.read_bytes())
+            return {Path(entry["picture"]).resolve() for entry in content["images"]}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{self.path} is no file that predict wrote, and would be written over; choose another --output."
+            ) from error
+
+    def write_if_due(self) -> None:
+        """Writes it unless it was written a short while ago: it grows with each image."""
+        if time.monotonic() - self._written > INTERVAL:
+            self.write()
+
+    def write(self) -> None:
+        content = json.dumps({"images": self.entries, "skipped": self.skipped}, indent=1) + "\n"
+        write_whole(self.path, content.encode())
+        self._written = time.monotonic()
+
+
+def _picture_path(output: Path, file: Path, taken: set[Path], earlier: set[Path]) -> Path:
+    """A path for the picture of an image, named like the image; numbered if an image, another picture of this call, or a
+    file that no earlier call wrote has that path."""
+    path, number = output / f"{file.stem}{PICTURES}", 1
+    while path.resolve() in taken or (path.exists() and path.resolve() not in earlier):
         number += 1
-        path = output / f"{file.stem}_{number}.jpg"
+        path = output / f"{file.stem}_{number}{PICTURES}"
     return path
 
 

@@ -182,9 +182,9 @@ class TestArguments:
         (elsewhere / "b").mkdir()
         (elsewhere / "b/c.jpg").write_bytes(b"")
         found = called("predict", "--workdir", "w", "a.jpg", "b")
-        assert found == (Path("w"), [Path("a.jpg"), Path("b")], Path("w/predictions"), 0.3, [], None, {})
+        assert found == (Path("w"), [Path("a.jpg"), Path("b")], Path("w/predictions"), 0.3, [], None, {"recursive": False})
         found = called("predict", "--workdir", "w", "--checkpoint", "c", "--output", "o", "--threshold", "0.7", "a.jpg")
-        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {})
+        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {"recursive": False})
 
     def test_description(self, called):
         config, classes, checkpoint, overrides, _ = called("describe", "--config", DDQ, "--classes", "7")

@@ -1,6 +1,7 @@
 """Image detector and `predict`, with known detections: from an image to boxes in its pixels, and to what is written."""
 
 import json
+import os
 import types
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax import nnx
 from pictures import BLUE, CLASSES, GREEN, RED, plain, png
 
 from hpr_jax.data.dataset import Classes
+from hpr_jax.errors import UserError
 from hpr_jax.inference.image_detector import Detections, ImageDetector
 from hpr_jax.inference.predict import predict
 
@@ -199,6 +201,53 @@ class TestPredict:
         assert {name: (tmp_path / name).read_bytes() for name in before} == before
         pictures = [entry["picture"] for entry in json.loads((tmp_path / "predictions.json").read_text())["images"]]
         assert pictures == [str(tmp_path / "x_2.jpg"), str(tmp_path / "x_3.jpg")]
+
+    def test_files_of_others_are_not_written_over(self, loaded, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "in/holiday.png").write_bytes(png(plain(40, 40, RED)))
+        (tmp_path / "out/holiday.jpg").write_bytes(b"another's")
+        for _ in range(2):
+            predict(tmp_path, [tmp_path / "in"], tmp_path / "out", 0.5)
+            assert (tmp_path / "out/holiday.jpg").read_bytes() == b"another's"
+            names = ["holiday.jpg", "holiday_2.jpg", "predictions.json"]
+            assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+        (tmp_path / "out/predictions.json").write_text('{"mine": 1}')
+        with pytest.raises(UserError, match=r"predictions\.json is no file that predict wrote.*choose another --output"):
+            predict(tmp_path, [tmp_path / "in"], tmp_path / "out", 0.5)
+        assert (tmp_path / "out/predictions.json").read_text() == '{"mine": 1}'
+
+    def test_what_goes_wrong_with_an_image_stops_no_other(self, monkeypatch, tmp_path, caplog):
+        """After each image, predictions.json has all before it; the last one is interrupted."""
+        for name in "abcd":
+            (tmp_path / f"{name}.png").write_bytes(png(plain(40, 40, RED)))
+        result, calls = tmp_path / "out/predictions.json", []
+
+        def find(image, threshold):
+            calls.append([entry["file"][-5] for entry in json.loads(result.read_text())["images"]] if calls else [])
+            if len(calls) == 2:
+                raise ValueError("too large\nfor this machine")
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return Detections(image, np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), [], [])
+
+        monkeypatch.setattr("hpr_jax.inference.predict.load", lambda *_, **__: find)
+        monkeypatch.setattr("hpr_jax.inference.predict.INTERVAL", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            predict(tmp_path, [tmp_path], tmp_path / "out", 0.5)
+        assert calls == [[], ["a"], ["a"], ["a", "c"]]
+        content = json.loads(result.read_text())
+        assert [entry["file"][-5] for entry in content["images"]] == ["a", "c"]
+        assert content["skipped"] == [str(tmp_path / "b.png")]
+        assert f"{tmp_path / 'b.png'}: too large; skipped" in caplog.messages
+
+    def test_names_that_are_no_text(self, loaded, tmp_path):
+        name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
+        (tmp_path / name).write_bytes(png(plain(40, 40, RED)))
+        predict(tmp_path, [tmp_path], tmp_path / "out", 0.5)
+        assert (tmp_path / "out" / name.replace(".png", ".jpg")).is_file()
+        (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+        assert entry["file"] == str(tmp_path / name)
 
     def test_the_network_and_the_reader_see_rgb(self, loaded, monkeypatch, tmp_path):
         for name, colour in (("red", RED), ("blue", BLUE), ("mixed", (200, 120, 40))):
