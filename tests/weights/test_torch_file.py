@@ -109,6 +109,12 @@ def test_state_dicts_are_found(container):
     assert list(find_tensors({**tensors, "c": np.ones(1)})) == ["module.a", "module.b", "c"]
 
 
+def test_of_several_state_dicts_the_usual_key_decides():
+    first, second, third = ({"a": np.full(1, value)} for value in (1, 2, 3))
+    assert find_tensors({"network": third, "model": second, "state_dict": first})["a"] == 1
+    assert find_tensors({"network": third, "model": second, "state_dict": None})["a"] == 2
+
+
 def test_missing_state_dicts_are_named():
     with pytest.raises(UserError, match="its keys are epoch, weights"):
         find_tensors({"epoch": 1, "weights": {"a": np.ones(1)}})
