@@ -18,7 +18,10 @@ def add_arguments(parser: CommandParser) -> None:
     add_checkpoint(parser)
     add_config(parser, "settings in place of the checkpoint's; the model must be the same")
     parser.add_argument(
-        "--output", type=path, metavar="DIR", help="folder for pictures and predictions.json (default: WORKDIR/predictions)"
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="folder for pictures and predictions.json (default: WORKDIR/predictions)",
     )
     parser.add_argument("--recursive", action="store_true", help="take images of folders in the folders, too")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detection (default 0.3)")

@@ -68,7 +68,7 @@ def load_dataset(settings: Mapping[str, Any], split: str, classes: Classes | Non
     Raises:
       UserError: there is no such data set, or its annotations are not as they should be.
     """
-    directory = Path(settings["directory"])
+    directory = Path(settings["directory"]).expanduser()
     for form in FORMATS:
         names = form.names(settings, split)
         if form.is_format(directory, *names):

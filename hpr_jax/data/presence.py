@@ -11,7 +11,7 @@ def missing_data(settings: Mapping[str, Any]) -> str | None:
     Args:
       settings: section `data` of a config.
     """
-    directory = Path(settings["directory"])
+    directory = Path(settings["directory"]).expanduser()
     if directory.is_dir():
         return None
     what = "is a file" if directory.exists() else "does not exist"

@@ -12,6 +12,7 @@ from hpr_jax.data.build import load_dataset
 from hpr_jax.data.log_dropped import log_dropped
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process
+from hpr_jax.runtime.files import write_whole
 from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
 from hpr_jax.weights.find_checkpoint import find_checkpoint
 
@@ -47,7 +48,8 @@ def evaluate(
     log_table(result)
     if not is_main_process():
         return result
-    (output / "detections.json").write_text(json.dumps(result.detections))
-    (output / "metrics.json").write_text(json.dumps({**result.metrics, "per_class": result.per_class}, indent=2) + "\n")
+    write_whole(output / "detections.json", json.dumps(result.detections).encode())
+    metrics = {**result.metrics, "per_class": result.per_class}
+    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
     return result

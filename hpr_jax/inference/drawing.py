@@ -7,6 +7,9 @@ import cv2
 import numpy as np
 import supervision as sv
 
+from hpr_jax.errors import UserError
+from hpr_jax.runtime.files import write_whole
+
 
 def draw(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """A copy of an image with boxes on it.
@@ -53,32 +56,21 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 256, gap: 
 
 
 def encode_image(image: np.ndarray, suffix: str) -> bytes:
-    """The file of an image, in the format that the suffix of its name tells.
+    """The content of an image file, in the format that a suffix names.
 
     Raises:
-      cv2.error: there is no such format, or it has no images so large.
+      UserError: there is no such format, or it has no images of this size.
     """
-    _, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    try:
+        encoded, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    except cv2.error:
+        encoded = False
+    if not encoded:
+        height, width = image.shape[:2]
+        raise UserError(f"A picture of {width}x{height} pixels cannot be written as {suffix or 'a file without a suffix'}.")
     return data.tobytes()
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Writes an image in the format that the path's suffix names; raises what `encode_image` and `write_whole` raise."""
     write_whole(path, encode_image(image, path.suffix))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that appears under its name when it is complete, in place of an earlier one.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
-from hpr_jax.inference.drawing import encode_image, write_whole
+from hpr_jax.inference.drawing import encode_image
 from hpr_jax.inference.find_images import find_images
 from hpr_jax.inference.image_detector import Detections, load
+from hpr_jax.runtime.files import write_whole
 
 log = logging.getLogger("hpr_jax")
 
@@ -50,11 +51,15 @@ def predict(
       recursive: takes images of folders in the folders, too.
 
     Raises:
-      UserError: there is no checkpoint or no image, no image can be read, or predictions.json is another's.
+      UserError: there is no checkpoint or no image, no image can be processed, or predictions.json is another's.
       OSError: the results cannot be written.
     """
-    files = find_images(inputs, recursive=recursive)
-    report = _Report(output)
+    result = _PredictionsFile(output)
+    # Pictures that an earlier call wrote into a folder are no images of it.
+    images = find_images(inputs, recursive=recursive)
+    files = [file for file in images if file in inputs or file.resolve() not in result.earlier]
+    if not files:
+        raise UserError(f"All images are pictures that predict wrote, by {result.path}; choose another --output.")
     detector = load(checkpoint, overrides=dict(overrides), config=config)
     # The paths of images, and of the pictures of this call.
     taken = {file.resolve() for file in files}
@@ -66,26 +71,26 @@ def predict(
             except Exception as error:
                 text = str(error) if isinstance(error, UnreadableImageError) else f"{file}: {_first_line(error)}"
                 log.warning("%s; skipped", text)
-                report.skipped.append(str(file))
+                result.skipped.append(str(file))
                 continue
-            picture = _picture_path(output, file, taken, report.earlier)
+            picture = _picture_path(output, file, taken, result.earlier)
             taken.add(picture.resolve())
             write_whole(picture, data)
-            report.entries.append(_entry(file, picture, found))
-            report.write_if_due()
+            result.entries.append(_entry(file, picture, found))
+            result.write_if_due()
     finally:
-        if report.entries:
-            report.write()
-    if not report.entries:
-        raise UserError(f"None of the {len(files)} images could be read.")
-    log.info("Wrote %d pictures and %s; %d images skipped.", len(report.entries), report.path, len(report.skipped))
+        if result.entries:
+            result.write()
+    if not result.entries:
+        raise UserError(f"None of the {len(files)} images could be processed; the lines above say why.")
+    log.info("Wrote %d pictures and %s; %d images skipped.", len(result.entries), result.path, len(result.skipped))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class _Report:
+class _PredictionsFile:
     """`predictions.json`, written anew at intervals.
 
     Attributes:
@@ -106,7 +111,7 @@ class _Report:
             return set()
         try:
             content = json.loads(self.path.read_bytes())
-            return {Path(entry["picture"]).resolve() for entry in content["images"]}
+            return {(self.path.parent / Path(entry["picture"]).name).resolve() for entry in content["images"]}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{self.path} is no file that predict wrote, and would be written over; choose another --output."

@@ -188,5 +188,7 @@ class Conv(nnx.Module):
         """`[B, h, w, in]` and its valid sizes `[B, 2]` -> `[B, ceil(h / stride), ceil(w / stride), out]`."""
         kernel = self.kernel.get_value()
         if self.kernel_size == 1:
-            return affine(materialized(x[:, :: self.stride, :: self.stride]), kernel, None)
+            if self.stride > 1:
+                x = materialized(x[:, :: self.stride, :: self.stride])
+            return affine(x, kernel, None)
         return convolution(x, kernel, self.stride, sizes)

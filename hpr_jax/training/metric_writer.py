@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from hpr_jax.errors import RunError
+from hpr_jax.runtime.files import write_whole
 
 
 class MetricWriter:
@@ -96,6 +97,4 @@ def _drop_later(path: Path, start: int) -> None:
             continue
         if is_earlier:
             earlier.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(earlier))
-    partial.replace(path)
+    write_whole(path, "".join(earlier).encode())

@@ -26,7 +26,7 @@ def owned(workdir: Path, *, take_over: bool = False) -> Iterator[None]:
       take_over: begin even if the file system has no locks, and so cannot tell whether another run is at work.
 
     Raises:
-      UserError: another run owns the workdir, or the file system cannot tell.
+      UserError: another run owns the workdir, the file system cannot tell, or nothing can be written there.
     """
     with contextlib.ExitStack() as held:
         obstacle = agree(lambda: _lock(workdir, take_over, held))
@@ -37,8 +37,11 @@ def owned(workdir: Path, *, take_over: bool = False) -> Iterator[None]:
 
 def _lock(workdir: Path, take_over: bool, held: contextlib.ExitStack) -> str | None:
     """Takes the lock, which `held` gives back; returns the sentence that says why it cannot be taken."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context((workdir / NAME).open("a+"))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context((workdir / NAME).open("a+"))
+    except OSError as error:
+        return f"Nothing can be written to the workdir {workdir}: {error.strerror}."
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

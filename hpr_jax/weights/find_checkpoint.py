@@ -26,6 +26,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
       UserError: there is no checkpoint.
     """
+    path = path.expanduser()
     if (path / "model").is_dir() and (path / "meta").is_dir():
         return path
     for folder in (path / BEST, path / LATEST, path):

@@ -5,7 +5,6 @@ Such a file has a pickle, and the raw bytes of its tensors. `restricted_pickle` 
 
 import io
 import math
-import os
 import pickle
 import re
 import struct
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpr_jax.errors import UserError
+from hpr_jax.runtime.files import whole_file
 from hpr_jax.weights.restricted_pickle import DTYPES, STORAGES, Unreadable, unpickle
 
 _ZIP_START = b"PK\x03\x04"
@@ -171,21 +171,16 @@ def write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], meta: Mappin
     try:
         _write_zip(path, content, list(arrays.values()))
     except OSError as error:
-        raise UserError(f"The checkpoint {path} cannot be written: {error}.") from error
+        raise UserError(f"The checkpoint {path} cannot be written: {error.strerror}.") from error
 
 
 def _write_zip(path: Path, content: bytes, storages: Sequence[np.ndarray]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            _add(archive, "data.pkl", content)
-            _add(archive, "byteorder", b"little")
-            for key, array in enumerate(storages):
-                _add(archive, f"data/{key}", array.reshape(-1).view(np.uint8).data)
-            _add(archive, "version", b"3\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "data.pkl", content)
+        _add(archive, "byteorder", b"little")
+        for key, array in enumerate(storages):
+            _add(archive, f"data/{key}", array.reshape(-1).view(np.uint8).data)
+        _add(archive, "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:

@@ -74,7 +74,7 @@ def test_paths_may_begin_at_home(monkeypatch, tmp_path):
 
 
 def test_a_console_that_lacks_characters(monkeypatch):
-    """A sentence about a class named in Chinese, on a console that has ASCII alone."""
+    """A sentence with Chinese words, on a console that has ASCII alone."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, encoding="ascii"))
     monkeypatch.setattr(sys, "argv", ["hpr_jax", "训练"])

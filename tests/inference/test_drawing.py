@@ -11,6 +11,7 @@ import supervision as sv
 from pictures import BLUE, GREEN, RED, dataset, plain
 
 from hpr_jax.data.images import read_image
+from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
 from hpr_jax.inference.image_detector import Detections
 
@@ -35,8 +36,15 @@ class TestWriting:
 
     def test_a_path_that_cannot_be_written(self, tmp_path):
         (tmp_path / "x.png").mkdir()
-        with pytest.raises(OSError, match=r"x\.png could not be written"):
+        with pytest.raises(OSError, match=r"Is a directory: .*x\.png"):
             write_image(tmp_path / "x.png", COLOURS)
+
+    @pytest.mark.parametrize(("name", "side"), [("x.unknown", 4), ("x", 4), ("x.jpg", 70_000)])
+    def test_formats_and_sizes_that_are_not_written(self, tmp_path, name, side):
+        suffix = name[1:] or "a file without a suffix"
+        with pytest.raises(UserError, match=rf"A picture of 1x{side} pixels cannot be written as {suffix}\."):
+            write_image(tmp_path / name, np.zeros((side, 1, 3), np.uint8))
+        assert not list(tmp_path.iterdir())
 
 
 class TestDrawing:

@@ -202,6 +202,18 @@ class TestPredict:
         pictures = [entry["picture"] for entry in json.loads((tmp_path / "predictions.json").read_text())["images"]]
         assert pictures == [str(tmp_path / "x_2.jpg"), str(tmp_path / "x_3.jpg")]
 
+    def test_pictures_of_an_earlier_call_are_no_images(self, loaded, tmp_path):
+        (tmp_path / "x.png").write_bytes(png(plain(40, 40, RED)))
+        for _ in range(2):
+            predict(tmp_path, [tmp_path], tmp_path, 0.5)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.json", "x.jpg", "x.png"]
+        # One that is named is taken all the same.
+        predict(tmp_path, [tmp_path / "x.jpg"], tmp_path / "other", 0.5)
+        assert (tmp_path / "other/x.jpg").is_file()
+        (tmp_path / "x.png").unlink()
+        with pytest.raises(UserError, match=r"All images are pictures that predict wrote.*choose another --output"):
+            predict(tmp_path, [tmp_path], tmp_path, 0.5)
+
     def test_files_of_others_are_not_written_over(self, loaded, tmp_path):
         (tmp_path / "in").mkdir()
         (tmp_path / "out").mkdir()

@@ -19,7 +19,7 @@ from hpr_jax.models.build import abstract_detector
 from hpr_jax.models.layers import Conv
 from hpr_jax.ops.deformable_sampling import deformable_sampling as sampling_op
 
-# Compiling for GPUs takes long, and few changes can break it.
+# Compiling for GPUs takes long.
 pytestmark = pytest.mark.slow
 
 # (height, width) of the levels of an 800x1333 image.

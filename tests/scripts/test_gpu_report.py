@@ -87,7 +87,7 @@ def test_parts_that_do_not_fit_are_left_out(tmp_path):
     assert 15 < cut["limit"] <= 20
     assert short["status"] == "done"
     # What the others do not need is its own.
-    assert 14 < short["limit"] <= 20
+    assert 15 < short["limit"] <= 20
 
 
 def test_why_xla_ended_a_part_is_kept(tmp_path):

@@ -41,7 +41,7 @@ def make_tfds(settings: Mapping[str, Any], target: Path) -> Path:
     Raises:
       UserError: the folder is no COCO data set, image files are missing, or the data set is there already.
     """
-    source, directory = Path(settings["directory"]), target / NAME / VERSION
+    source, directory = Path(settings["directory"]).expanduser(), target / NAME / VERSION
     if directory.exists():
         raise UserError(f"{directory} exists; delete it, or choose another folder.")
     train = _Split(source, settings["train_images"], settings["train_annotations"], None)

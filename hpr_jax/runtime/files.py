@@ -1,0 +1,33 @@
+"""Files that appear under their names when they are complete, so that whatever ends a process leaves none half written."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A context that gives the path of a file to write, which takes the place of `path` when the context ends without an
+    error, and is deleted when it does not.
+
+    Raises:
+      OSError: the file cannot be written; the message names `path`.
+    """
+    # Not named after `path`, whose name may be as long as names can be.
+    partial = path.with_name(f".{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file in place of an earlier one, and makes its folder if there is none; raises as `whole_file` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
