@@ -16,9 +16,14 @@ def test_a_file_takes_the_place_of_an_earlier_one(tmp_path):
 def test_an_error_leaves_the_earlier_one(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"earlier")
-    with pytest.raises(ZeroDivisionError), whole_file(path) as partial:
-        partial.write_bytes(b"half")
-        raise ZeroDivisionError
+
+    def fail():
+        with whole_file(path) as partial:
+            partial.write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_bytes() == b"earlier"
     assert list(tmp_path.iterdir()) == [path]
 
