@@ -7,12 +7,21 @@ import pytest
 import tiny
 from pictures import dataset, plain
 
-from hpr_jax.data.augmentation.crop_resize_flip import Geometry
+from hpr_jax.data.augmentation.crop_resize_flip import Geometry, draw_weak, evaluation_geometries
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_plan
-from hpr_jax.data.loading.batch_plan import TrainPlan, evaluation_plan, fits
+from hpr_jax.data.loading.batch_plan import TrainPlan, choose_buckets, evaluation_plan, fits, smallest_bucket
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader
 
+# Weak augmentation for small images.
+WEAK = {
+    "flip": 0.5,
+    "sides": (48, 64),
+    "max_side": 96,
+    "crop": 0.5,
+    "crop_sides": (60, 80),
+    "crop_range": (40, 70),
+}
 NESTED = [(32, 32), (64, 64), (96, 96)]
 
 
@@ -39,6 +48,13 @@ def slots(plan, epoch):
 
 def indices(plan, epoch):
     return [slot.index for slot in slots(plan, epoch)]
+
+
+def random_plan(count=23, batch_size=4, seed=0):
+    sizes = np.tile([[100, 150], [90, 60], [64, 64]], (10, 1))[:count]
+    trial = draw_weak(sizes, WEAK, np.random.default_rng(9))
+    buckets = choose_buckets(np.array([g.size for g in trial]), 3, cover=[(64, 96), (96, 64)])
+    return TrainPlan(lambda rng: draw_weak(sizes, WEAK, rng), count, batch_size=batch_size, buckets=buckets, seed=seed)
 
 
 class TestImagesOfAnEpoch:
@@ -96,6 +112,69 @@ class TestImagesOfAnEpoch:
         plan = make(*[32] * 8, *[64] * 8, buckets=NESTED)
         for step in range(plan.steps_per_epoch):
             assert {slot.geometry.size for slot in plan[step].slots} == {plan[step].shape}
+
+
+class TestBatches:
+    def test_buckets(self):
+        sizes = np.array([[60, 90]] * 10 + [[33, 33]] * 5 + [[64, 64]])
+        assert choose_buckets(sizes, 3) == [(64, 64), (64, 96)]
+        assert choose_buckets(sizes, 1) == [(64, 96)]
+        assert (128, 64) in choose_buckets(sizes, 3, cover=[(100, 40)])
+        assert choose_buckets(sizes, 1, cover=[(100, 40)]) == [(128, 96)]
+        assert smallest_bucket([(64, 64), (64, 96)], (10, 70)) == (64, 96)
+        with pytest.raises(ValueError, match="No bucket"):
+            smallest_bucket([(64, 64)], (65, 10))
+
+    def test_leftovers_stay_within_the_buckets(self):
+        """No bucket holds both the portrait and the landscape images that are left over."""
+        sizes = np.array([[60, 90]] * 9 + [[90, 60]] * 10)
+        for seed in range(5):
+            plan = TrainPlan(
+                lambda rng: evaluation_geometries(sizes, 64, 96), 19, batch_size=4, buckets=[(64, 96), (96, 64)], seed=seed
+            )
+            batches = [plan[step] for step in range(plan.steps_per_epoch)]
+            assert len(batches) == 4
+            assert {batch.shape for batch in batches} == {(64, 96), (96, 64)}
+            seen = [slot.index for batch in batches for slot in batch.slots]
+            assert len(seen) == 16
+            for step, batch in enumerate(batches):
+                assert all(fits(slot.geometry.size, batch.shape) for slot in batch.slots)
+                assert fits(next(plan.successors(step)).geometry.size, batch.shape)
+
+    def test_epochs_take_the_images_in_turn(self):
+        plan = random_plan()
+        assert plan.steps_per_epoch == 5
+        for epoch in range(3):
+            batches = [plan[epoch * 5 + step] for step in range(5)]
+            seen = [slot.index for batch in batches for slot in batch.slots]
+            assert len(seen) == 20
+            # A short last batch is filled with images that the epoch had already.
+            assert len(set(seen)) >= 20 - plan.batch_size
+            for batch in batches:
+                assert all(
+                    s.geometry.size[0] <= batch.shape[0] and s.geometry.size[1] <= batch.shape[1] for s in batch.slots
+                )
+
+    def test_follows_from_seed_and_step_alone(self):
+        plan = random_plan()
+        forward = [plan[step] for step in range(17)]
+        other = random_plan()
+        assert [other[step] for step in reversed(range(17))] == forward[::-1]
+        assert [random_plan(seed=1)[step] for step in range(17)] != forward
+
+    def test_successors_have_the_same_shape(self):
+        plan = random_plan()
+        successors = plan.successors(2)
+        for _ in range(20):
+            slot = next(successors)
+            assert slot.geometry.size[0] <= plan[2].shape[0]
+            assert slot.geometry.size[1] <= plan[2].shape[1]
+
+    def test_evaluation_takes_each_image_once(self):
+        geometries = evaluation_geometries(np.array([[48, 60], [60, 48], [50, 50]] * 5), 64, 96)
+        plan = evaluation_plan(geometries, batch_size=4, buckets=choose_buckets(np.array([g.size for g in geometries]), 2))
+        assert sorted(slot.index for batch in plan for slot in batch.slots) == list(range(15))
+        assert all(len(batch.slots) <= 4 for batch in plan)
 
 
 class TestEpochs:
