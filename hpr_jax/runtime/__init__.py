@@ -1,4 +1,4 @@
-"""The machine: devices, processes, memory, the compilation cache, logs.
+"""The machine: devices, processes, memory, the compilation cache, logs, files.
 
 Nothing here knows of detectors or data.
 May import errors alone.
