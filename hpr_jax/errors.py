@@ -1,5 +1,8 @@
 """Errors that are the user's to mend: `main` prints them as one sentence and exits with code 2."""
 
+import reprlib
+from typing import Any
+
 
 class UserError(ValueError):
     """Names the thing that is wrong, and the mend."""
@@ -15,3 +18,13 @@ class StoppedError(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlong, _short.maxlevel = 40, 4
+
+
+def shown(value: Any) -> str:
+    """A value from a file or a command line as messages show it: text in quotes; what is long or deep is cut."""
+    return _short.repr(value)

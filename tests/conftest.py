@@ -40,8 +40,17 @@ def known_builder(config, num_classes, compute):
 
 build.builder = known_builder
 
-# Test files that take minutes each. They start first: started last, one of them would run alone on one core at the end.
-SLOWEST_FILES = ("test_resuming.py", "test_training.py", "test_devices.py")
+# Test files that take a minute or more each. They start first, in this order: started last, one of them would run alone on
+# one core at the end. Files that compile the same programs do not follow each other: side by side, each would compile them.
+SLOWEST_FILES = (
+    "test_resuming.py",
+    "test_refiners.py",
+    "test_training.py",
+    "test_reference_parity.py",
+    "test_devices.py",
+    "test_train_step.py",
+    "test_swin.py",
+)
 
 # Test files that compile programs of a detector or start many processes: `scripts/test --quick` leaves them out.
 COMPILING_FILES = (
@@ -59,14 +68,10 @@ COMPILING_FILES = (
     "test_old_checkpoints.py",
     "test_ops.py",
     "test_query_values.py",
-    "test_reference_parity.py",
     "test_refiner_values.py",
-    "test_refiners.py",
     "test_sampling_implementations.py",
-    "test_swin.py",
     "test_tfds.py",
     "test_torch_import.py",
-    "test_train_step.py",
     "test_unfinished_run.py",
     "test_workers.py",
 )
@@ -76,7 +81,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in COMPILING_FILES:
             item.add_marker("compiles")
-    items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
+    places = {name: place for place, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture

@@ -43,6 +43,21 @@ def evaluation(model):
     return run(reference.detector(model), *reference.images())
 
 
+@jax.jit
+def run_front(detector, images, image_sizes, memory, boxes):
+    backbone, feature_sizes = detector.backbone(images, image_sizes)
+    neck, map_sizes = detector.neck(backbone, feature_sizes)
+    pyramid = dataclasses.replace(flatten(neck, map_sizes, image_sizes), tokens=memory)
+    return backbone, neck, detector.refiner.regions(pyramid, boxes)
+
+
+@functools.cache
+def front(model):
+    """The maps of backbone and neck, and the regions of the initial boxes in the encoder's memory."""
+    stages = evaluation(model).intermediates
+    return run_front(reference.detector(model), *reference.images(), stages.memory, stages.reference_boxes[0])
+
+
 def duplicate_order(stages, expected, start=0):
     """Which of our queries corresponds to each query of the reference: `[B, Q]`.
 
@@ -74,14 +89,7 @@ def reorder(array, order, axis):
 @pytest.mark.parametrize("model", MODELS)
 class TestEvaluation:
     def test_backbone_and_neck(self, model):
-        images, image_sizes = reference.images()
-
-        @jax.jit
-        def maps(detector):
-            backbone, feature_sizes = detector.backbone(images, image_sizes)
-            return backbone, detector.neck(backbone, feature_sizes)[0]
-
-        backbone, neck = maps(reference.detector(model))
+        backbone, neck, _ = front(model)
         for name, levels in (("backbone", backbone), ("neck", neck)):
             for level, features in enumerate(levels):
                 expected = arrays(f"{model}_eval")[f"{name}.{level}"]
@@ -94,19 +102,9 @@ class TestEvaluation:
         assert_close(stages.reference_boxes[0], expected["pre_decoder.decoder.reference_points"], OUTPUT)
 
     def test_regions(self, model):
-        expected, stages = arrays(f"{model}_eval"), evaluation(model).intermediates
-        images, image_sizes = reference.images()
-
-        @jax.jit
-        def regions(detector):
-            maps, map_sizes = detector.neck(*detector.backbone(images, image_sizes))
-            memory = dataclasses.replace(flatten(maps, map_sizes, image_sizes), tokens=stages.memory)
-            return detector.refiner.regions(memory, stages.reference_boxes[0])
-
-        size = sizes()["roi_output_size"]
-        features = regions(reference.detector(model))
+        size, (*_, features) = sizes()["roi_output_size"], front(model)
         features = features.reshape(-1, size, size, features.shape[-1]).transpose(0, 3, 1, 2)
-        assert_close(features, expected["roi_feats.0"], OUTPUT)
+        assert_close(features, arrays(f"{model}_eval")["roi_feats.0"], OUTPUT)
 
     def test_decoder_layers(self, model):
         expected, stages = arrays(f"{model}_eval"), evaluation(model).intermediates

@@ -5,6 +5,7 @@ All of it follows from shapes: no data is read, no weights are made, nothing run
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from hpr_jax.analysis.flops import product_flops
 from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
 from hpr_jax.data.build import make_plan
 from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
+from hpr_jax.data.images import ImageFolder
 from hpr_jax.data.loading.batch_plan import Shape, choose_buckets, smallest_bucket
 from hpr_jax.inference.detect import make_detect
 from hpr_jax.losses.build import make_criterion
@@ -221,7 +223,8 @@ def photographs(at_least: int = 1) -> Dataset:
     sizes *= -(-at_least // len(sizes))
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
     records = (ImageAnnotations(index, height, width, *nothing) for index, (height, width) in enumerate(sizes))
-    return Dataset("photographs", "", dict, Classes((), ()), Records.pack(records, images=()))
+    nowhere = ImageFolder(Path(), [""] * len(sizes))
+    return Dataset("photographs", "", Classes((), ()), Records.pack(records, nowhere), None)
 
 
 def evaluation_buckets(config: ConfigDict) -> dict[Shape, float]:

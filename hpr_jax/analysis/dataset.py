@@ -5,11 +5,10 @@ import concurrent.futures
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from hpr_jax.data.dataset import Dataset, Problem, Record
+from hpr_jax.data.dataset import Dataset, GroundTruth, Problem, Record
 from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
 from hpr_jax.data.loading.batch_plan import Shape, TrainPlan
 from hpr_jax.data.sources.coco import clip_box
@@ -140,35 +139,37 @@ class PlanFacts:
 
 
 def annotation_facts(dataset: Dataset) -> AnnotationFacts:
-    """What is annotated in a split. Reads its annotation file again."""
-    counts, truth = dataset.records.counts, dataset.ground_truth()
+    """What is annotated in a whole split."""
+    counts, truth = dataset.records.counts, dataset.truth
+    if truth is None:
+        raise ValueError(f"Only a part of {dataset.name} is taken.")
     classes = dataset.classes.names
     class_counts = tuple(np.bincount(dataset.records.labels, minlength=len(classes)).tolist())
-    ids = collections.Counter(annotation.get("id") for annotation in truth["annotations"])
-    names = collections.Counter(str(image["file_name"]) for image in truth["images"])
+    names = collections.Counter(dataset.records.images.names)
     return AnnotationFacts(
         images=len(dataset),
         empty=int(np.sum(counts == 0)),
         objects=int(counts.sum()),
-        crowds=sum(bool(annotation.get("iscrowd", 0)) for annotation in truth["annotations"]),
+        crowds=int(truth.crowd.sum()),
         objects_per_image=Spread.of(counts),
         fullest=dataset.records[int(np.argmax(counts))].image.name if len(dataset) else "",
         widths=Spread.of(dataset.sizes[:, 1]),
         heights=Spread.of(dataset.sizes[:, 0]),
-        boxes=_box_facts(dataset.records.boxes, truth),
+        boxes=_box_facts(dataset, truth),
         class_counts=class_counts,
         absent=tuple(name for name, count in zip(classes, class_counts) if not count),
-        repeated_ids=sum(count - 1 for count in ids.values()),
+        repeated_ids=truth.repeated_ids,
         file_names=frozenset(names),
         repeated_names=tuple(name for name, count in names.items() if count > 1),
     )
 
 
-def _box_facts(boxes: np.ndarray, truth: Mapping[str, Any]) -> BoxFacts:
+def _box_facts(dataset: Dataset, truth: GroundTruth) -> BoxFacts:
+    boxes = dataset.records.boxes
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = sides.prod(axis=1)
     small, medium = int(np.sum(areas < SMALL)), int(np.sum((areas >= SMALL) & (areas < MEDIUM)))
-    beyond = _pixels_beyond(truth)
+    beyond = _pixels_beyond(dataset.records.sizes, truth)
     return BoxFacts(
         small=small,
         medium=medium,
@@ -180,15 +181,14 @@ def _box_facts(boxes: np.ndarray, truth: Mapping[str, Any]) -> BoxFacts:
     )
 
 
-def _pixels_beyond(truth: Mapping[str, Any]) -> np.ndarray:
+def _pixels_beyond(sizes: np.ndarray, truth: GroundTruth) -> np.ndarray:
     """By how many pixels, rounded, boxes of objects reach beyond their image: float64 `[k]`, for those that do."""
-    sizes = {image["id"]: (float(image["width"]), float(image["height"])) for image in truth["images"]}
     found = []
-    for annotation in truth["annotations"]:
-        width, height = sizes[annotation["image_id"]]
-        _, impossible = clip_box(annotation["bbox"], width, height)
-        if not impossible and not annotation.get("iscrowd", 0):
-            left, top, w, h = map(float, annotation["bbox"])
+    for image, box, crowd in zip(truth.images, truth.boxes.tolist(), truth.crowd):
+        height, width = sizes[image].tolist()
+        _, impossible = clip_box(box, width, height)
+        if not impossible and not crowd:
+            left, top, w, h = box
             found.append(max(-left, -top, left + w - width, top + h - height))
     beyond = np.rint(found)
     return beyond[beyond > 0]

@@ -1,7 +1,8 @@
 """A data set as training and evaluation know it, whatever form it is stored in."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class ImageAnnotations:
       crowds: masks of the crowds; () if masks were not read.
     """
 
-    image_id: int
+    image_id: int | str
     height: int
     width: int
     boxes: np.ndarray
@@ -60,7 +61,7 @@ class Records:
     """
 
     images: EncodedImages
-    image_ids: tuple[int, ...]
+    image_ids: tuple[int | str, ...]
     sizes: np.ndarray
     starts: np.ndarray
     boxes: np.ndarray
@@ -143,14 +144,69 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The classes of a data set, in the order of their labels. Category ids may have gaps."""
+    """The classes of a data set, in the order of their labels. Category ids may have gaps, and may be text."""
 
     names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | str, ...]
 
-    def as_set(self) -> set[tuple[int, str]]:
+    def as_set(self) -> set[tuple[int | str, str]]:
         """Pairs of category id and name, to compare classes whatever their order."""
         return set(zip(self.category_ids, self.names))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundTruth:
+    """What evaluators compare detections with: all annotations of a split whose box is four finite numbers, as annotated.
+    Crowds are among them, and boxes that training leaves out, as too small or outside their image.
+
+    Attributes:
+      images: image of each annotation, as its place in the split's records: int64 `[n]`.
+      labels: class of each, int32 `[n]`.
+      boxes: boxes as (left, top, width, height) in pixels, not clipped: float64 `[n, 4]`.
+      areas: areas in square pixels, by which objects are small, medium or large: float64 `[n]`.
+      crowd: which are crowds, bool `[n]`.
+      repeated_ids: number of annotations whose id another one had before.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    repeated_ids: int = 0
+
+    class Packer:
+        """Packs the annotations image by image."""
+
+        def __init__(self) -> None:
+            self.image = -1
+            self.images, self.labels, self.crowd = array("q"), array("i"), array("b")
+            self.boxes, self.areas = array("d"), array("d")
+            self.ids: set[str] = set()
+
+        def begin_image(self) -> None:
+            """What is added from now on belongs to the next image."""
+            self.image += 1
+
+        def add(self, label: int, box: Sequence[float], area: float, crowd: bool, own_id: Any = None) -> None:
+            """Adds an annotation; its id may be anything."""
+            self.images.append(self.image)
+            self.labels.append(label)
+            self.boxes.extend(box)
+            self.areas.append(area)
+            self.crowd.append(crowd)
+            self.ids.add(str(own_id))
+
+        def finish(self) -> "GroundTruth":
+            """All annotations that were added."""
+            return GroundTruth(
+                images=np.array(self.images, np.int64),
+                labels=np.array(self.labels, np.int32),
+                boxes=np.array(self.boxes, np.float64).reshape(-1, 4),
+                areas=np.array(self.areas, np.float64),
+                crowd=np.array(self.crowd, bool),
+                repeated_ids=len(self.images) - len(self.ids),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,19 +233,18 @@ class Dataset:
       name: the name that messages give the split.
       fingerprint: SHA-256 of everything but the pixels that training and evaluation depend on: ids, names and sizes of the
         images, annotations, categories.
-      ground_truth: reads all annotations in COCO form, for an evaluator. Crowds and impossible boxes are among them, masks
-        may be missing.
       classes: the classes that the labels refer to.
       records: the images with their annotations.
+      truth: what evaluators compare detections with; None if only a part of the images is taken.
       dropped_boxes: objects that are left out because their box is impossible.
       dropped_masks: masks that are left out because they are impossible; the objects stay.
     """
 
     name: str
     fingerprint: str
-    ground_truth: Callable[[], dict[str, Any]]
     classes: Classes
     records: Records
+    truth: "GroundTruth | None"
     dropped_boxes: tuple[Problem, ...] = ()
     dropped_masks: tuple[Problem, ...] = ()
 
@@ -207,8 +262,8 @@ class Dataset:
 
     def subset(self, *, keep_empty: bool, min_side: int) -> "Dataset":
         """The same without images whose shorter side is below `min_side` pixels, and, unless `keep_empty`, without images
-        that have no object."""
+        that have no object. It can be trained on, and not be evaluated on."""
         keep = self.sizes.min(axis=1) >= min_side
         if not keep_empty:
             keep &= self.records.counts > 0
-        return dataclasses.replace(self, records=self.records.take(keep))
+        return dataclasses.replace(self, records=self.records.take(keep), truth=None)

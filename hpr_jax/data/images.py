@@ -39,6 +39,10 @@ class EncodedImage(Protocol):
 class EncodedImages(Protocol):
     """The images of a split, by their position in it."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of their files, as the annotations have them."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> EncodedImage: ...

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from hpr_jax.errors import shown
+
 # A mask as the union of polygons: of each the corners (x, y) in pixels, float32 `[k, 2]`.
 Polygons = tuple[np.ndarray, ...]
 # A mask as COCO's compressed run lengths: "size" is [height, width], "counts" are bytes.
@@ -27,12 +29,15 @@ class MalformedMaskError(Exception):
 def parse_segmentation(segmentation: Any, height: int, width: int) -> Mask:
     """The mask that a COCO annotation's `segmentation` describes, in an image of this size in pixels.
 
-    Polygons with fewer than three corners are left out.
+    A list of numbers counts as one polygon, since some exporters leave out the list around it. Polygons with fewer than
+    three corners are left out.
 
     Raises:
       MalformedMaskError: the segmentation is no mask, or no polygon is left.
     """
     if isinstance(segmentation, list):
+        if segmentation and all(isinstance(number, int | float) for number in segmentation):
+            segmentation = [segmentation]
         return _parse_polygons(segmentation, height, width)
     if isinstance(segmentation, dict):
         return _parse_run_lengths(segmentation, height, width)
@@ -46,7 +51,7 @@ def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
             raise MalformedMaskError("is not a list of polygons, each a list of numbers")
         try:
             corners = np.array(polygon, np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise MalformedMaskError("has a polygon that is not a list of numbers") from None
         if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2:
             continue
@@ -67,7 +72,7 @@ def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) ->
     size: Any = segmentation.get("size")
     counts: Any = segmentation.get("counts")
     if size != [height, width]:
-        raise MalformedMaskError(f"has the size {size}, and its image is {[height, width]} pixels high and wide")
+        raise MalformedMaskError(f"has the size {shown(size)}, and its image is {[height, width]} pixels high and wide")
     # Lengths that do not add up to the size would make pycocotools read or write beyond its memory.
     try:
         lengths = _decompress(counts) if isinstance(counts, str) else [_whole_number(count) for count in counts]
@@ -76,6 +81,16 @@ def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) ->
     if min(lengths, default=-1) < 0 or sum(lengths) != height * width:
         raise MalformedMaskError("has run lengths that do not add up to its size")
     return coco_mask.frPyObjects({"size": size, "counts": lengths}, height, width)
+
+
+def mask_box(mask: Mask) -> tuple[float, float, float, float]:
+    """The bounds of a mask: left, top, width, height in pixels."""
+    if isinstance(mask, Mapping):
+        left, top, width, height = coco_mask.toBbox(mask).tolist()
+        return left, top, width, height
+    corners = np.concatenate(mask).astype(np.float64)
+    (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+    return left, top, right - left, bottom - top
 
 
 def _whole_number(count: Any) -> int:

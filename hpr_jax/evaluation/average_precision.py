@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hpr_jax.data.dataset import Dataset
 from hpr_jax.errors import UserError
 
 # Names of the twelve COCO numbers, in the evaluators' order.
@@ -20,12 +21,12 @@ NAMES = (
 
 
 def coco_average_precision(
-    truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], evaluator: str = "auto"
-) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+    dataset: Dataset, detections: Sequence[Mapping[str, Any]], evaluator: str = "auto"
+) -> tuple[dict[str, float], dict[int | str, dict[str, float]]]:
     """Average precision of boxes, as COCO defines it.
 
     Args:
-      truth: the annotations of the split, in COCO's format.
+      dataset: a whole split.
       detections: COCO results: `image_id`, `category_id`, `bbox` (left, top, width, height in pixels), `score`.
       evaluator: `pycocotools`, the reference; `hotcoco`, the same numbers much faster; `auto`: the latter if installed.
 
@@ -36,45 +37,75 @@ def coco_average_precision(
       UserError: the evaluator is not installed.
     """
     coco, coco_eval = find_evaluator(evaluator)
-    truth = _complete(truth)
-    if not detections and truth["images"]:
-        # The evaluators refuse an empty list. A detection that is too small to match an object gives the same numbers.
-        category = truth["categories"][0]["id"]
-        tiny_box = [0.0, 0.0, 1e-3, 1e-3]
-        detections = [{"image_id": truth["images"][0]["id"], "category_id": category, "bbox": tiny_box, "score": 0.0}]
+    images = _numbers(dataset.records.image_ids)
+    categories = _numbers(dataset.classes.category_ids)
+    if not images:
+        return dict.fromkeys(NAMES, -1.0), {category: {"AP": -1.0, "AP50": -1.0} for category in categories}
+    results = [
+        {**one, "image_id": images[one["image_id"]], "category_id": categories[one["category_id"]]} for one in detections
+    ]
+    # The evaluators refuse an empty list. A detection that is too small to match an object gives the same numbers.
+    results = results or [{"image_id": 1, "category_id": 1, "bbox": [0.0, 0.0, 1e-3, 1e-3], "score": 0.0}]
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "annotations.json"
-        path.write_text(json.dumps(truth))
+        path.write_text(json.dumps(_in_coco_form(dataset, images, categories)))
         loaded = coco(str(path))
-        evaluation = coco_eval(loaded, loaded.loadRes(list(detections)), "bbox")
+        evaluation = coco_eval(loaded, loaded.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     numbers = [float(value) for value in evaluation.stats]
     # [thresholds, recalls, categories, areas, limits of detections], here at all areas and 100 detections
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-    categories = list(evaluation.params.catIds)
+    place = {number: place for place, number in enumerate(evaluation.params.catIds)}
     per_category = {
-        int(category): {"AP": _mean(precision[:, :, index]), "AP50": _mean(precision[0, :, index])}
-        for index, category in enumerate(categories)
+        category: {"AP": _mean(precision[:, :, place[number]]), "AP50": _mean(precision[0, :, place[number]])}
+        for category, number in categories.items()
     }
     return dict(zip(NAMES, numbers)), per_category
 
 
-def _complete(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Annotations as the evaluators need them: with `area` and `iscrowd`, which many files lack, without boxes that are not
-    four finite numbers, and with new ids.
+def _numbers(ids: Sequence[int | str]) -> dict[int | str, int]:
+    """Numbers from 1 on, in the order of the ids. Evaluators want numbers, some above 0, and annotations may have any."""
+    ordered = sorted(ids, key=lambda one: (isinstance(one, str), one))
+    return {identity: number for number, identity in enumerate(ordered, start=1)}
 
-    Ids are given anew because pycocotools takes a match with the object 0 for no match, and a match with one of two objects
-    of the same id for a match with both.
+
+def _in_coco_form(dataset: Dataset, images: Mapping[int | str, int], categories: Mapping[int | str, int]) -> dict[str, Any]:
+    """The ground truth with the ids that evaluators get, and with no more fields than they need: they refuse files for what
+    is written in others.
+
+    The ids of annotations are numbers from 1 on, too: pycocotools takes a match with an object 0 for no match, and a match
+    with one of two objects of the same id for a match with both.
     """
-    annotations = []
-    for number, annotation in enumerate(content["annotations"], start=1):
-        box = annotation["bbox"]
-        if len(box) == 4 and np.all(np.isfinite(np.asarray(box, float))):
-            defaults = {"area": float(box[2]) * float(box[3]), "iscrowd": 0}
-            annotations.append({**defaults, **annotation, "id": number})
-    return {**content, "annotations": annotations}
+    truth, records = dataset.truth, dataset.records
+    if truth is None:
+        raise ValueError(f"Only a part of {dataset.name} is taken, which has no ground truth of its own.")
+    image_numbers = [images[image_id] for image_id in records.image_ids]
+    label_numbers = [categories[category] for category in dataset.classes.category_ids]
+    rows = zip(
+        truth.images.tolist(), truth.labels.tolist(), truth.boxes.tolist(), truth.areas.tolist(), truth.crowd.tolist()
+    )
+    annotations = [
+        {
+            "id": number,
+            "image_id": image_numbers[image],
+            "category_id": label_numbers[label],
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(crowd),
+        }
+        for number, (image, label, box, area, crowd) in enumerate(rows, start=1)
+    ]
+    sizes = records.sizes.tolist()
+    return {
+        "images": [
+            {"id": number, "file_name": str(number), "height": height, "width": width}
+            for number, (height, width) in zip(image_numbers, sizes)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": str(number)} for number in categories.values()],
+    }
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -87,11 +87,11 @@ class Evaluator:
                     found += _coco_results(
                         record.image_id, self.dataset.classes, scaled, scores[place], labels[place], valid[place]
                     )
-        # Sorted, so that the order does not depend on the number of processes.
-        found = sorted(itertools.chain(*gather(found)), key=lambda one: one["image_id"])
+        # Sorted, so that the order does not depend on the number of processes; numbers come before texts.
+        found = sorted(itertools.chain(*gather(found)), key=lambda one: (isinstance(one["image_id"], str), one["image_id"]))
 
         def average_precision():
-            metrics, per_category = coco_average_precision(self.dataset.ground_truth(), found, self.evaluator)
+            metrics, per_category = coco_average_precision(self.dataset, found, self.evaluator)
             # Pairs, since the result goes to other processes as JSON, where keys are text.
             return metrics, list(per_category.items())
 
@@ -105,7 +105,7 @@ class Evaluator:
 
 
 def _coco_results(
-    image_id: int, classes: Classes, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
+    image_id: int | str, classes: Classes, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
 ) -> list[dict[str, Any]]:
     """Detections of one image in COCO's results format.
 

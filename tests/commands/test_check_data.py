@@ -191,7 +191,7 @@ def test_broken_annotations_are_a_verdict(coco, checked):
     report = checked()
     assert not report.verdict.fit
     assert str(report.verdict).startswith("Not fit to train: Annotation 1 of ")
-    assert "has category 77, which is not listed." in str(report.verdict)
+    assert "has the category 77, which is not listed." in str(report.verdict)
     # The other split is looked at all the same.
     assert report.lines("objects") == ["4, and 1 crowds"]
 

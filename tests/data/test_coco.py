@@ -47,6 +47,11 @@ class TestAnnotations:
             ([70, 0, 5, 5], "outside"),
             ([0, 0, 1e999, 5], "finite"),
             ([0, 0, 5], "four numbers"),
+            (["a", 1, 2, 3], "four numbers"),
+            ([[1], 1, 2, 3], "four numbers"),
+            ({"x": 1}, "four numbers"),
+            ([True, 0, 20, 15], "four numbers"),
+            (["0", "nan", 5, 5], "finite"),
             ([5, 5, -5, 5], "pixel wide"),
         ],
     )
@@ -56,6 +61,27 @@ class TestAnnotations:
         assert any(reason in problem.reason for problem in dataset.dropped_boxes)
         assert len(dataset.records[0].labels) == 1
 
+    @pytest.mark.parametrize("bbox", [None, [], "missing"])
+    def test_without_a_box_it_is_that_of_the_mask(self, coco, bbox):
+        boxes = load(coco).records[0].boxes
+
+        def take(content):
+            objects = content["annotations"]
+            objects[1]["segmentation"] = {"size": [48, 60], "counts": [500, 30, 48 * 60 - 530]}
+            for one in objects[:2]:
+                one.pop("bbox") if bbox == "missing" else one.update(bbox=bbox)
+
+        edit(coco, take)
+        found = load(coco).records[0].boxes
+        np.testing.assert_array_equal(found[0], boxes[0])
+        # The run lengths begin at pixel 500 = 10 * 48 + 20, go down to the last row, and two rows of the next column.
+        assert found[1].tolist() == [10, 0, 12, 48]
+        edit(coco, lambda content: content["annotations"][0].update(segmentation=[]))
+        dataset = load(coco)
+        assert len(dataset.records[0].boxes) == 1
+        assert str(dataset.dropped_boxes[0]).startswith("annotation 1 of image 7: box ")
+        assert "does not have four numbers" in str(dataset.dropped_boxes[0])
+
     def test_boxes_are_clipped(self, coco):
         edit(coco, lambda c: c["annotations"][0].update(bbox=[-5, -5, 20, 100]))
         assert load(coco).records[0].boxes[0].tolist() == [0, 0, 15, 48]
@@ -63,9 +89,26 @@ class TestAnnotations:
     @pytest.mark.parametrize(
         ("change", "sentence"),
         [
-            (lambda c: c.pop("categories"), "has no 'categories'"),
-            (lambda c: c["annotations"][0].pop("bbox"), "has no 'bbox'"),
-            (lambda c: c["annotations"][0].update(bbox=["a", 1, 2, 3]), "could not convert"),
+            (lambda c: c.pop("categories"), "has no list of categories"),
+            (lambda c: c.update(images={"1": {}}), "has {'1': {}} in the place of the list of images"),
+            (lambda c: c["annotations"].insert(0, 5), "entry 0 of its annotations is 5"),
+            (lambda c: c["images"][0].pop("id"), "Entry 0 of the images of .* has no id"),
+            (lambda c: c["images"][0].pop("file_name"), "Image 7 of .* has no file_name"),
+            (lambda c: c["images"][0].update(file_name="\ud800.jpg"), "'.ud800.jpg', which is not valid Unicode"),
+            (lambda c: c["images"][0].update(file_name="a\0.jpg"), "NUL"),
+            (lambda c: c["images"][0].update(file_name="/etc/passwd"), "'/etc/passwd', which leads out of the folder"),
+            (lambda c: c["images"][0].update(file_name="a/../../../b.jpg"), "leads out of the folder"),
+            (lambda c: c["images"][0].update(width=1e999), "Image 7 of .* has the width inf; it must be from 1"),
+            (lambda c: c["images"][0].update(height="high"), "has the height 'high', which is no number"),
+            (lambda c: c["images"][0].update(height=0), "has the height 0; it must be from 1"),
+            (lambda c: c["images"][0].update(id=[1]), r"has the id \[1\], which is neither a whole number nor text"),
+            (lambda c: c["images"][0].update(id="7"), r"belongs to image 7, which is not listed \(but '7' is: write ids"),
+            (lambda c: c["annotations"][0].update(category_id="2"), r"category '2', which is not listed \(but 2 is"),
+            (lambda c: c["annotations"][0].update(iscrowd="maybe"), "has the iscrowd 'maybe', which is neither 0 nor 1"),
+            (lambda c: c["annotations"][0].update(iscrowd=[]), r"has the iscrowd \[\]"),
+            (lambda c: c["categories"][0].update(name=None), "Category 2 of .* has no name"),
+            (lambda c: c["categories"][0].update(name="a\0"), "NUL"),
+            (lambda c: c["categories"].append({"id": 5.0, "name": "x"}), "lists the category id 5 twice"),
             (lambda c: c["annotations"][0].update(category_id=77), "category 77"),
             (lambda c: c["annotations"][0].update(image_id=99), "image 99"),
             (lambda c: c["images"].append(c["images"][0]), "twice"),
@@ -82,9 +125,15 @@ class TestAnnotations:
             load(coco / "nowhere")
         with pytest.raises(UserError, match="image folder"):
             load(coco, "test2017")
-        (coco / "annotations/instances_train2017.json").write_text("{")
-        with pytest.raises(UserError, match="not JSON"):
-            load(coco)
+        for text, sentence in (
+            ("{", "not JSON"),
+            ("[1, 2]", "holds no object with images and annotations"),
+            ("[" * 100_000, "nested too deeply"),
+            ('{"images": ' + "9" * 5000 + "}", "not JSON"),
+        ):
+            (coco / "annotations/instances_train2017.json").write_text(text)
+            with pytest.raises(UserError, match=sentence):
+                load(coco)
 
     def test_masks_are_read_when_wanted(self, coco):
         assert load(coco).records[0].masks == ()

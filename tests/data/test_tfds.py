@@ -77,10 +77,13 @@ class TestOwnDirectories:
         assert stored is not None
         np.testing.assert_array_equal(read_annotated_image(record.image, 40, 48), stored)
         assert dataset.count_masks() == (0, 1)
-        truth = dataset.ground_truth()
-        assert [(a["iscrowd"], a["area"], a["category_id"]) for a in truth["annotations"]] == [(0, 77, 1), (1, 99, 0)]
+        truth = dataset.truth
+        assert truth is not None
+        assert truth.crowd.tolist() == [False, True]
+        assert truth.areas.tolist() == [77, 99]
+        assert truth.labels.tolist() == [1, 0]
         found = [{"image_id": 70, "category_id": 1, "bbox": [24, 10, 24, 20], "score": 0.5}]
-        assert coco_average_precision(truth, found)[0]["AP"] == pytest.approx(1.0)
+        assert coco_average_precision(dataset, found)[0]["AP"] == pytest.approx(1.0)
 
     def test_the_least_that_is_wanted(self, picture, tmp_path, caplog):
         pen = {"bbox": np.array([0.0, 0.0, 0.5, 0.5]), "label": 0}
@@ -99,7 +102,6 @@ class TestOwnDirectories:
         classes = load_dataset(settings(folder), "train").classes
         dataset = load_dataset(settings(directory), "val", classes)
         assert dataset.classes == classes
-        assert dataset.ground_truth()["annotations"][0]["category_id"] == 9
         assert dataset.records[0].labels.tolist() == [2]
 
     def test_parts_of_splits(self, picture, tmp_path):
@@ -252,7 +254,7 @@ class TestMakeTfds:
         dataset = load_dataset(settings(directory), "val", model)
         # The directory's names are pen, cup, hat.
         assert dataset.records[0].labels.tolist() == [2, 1, 0]
-        assert [a["category_id"] for a in dataset.ground_truth()["annotations"]] == [5, 2, 9]
+        assert [model.category_ids[label] for label in dataset.records[0].labels] == [5, 2, 9]
         dataset = load_dataset(settings(directory), "val")
         assert dataset.classes == Classes(("pen", "cup", "hat"), (0, 1, 2))
         assert dataset.records[0].labels.tolist() == [0, 1, 2]

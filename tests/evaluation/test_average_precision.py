@@ -1,10 +1,14 @@
 """Average precision: both evaluators give the same numbers, also for unusual annotations and detections."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hpr_jax.data.dataset import Dataset
+from hpr_jax.data.images import ImageFolder
+from hpr_jax.data.sources.coco import group_annotations, parse_entries
 from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
 
 # Sides of squares, in pixels, that COCO counts as small, medium and large objects.
@@ -34,6 +38,14 @@ def annotations():
     return {"images": images, "annotations": objects, "categories": categories}, objects
 
 
+def average_precision(content, detections, evaluator="auto"):
+    """Average precision on the annotations of a file."""
+    entries = group_annotations(content, Path("file"))
+    images = ImageFolder(Path(), [image["file_name"] for image, _ in entries])
+    dataset = Dataset("file", "", *parse_entries(entries, content["categories"], "file", images, None, masks=False))
+    return coco_average_precision(dataset, detections, evaluator)
+
+
 def noisy(objects):
     """Three detections for each object, with other boxes and random scores."""
     rng = np.random.default_rng(1)
@@ -52,8 +64,8 @@ def test_fast_evaluator_gives_the_same_numbers(annotations):
     pytest.importorskip("hotcoco", reason="the extra fast-eval is not installed")
     truth, objects = annotations
     found = noisy(objects)
-    slow, slow_classes = coco_average_precision(truth, found, "pycocotools")
-    fast, fast_classes = coco_average_precision(truth, found, "hotcoco")
+    slow, slow_classes = average_precision(truth, found, "pycocotools")
+    fast, fast_classes = average_precision(truth, found, "hotcoco")
     assert list(slow) == list(NAMES)
     assert 0.1 < slow["AP"] < 0.9
     for name in NAMES:
@@ -66,14 +78,14 @@ def test_fast_evaluator_gives_the_same_numbers(annotations):
 def test_perfect_detections(annotations):
     truth, objects = annotations
     found = [{**o, "score": 0.9} for o in objects if not o["iscrowd"]]
-    metrics, per_class = coco_average_precision(truth, found, "pycocotools")
+    metrics, per_class = average_precision(truth, found, "pycocotools")
     assert metrics["AP"] == pytest.approx(1.0)
     assert per_class[3]["AP"] == pytest.approx(1.0)
 
 
 def test_no_detections(annotations):
     truth, _ = annotations
-    metrics, per_class = coco_average_precision(truth, [])
+    metrics, per_class = average_precision(truth, [])
     # Numbers of areas without objects are not defined.
     areas = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
     real = [o["area"] for o in annotations[1] if not o["iscrowd"]]
@@ -89,7 +101,7 @@ def test_no_detections(annotations):
 def test_files_that_lack_what_evaluators_want(annotations, evaluator):
     truth, objects = annotations
     found = noisy(objects)
-    expected, _ = coco_average_precision(truth, found, evaluator)
+    expected, _ = average_precision(truth, found, evaluator)
     content = copy.deepcopy(truth)
     for annotation in content["annotations"]:
         del annotation["area"], annotation["id"]
@@ -97,7 +109,7 @@ def test_files_that_lack_what_evaluators_want(annotations, evaluator):
             del annotation["iscrowd"]
     broken = {"image_id": 0, "category_id": 3}
     content["annotations"] += [{**broken, "bbox": [1, 2, 3]}, {**broken, "bbox": [1, 2, float("inf"), 3]}]
-    assert coco_average_precision(content, found, evaluator)[0] == expected
+    assert average_precision(content, found, evaluator)[0] == expected
 
 
 @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
@@ -106,11 +118,11 @@ def test_ids_of_objects_do_not_count(annotations, evaluator, number):
     """An id of 0 and ids that occur twice change nothing."""
     truth, objects = annotations
     found = noisy(objects)
-    expected, _ = coco_average_precision(truth, found, evaluator)
+    expected, _ = average_precision(truth, found, evaluator)
     content = copy.deepcopy(truth)
     for place, annotation in enumerate(content["annotations"]):
         annotation["id"] = number(place)
-    assert coco_average_precision(content, found, evaluator)[0] == expected
+    assert average_precision(content, found, evaluator)[0] == expected
 
 
 class TestHandMadeValues:
@@ -135,7 +147,7 @@ class TestHandMadeValues:
     def test_overlaps(self, evaluator):
         """An IoU of 0.62 counts at the thresholds 0.5, 0.55 and 0.6 of ten; one of 0.77 at six."""
         for width, expected in ((62, {"AP": 0.3, "AP50": 1, "AP75": 0}), (77, {"AP": 0.6, "AP50": 1, "AP75": 1})):
-            metrics, per_class = coco_average_precision(
+            metrics, per_class = average_precision(
                 self.truth([(0, 0, 100, 100)]), self.found([(0, 0, width, 100)]), evaluator
             )
             assert {name: metrics[name] for name in expected} == pytest.approx(expected)
@@ -146,7 +158,7 @@ class TestHandMadeValues:
     def test_sizes(self, evaluator, size):
         """Of a small, a medium and a large object, one is found."""
         boxes = {name: (300 * place, 0, side, side) for place, (name, side) in enumerate(SIDES.items())}
-        metrics, _ = coco_average_precision(self.truth(boxes.values()), self.found([boxes[size]]), evaluator)
+        metrics, _ = average_precision(self.truth(boxes.values()), self.found([boxes[size]]), evaluator)
         for name in SIDES:
             found = metrics[f"AP_{name}"], metrics[f"AR_{name}"]
             assert found == pytest.approx((float(name == size),) * 2)
@@ -155,7 +167,7 @@ class TestHandMadeValues:
     def test_numbers_of_detections(self, evaluator):
         """All of twenty objects are found. The first detection alone finds one of them, the first ten find half."""
         boxes = [(90 * (number % 10), 90 * (number // 10), 80, 80) for number in range(20)]
-        metrics, _ = coco_average_precision(self.truth(boxes), self.found(boxes), evaluator)
+        metrics, _ = average_precision(self.truth(boxes), self.found(boxes), evaluator)
         assert (metrics["AR1"], metrics["AR10"], metrics["AR100"]) == pytest.approx((0.05, 0.5, 1.0))
 
     @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
@@ -164,7 +176,7 @@ class TestHandMadeValues:
         """Both objects are detected as the class of the first: one detection is right, the other wrong."""
         boxes = [(0, 0, 50, 50), (100, 0, 50, 50)]
         truth = self.truth(boxes, [category, other])
-        metrics, per_class = coco_average_precision(truth, self.found(boxes, [category, category]), evaluator)
+        metrics, per_class = average_precision(truth, self.found(boxes, [category, category]), evaluator)
         assert per_class[category] == pytest.approx({"AP": 1.0, "AP50": 1.0})
         assert per_class[other] == {"AP": 0.0, "AP50": 0.0}
         assert metrics["AP"] == pytest.approx(0.5)

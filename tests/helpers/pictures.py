@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 
-from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Records
+from hpr_jax.data.dataset import Classes, Dataset, GroundTruth, ImageAnnotations, Records
 from hpr_jax.data.masks import parse_segmentation
 
 # The category ids have gaps, and do not count from 0.
@@ -25,6 +24,14 @@ class Picture:
 
     def read(self) -> bytes:
         return self.data
+
+
+class Pictures(list[Picture]):
+    """The pictures of a data set."""
+
+    @property
+    def names(self) -> list[str]:
+        return [picture.name for picture in self]
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -71,25 +78,16 @@ def dataset(
         for number, (image, some, numbers) in enumerate(zip(images, boxes, labels, strict=True))
     ]
     pictures = [Picture(data, f"{number}.png") for number, data in enumerate(encoded or map(png, images))]
-    packed = Records.pack(annotated, pictures, with_masks=masks)
-    return Dataset("pictures", "0" * 64, lambda: ground_truth(annotated, classes), classes, packed)
+    packed = Records.pack(annotated, Pictures(pictures), with_masks=masks)
+    return Dataset("pictures", "0" * 64, classes, packed, ground_truth(annotated))
 
 
-def ground_truth(annotated: Sequence[ImageAnnotations], classes: Classes) -> dict[str, Any]:
-    """The annotations in COCO form."""
-    annotations: list[dict[str, Any]] = []
+def ground_truth(annotated: Sequence[ImageAnnotations]) -> GroundTruth:
+    """The boxes of all images, as evaluators get them."""
+    truth = GroundTruth.Packer()
     for image in annotated:
+        truth.begin_image()
         for (left, top, right, bottom), label in zip(image.boxes.tolist(), image.labels):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image.image_id,
-                    "category_id": classes.category_ids[label],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": (right - left) * (bottom - top),
-                    "iscrowd": 0,
-                }
-            )
-    images = [{"id": r.image_id, "file_name": f"{r.image_id}", "height": r.height, "width": r.width} for r in annotated]
-    categories = [{"id": number, "name": name} for number, name in zip(classes.category_ids, classes.names)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+            box = (left, top, right - left, bottom - top)
+            truth.add(int(label), box, box[2] * box[3], crowd=False, own_id=len(truth.images))
+    return truth.finish()

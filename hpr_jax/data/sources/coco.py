@@ -4,21 +4,32 @@ Other formats turn their annotations into entries of this one, and have `parse_e
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpr_jax.data.dataset import Classes, Dataset, ImageAnnotations, Problem, Records
+from hpr_jax.data.dataset import Classes, Dataset, GroundTruth, ImageAnnotations, Problem, Records
 from hpr_jax.data.images import EncodedImages, ImageFolder
-from hpr_jax.data.masks import MalformedMaskError, Mask, parse_segmentation
-from hpr_jax.errors import UserError
+from hpr_jax.data.masks import MalformedMaskError, Mask, mask_box, parse_segmentation
+from hpr_jax.data.sources.coco_fields import (
+    FieldError,
+    Id,
+    id_order,
+    other_form,
+    read_area,
+    read_box,
+    read_crowd,
+    read_file_name,
+    read_id,
+    read_side,
+    read_text,
+)
+from hpr_jax.errors import UserError, shown
 
 _COCO_NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking "
@@ -36,6 +47,10 @@ COCO_CLASSES = Classes(
 
 # The entry of an image in an annotation file, and those of its annotations.
 Entry = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]
+# A box as COCO writes it: left, top, width, height.
+XYWH = tuple[float, float, float, float]
+# At most so many of the classes that differ are named.
+NAMED = 8
 
 
 def is_coco(directory: Path, images: str, annotations: str) -> bool:
@@ -68,16 +83,16 @@ def load_coco(
         raise UserError(f"The annotation file {path} does not exist; set config.data.*_annotations.")
     data = path.read_bytes()
     fingerprint = hashlib.sha256(data).hexdigest()
-    with without_garbage_collection(), named_errors(f"The annotation file {path}"):
+    with without_garbage_collection():
         content = _parse_json(path, data)
         # COCO's has half a gigabyte, as much as everything that is kept of it.
         del data
         entries = group_annotations(content, path)
-        names = [str(image["file_name"]) for image in content["images"]]
+        names = file_names(entries, str(path), directory / images, directory)
         parsed = parse_entries(
             entries, content["categories"], str(path), ImageFolder(directory / images, names), classes, masks=masks
         )
-    return Dataset(str(path), fingerprint, functools.partial(read_json, path), *parsed)
+    return Dataset(str(path), fingerprint, *parsed)
 
 
 @contextlib.contextmanager
@@ -92,23 +107,11 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@contextlib.contextmanager
-def named_errors(what: str) -> Iterator[None]:
-    """Turns errors that come from entries which are not in COCO format into a `UserError` about `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        explained = f"an entry has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{what} is not in COCO format: {explained}.") from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of an annotation file.
+    """The content of an annotation file: an object with the lists of objects `images`, `annotations` and `categories`.
 
     Raises:
-      UserError: the file is not JSON.
+      UserError: the file is not JSON, or has no such lists.
     """
     with without_garbage_collection():
         return _parse_json(path, path.read_bytes())
@@ -116,29 +119,75 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        return json.loads(data)
+        content = json.loads(data)
+    except RecursionError:
+        raise UserError(f"The annotation file {path} is not in COCO format: its lists are nested too deeply.") from None
     except ValueError as error:
         raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"The annotation file {path} is not in COCO format: it holds no object with images and annotations.")
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key)
+        if not isinstance(entries, list):
+            what = f"no list of {key}" if key not in content else f"{shown(entries)} in the place of the list of {key}"
+            raise UserError(f"The annotation file {path} is not in COCO format: it has {what}.")
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise UserError(
+                    f"The annotation file {path} is not in COCO format: entry {place} of its {key} is {shown(entry)}."
+                )
+    return content
 
 
 def group_annotations(content: Mapping[str, Any], path: Path) -> list[Entry]:
     """The images of an annotation file, each with its annotations.
 
     Raises:
-      UserError: an image id is listed twice, or an annotation belongs to no image.
+      UserError: an image has no id or that of another one, or an annotation belongs to no image.
     """
-    images: dict[int, Mapping[str, Any]] = {}
-    annotations: dict[int, list[Mapping[str, Any]]] = {}
-    for image in content["images"]:
-        if image["id"] in images:
-            raise UserError(f"The annotation file {path} lists image id {image['id']} twice.")
-        images[image["id"]], annotations[image["id"]] = image, []
+    images: dict[Id, Mapping[str, Any]] = {}
+    annotations: dict[Id, list[Mapping[str, Any]]] = {}
+    for place, image in enumerate(content["images"]):
+        try:
+            image_id = read_id(image, "id")
+        except FieldError as error:
+            raise UserError(f"Entry {place} of the images of {path} {error}.") from error
+        if image_id in images:
+            raise UserError(f"The annotation file {path} lists image id {shown(image_id)} twice.")
+        images[image_id], annotations[image_id] = image, []
     for annotation in content["annotations"]:
-        image_id = annotation["image_id"]
+        try:
+            image_id = read_id(annotation, "image_id")
+        except FieldError as error:
+            raise UserError(f"Annotation {shown(annotation.get('id'))} of {path} {error}.") from error
         if image_id not in images:
-            raise UserError(f"Annotation {annotation.get('id')} of {path} belongs to image {image_id}, which is not listed.")
+            raise UserError(
+                f"Annotation {shown(annotation.get('id'))} of {path} belongs to image {shown(image_id)}, which is not "
+                f"listed{_hint(image_id, images)}."
+            )
         annotations[image_id].append(annotation)
     return list(zip(images.values(), annotations.values()))
+
+
+def _hint(identity: Id, listed: Mapping[Id, Any]) -> str:
+    """Says that an id is listed in another form, if it is."""
+    other = other_form(identity)
+    return "" if other not in listed else f" (but {shown(other)} is: write ids in one way, as numbers or as text)"
+
+
+def file_names(entries: Sequence[Entry], name: str, folder: Path, root: Path) -> list[str]:
+    """The names of the image files relative to `folder`; see `read_file_name`.
+
+    Raises:
+      UserError: an image has none, or one that leads out of `root`.
+    """
+    names = []
+    for image, _ in entries:
+        try:
+            names.append(read_file_name(image, folder, root))
+        except FieldError as error:
+            raise UserError(f"Image {shown(image['id'])} of {name} {error}.") from error
+    return names
 
 
 class Parsed(NamedTuple):
@@ -146,6 +195,7 @@ class Parsed(NamedTuple):
 
     classes: Classes
     records: Records
+    truth: GroundTruth
     dropped_boxes: tuple[Problem, ...]
     dropped_masks: tuple[Problem, ...]
 
@@ -170,118 +220,157 @@ def parse_entries(
       masks: whether to read the segmentations, too.
 
     Raises:
-      UserError: there are no categories, a category is listed twice, the categories are not `classes`, or an annotation's
-        category is not listed.
+      UserError: there are no categories, a category is listed twice, the categories are not `classes`, an annotation's
+        category is not listed, or a field that is needed is missing or cannot be understood.
     """
     classes = _parse_categories(categories, name, classes)
-    label_of = {category: label for label, category in enumerate(classes.category_ids)}
-    dropped_boxes: list[Problem] = []
-    dropped_masks: list[Problem] = []
-    parsed = (
-        _parse_image(image, annotations, name, label_of, masks, dropped_boxes, dropped_masks)
-        for image, annotations in entries
-    )
-    records = Records.pack(parsed, images, with_masks=masks)
-    return Parsed(classes, records, tuple(dropped_boxes), tuple(dropped_masks))
+    parser = _Parser(name, classes, masks)
+    records = Records.pack(map(parser.parse, entries), images, with_masks=masks)
+    return Parsed(classes, records, parser.truth.finish(), tuple(parser.dropped_boxes), tuple(parser.dropped_masks))
 
 
 def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classes: Classes | None) -> Classes:
-    categories = sorted(categories, key=lambda category: category["id"])
-    own = Classes(
-        names=tuple(str(category["name"]) for category in categories),
-        category_ids=tuple(int(category["id"]) for category in categories),
-    )
-    if not own.names:
+    listed: dict[Id, str] = {}
+    for place, category in enumerate(categories):
+        try:
+            number, text = read_id(category, "id"), read_text(category, "name")
+        except FieldError as error:
+            raise UserError(f"Category {shown(category.get('id', place))} of {name} {error}.") from error
+        if number in listed:
+            raise UserError(f"{name} lists the category id {shown(number)} twice.")
+        listed[number] = text
+    if not listed:
         raise UserError(f"{name} lists no categories.")
-    if len(set(own.category_ids)) != len(own.category_ids):
-        raise UserError(f"{name} lists a category id twice.")
+    ids = sorted(listed, key=id_order)
+    own = Classes(tuple(listed[number] for number in ids), tuple(ids))
     if classes is not None and classes.as_set() == own.as_set():
         # A model that was converted from elsewhere may have them in another order, which its labels refer to.
         return classes
     if classes is not None:
-        raise UserError(
-            f"The categories of {name} ({_list_some(own)}) are not those that the model knows ({_list_some(classes)})."
-        )
+        raise UserError(f"The categories of {name} are not those that the model knows: {_compare(own, classes)}.")
     return own
 
 
-def _parse_image(
-    image: Mapping[str, Any],
-    annotations: Sequence[Mapping[str, Any]],
-    name: str,
-    label_of: Mapping[int, int],
-    with_masks: bool,
-    dropped_boxes: list[Problem],
-    dropped_masks: list[Problem],
-) -> ImageAnnotations:
-    """What is annotated of an image; what is wrong is appended to `dropped_boxes` and `dropped_masks`."""
-    image_id, width, height = image["id"], float(image["width"]), float(image["height"])
-    if width < 1 or height < 1:
-        raise UserError(f"Image {image_id} of {name} is {width:g}x{height:g} pixels large.")
-    boxes, labels, masks = [], [], []
-    crowds: list[Mask] = []
-    for annotation in annotations:
-        subject, category = f"annotation {annotation.get('id')} of image {image_id}:", annotation["category_id"]
-        if category not in label_of:
-            raise UserError(f"Annotation {annotation.get('id')} of {name} has category {category}, which is not listed.")
-        mask = None
-        if with_masks:
-            mask, reason = _read_mask(annotation, width, height)
+def _compare(own: Classes, known: Classes) -> str:
+    """In what the classes of a file differ from those that they should be, for a message."""
+    parts = []
+    for what, one, other in (("it lacks", known, own), ("it has", own, known)):
+        different = [pair for pair in zip(one.category_ids, one.names) if pair not in other.as_set()]
+        some = ", ".join(f"{shown(number)} {text}" for number, text in different[:NAMED])
+        more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
+        parts += [f"{what} {some}{more}"] if different else []
+    return ", and ".join(parts)
+
+
+class _Parser:
+    """Turns the entries of a split into annotations of images, and keeps what evaluators want, and what is wrong.
+
+    Attributes:
+      truth: all annotations whose box is four finite numbers.
+      dropped_boxes, dropped_masks: what is wrong with annotations.
+    """
+
+    def __init__(self, name: str, classes: Classes, masks: bool):
+        self.name, self.masks = name, masks
+        self.label_of = {category: label for label, category in enumerate(classes.category_ids)}
+        self.truth = GroundTruth.Packer()
+        self.dropped_boxes: list[Problem] = []
+        self.dropped_masks: list[Problem] = []
+
+    def parse(self, entry: Entry) -> ImageAnnotations:
+        """What is annotated of an image.
+
+        Raises:
+          UserError: a field is missing or cannot be understood, or a category is not listed.
+        """
+        image, annotations = entry
+        try:
+            image_id, width, height = read_id(image, "id"), read_side(image, "width"), read_side(image, "height")
+        except FieldError as error:
+            raise UserError(f"Image {shown(image.get('id'))} of {self.name} {error}.") from error
+        self.truth.begin_image()
+        boxes, labels, masks = [], [], []
+        crowds: list[Mask] = []
+        for annotation in annotations:
+            try:
+                label, crowd = self._label(annotation), read_crowd(annotation)
+            except FieldError as error:
+                raise UserError(f"Annotation {_subject(annotation, image_id)} in {self.name} {error}.") from error
+            mask = self._mask(annotation, image_id, height, width)
+            xywh, reason = box_or_bounds(annotation, height, width)
+            if xywh is None:
+                self._drop_box(annotation, image_id, reason)
+            else:
+                area = read_area(annotation, xywh[2] * xywh[3], width * height)
+                self.truth.add(label, xywh, area, crowd, annotation.get("id"))
+            if crowd:
+                crowds += [] if mask is None else [mask]
+                continue
+            box, reason = clip_box(xywh, width, height) if xywh is not None else ((), "")
             if reason:
-                dropped_masks.append(Problem(f"{subject} its segmentation", reason))
-        if annotation.get("iscrowd", 0):
-            if mask is not None:
-                crowds.append(mask)
-            continue
-        box, reason = clip_box(annotation["bbox"], width, height)
-        if reason:
-            dropped_boxes.append(Problem(f"{subject} box {annotation['bbox']}", reason))
-            continue
-        boxes.append(box)
-        labels.append(label_of[category])
-        masks.append(mask)
-    return ImageAnnotations(
-        image_id=image_id,
-        height=int(height),
-        width=int(width),
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        labels=np.array(labels, np.int32),
-        masks=tuple(masks) if with_masks else (),
-        crowds=tuple(crowds),
-    )
+                self._drop_box(annotation, image_id, reason)
+            if box:
+                boxes.append(box)
+                labels.append(label)
+                masks.append(mask)
+        return ImageAnnotations(
+            image_id=image_id,
+            height=height,
+            width=width,
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            labels=np.array(labels, np.int32),
+            masks=tuple(masks) if self.masks else (),
+            crowds=tuple(crowds),
+        )
+
+    def _label(self, annotation: Mapping[str, Any]) -> int:
+        category = read_id(annotation, "category_id")
+        if category not in self.label_of:
+            hint = _hint(category, self.label_of)
+            raise FieldError(f"has the category {shown(category)}, which is not listed{hint}")
+        return self.label_of[category]
+
+    def _drop_box(self, annotation: Mapping[str, Any], image_id: Id, reason: str) -> None:
+        box = shown(annotation.get("bbox"))
+        self.dropped_boxes.append(Problem(f"annotation {_subject(annotation, image_id)}: box {box}", reason))
+
+    def _mask(self, annotation: Mapping[str, Any], image_id: Id, height: int, width: int) -> Mask | None:
+        """The mask of an annotation, if masks are read; None if it has none or an impossible one, which is noted."""
+        segmentation = annotation.get("segmentation") if self.masks else None
+        if not segmentation:
+            return None
+        try:
+            return parse_segmentation(segmentation, height, width)
+        except MalformedMaskError as error:
+            self.dropped_masks.append(Problem(f"annotation {_subject(annotation, image_id)}: its segmentation", str(error)))
+            return None
 
 
-def _read_mask(annotation: Mapping[str, Any], width: float, height: float) -> tuple[Mask | None, str]:
-    """The mask of an annotation, None if it has none or an impossible one, and the reason why it is impossible, or ""."""
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        return None, ""
+def _subject(annotation: Mapping[str, Any], image_id: Id) -> str:
+    """What of an annotation messages name, behind the word."""
+    return f"{shown(annotation.get('id'))} of image {shown(image_id)}"
+
+
+def box_or_bounds(annotation: Mapping[str, Any], height: int, width: int) -> tuple[XYWH | None, str]:
+    """The box of an annotation as `read_box` returns it; if there is no `bbox`, the bounds of the segmentation."""
+    if annotation.get("bbox") not in (None, []) or not annotation.get("segmentation"):
+        return read_box(annotation)
     try:
-        return parse_segmentation(segmentation, int(height), int(width)), ""
-    except MalformedMaskError as error:
-        return None, str(error)
+        return mask_box(parse_segmentation(annotation["segmentation"], height, width)), ""
+    except MalformedMaskError:
+        return read_box(annotation)
 
 
-def clip_box(bbox: Sequence[float], width: float, height: float) -> tuple[tuple[float, ...], str]:
+def clip_box(xywh: XYWH, width: float, height: float) -> tuple[tuple[float, ...], str]:
     """Turns COCO's (left, top, width, height) into xyxy, clipped to an image of this size.
 
     Returns:
       The box and "", or () and the reason why the box is impossible.
     """
-    if len(bbox) != 4:
-        return (), "does not have four numbers"
-    left, top, w, h = map(float, bbox)
-    if not all(map(math.isfinite, (left, top, w, h))):
-        return (), "is not finite"
+    left, top, w, h = xywh
     if w < 1 or h < 1:
         return (), "is less than a pixel wide or high"
     box = (max(left, 0.0), max(top, 0.0), min(left + w, width), min(top + h, height))
     if box[2] <= box[0] or box[3] <= box[1]:
         return (), "lies outside the image"
     return box, ""
-
-
-def _list_some(classes: Classes) -> str:
-    """The first few classes for a message."""
-    some = ", ".join(f"{number} {name}" for number, name in zip(classes.category_ids[:8], classes.names))
-    return some + (f", and {len(classes.names) - 8} more" if len(classes.names) > 8 else "")

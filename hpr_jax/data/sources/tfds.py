@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.images import UnreadableImageError
-from hpr_jax.data.sources.coco import Entry, named_errors, parse_entries, without_garbage_collection
-from hpr_jax.errors import UserError
+from hpr_jax.data.sources.coco import Entry, parse_entries, without_garbage_collection
+from hpr_jax.data.sources.coco_fields import FieldError, read_id, read_text
+from hpr_jax.errors import UserError, shown
 
 # The file that TFDS writes into the directory of each version of a data set.
 INFO_FILE = "dataset_info.json"
@@ -104,7 +104,7 @@ def load_tfds(directory: Path, split: str, classes: Classes | None = None, *, ma
     source, features = _open(str(directory), split), builder.info.features
     metadata = builder.info.metadata or {}
     exact = COCO in features and COCO in metadata
-    with without_garbage_collection(), named_errors(name):
+    with without_garbage_collection():
         if exact:
             categories = metadata[COCO]["categories"]
             read_entry: ReadEntry = _exact_entry
@@ -116,12 +116,11 @@ def load_tfds(directory: Path, split: str, classes: Classes | None = None, *, ma
         scan = _Scan(str(directory), split, len(source), categories, read_entry)
         images = TfdsImages(str(directory), split, scan.names, exif=exact)
         parsed = parse_entries(scan, categories, name, images, classes, masks=masks)
-    truth = functools.partial(_ground_truth, categories, scan.packed())
-    return Dataset(name, scan.digest.hexdigest(), truth, *parsed)
+    return Dataset(name, scan.digest.hexdigest(), *parsed)
 
 
 class _Scan:
-    """Goes through the records of a split once, and keeps names, ground truth and a digest of those that it has seen."""
+    """Goes through the records of a split once, and keeps the names and a digest of those that it has seen."""
 
     def __init__(
         self, directory: str, split: str, count: int, categories: Sequence[Mapping[str, Any]], read_entry: ReadEntry
@@ -130,7 +129,6 @@ class _Scan:
         self.names: list[str] = []
         self.objects = 0
         self.digest = hashlib.sha256(json.dumps(categories, sort_keys=True).encode())
-        self._packer, self._packed = zlib.compressobj(1), bytearray()
 
     def __iter__(self) -> Iterator[Entry]:
         seen = set()
@@ -141,37 +139,36 @@ class _Scan:
                 raise UserError(
                     f"Record {index} of split {self.split!r} of {self.directory} cannot be read: {error}."
                 ) from error
-            (image, annotations), identity = self.read_entry(features, index, self.objects + 1)
-            if image["id"] in seen:
-                raise UserError(f"Split {self.split!r} of {self.directory} lists image id {image['id']} twice.")
-            seen.add(image["id"])
+            try:
+                (image, annotations), identity = self.read_entry(features, index, self.objects + 1)
+                image_id, file_name = read_id(image, "id"), read_text(image, "file_name")
+            except FieldError as error:
+                raise UserError(f"Record {index} of split {self.split!r} of {self.directory} {error}.") from error
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"Record {index} of split {self.split!r} of {self.directory} is damaged: its features do not "
+                    "fit together."
+                ) from error
+            if image_id in seen:
+                raise UserError(f"Split {self.split!r} of {self.directory} lists image id {shown(image_id)} twice.")
+            seen.add(image_id)
             self.objects += len(annotations)
-            self.names.append(str(image["file_name"]))
+            self.names.append(file_name)
             self.digest.update(identity + b"\n")
-            # Masks are left out, since the evaluation of boxes does without them, and they are most of the bytes.
-            boxes = [{key: value for key, value in a.items() if key != "segmentation"} for a in annotations]
-            self._packed += self._packer.compress(json.dumps([image, boxes]).encode() + b"\n")
             yield image, annotations
-
-    def packed(self) -> bytes:
-        """The ground truth, compressed: for each image a line of JSON with its entry and its annotations."""
-        return bytes(self._packed + self._packer.flush())
-
-
-def _ground_truth(categories: Sequence[Mapping[str, Any]], packed: bytes) -> dict[str, Any]:
-    entries = [json.loads(line) for line in zlib.decompress(packed).splitlines()]
-    annotations = [annotation for _, annotations in entries for annotation in annotations]
-    return {"images": [image for image, _ in entries], "annotations": annotations, "categories": list(categories)}
 
 
 def _exact_entry(features: Features, index: int, first_id: int) -> tuple[Entry, bytes]:
     """The COCO entry of a record that has the feature `coco`, and its identity."""
     text = _bytes(features, COCO)
     entry = json.loads(text)
-    return (entry["image"], entry["annotations"]), text
+    image, annotations = entry["image"], entry["annotations"]
+    if not isinstance(image, dict) or not all(isinstance(annotation, dict) for annotation in annotations):
+        raise FieldError("has a feature coco that holds no entries of COCO")
+    return (image, annotations), text
 
 
-def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int]) -> tuple[Entry, bytes]:
+def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int | str]) -> tuple[Entry, bytes]:
     """The COCO entry of a record that has TFDS's features alone, and its identity. Boxes refer to the image as it is stored,
     since TensorFlow ignores EXIF."""
     name = _bytes(features, "image/filename").decode() if "image/filename" in features else f"record {index}"
@@ -189,7 +186,9 @@ def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence
     annotations = []
     for number, (box, label) in enumerate(zip(boxes, _numbers(features, "objects/label").tolist())):
         annotation = {"id": first_id + number, "image_id": image_id, "bbox": box}
-        annotation["category_id"] = ids[label] if 0 <= label < len(ids) else f"with label {label}"
+        if not 0 <= label < len(ids):
+            raise FieldError(f"has an object with the label {label}, and there are {len(ids)} classes")
+        annotation["category_id"] = ids[label]
         annotation["iscrowd"] = crowds[number] if crowds else 0
         if areas:
             annotation["area"] = areas[number]
@@ -224,7 +223,7 @@ def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
     return list(objects["label"].names)
 
 
-def _category_ids(names: Sequence[str], classes: Classes | None) -> list[int]:
+def _category_ids(names: Sequence[str], classes: Classes | None) -> list[int | str]:
     """Category ids of classes without any: those of the same names in `classes`, or else the labels."""
     if classes is not None and len(set(names)) == len(names) and sorted(names) == sorted(classes.names):
         return [dict(zip(classes.names, classes.category_ids))[name] for name in names]

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import ImageFolder
-from hpr_jax.data.sources.coco import Entry, clip_box, group_annotations, load_coco, read_json
+from hpr_jax.data.sources.coco import Entry, box_or_bounds, clip_box, file_names, group_annotations, load_coco, read_json
+from hpr_jax.data.sources.coco_fields import read_area, read_crowd, read_id, read_side
 from hpr_jax.data.sources.tfds import COCO
 from hpr_jax.errors import UserError
 
@@ -64,15 +65,12 @@ class _Split:
         content = read_json(path)
         self.classes, self.categories = dataset.classes, content["categories"]
         self.entries = group_annotations(content, path)
-        self.files = [
-            image.path for image in ImageFolder(source / images, [image["file_name"] for image, _ in self.entries])
-        ]
+        # Checked, since the files are copied: no name leads out of the folder.
+        names = file_names(self.entries, str(path), source / images, source)
+        self.files = [image.path for image in ImageFolder(source / images, names)]
         missing = [file for file in self.files if not file.is_file()]
         if missing:
             raise UserError(f"{len(missing)} of {len(self.files)} images of {path} are missing, like {missing[0]}.")
-        wrong = [image["id"] for image, _ in self.entries if not isinstance(image["id"], int)]
-        if wrong:
-            raise UserError(f"Image id {wrong[0]!r} of {path} is not a whole number, as TFDS wants it.")
 
     def shards(self, split: str) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
         """Functions that make the numbered TFDS examples, one for each file of the result."""
@@ -82,37 +80,43 @@ class _Split:
 
     def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict]]:
         for index in tqdm(range(start, stop), desc=f"{split}, images {start} to {stop}", unit="image", leave=False):
-            yield index, _example(self.entries[index], self.files[index], self.classes.category_ids)
+            yield index, _example(index, self.entries[index], self.files[index], self.classes.category_ids)
 
 
-def _example(entry: Entry, file: Path, category_ids: Sequence[int]) -> dict[str, Any]:
+def _example(index: int, entry: Entry, file: Path, category_ids: Sequence[int | str]) -> dict[str, Any]:
     """The features of a record."""
     image, annotations = entry
-    width, height = float(image["width"]), float(image["height"])
+    image_id, width, height = read_id(image, "id"), read_side(image, "width"), read_side(image, "height")
     objects = []
     for number, annotation in enumerate(annotations):
-        box, reason = clip_box(annotation["bbox"], width, height)
-        if reason:
+        xywh, _ = box_or_bounds(annotation, height, width)
+        box = clip_box(xywh, width, height)[0] if xywh is not None else ()
+        if xywh is None or not box:
             # TFDS has no such boxes. The feature `coco` keeps it.
             continue
         left, top, right, bottom = box
-        own_id, area = annotation.get("id"), annotation.get("area")
+        own_id = annotation.get("id")
         objects.append(
             {
-                "id": own_id if isinstance(own_id, int) else number,
+                "id": own_id if _fits(own_id) else number,
                 "bbox": np.array([top / height, left / width, bottom / height, right / width]),
-                "label": category_ids.index(annotation["category_id"]),
-                "is_crowd": bool(annotation.get("iscrowd", 0)),
-                "area": area if isinstance(area, int | float) else (right - left) * (bottom - top),
+                "label": category_ids.index(read_id(annotation, "category_id")),
+                "is_crowd": read_crowd(annotation),
+                "area": read_area(annotation, xywh[2] * xywh[3], width * height),
             }
         )
     return {
         "image": str(file),
-        "image/id": image["id"],
-        "image/filename": image["file_name"],
+        "image/id": image_id if _fits(image_id) else index,
+        "image/filename": str(image["file_name"]),
         "objects": objects,
         COCO: json.dumps({"image": image, "annotations": annotations}),
     }
+
+
+def _fits(identity: Any) -> bool:
+    """Whether an id fits TFDS's feature for it, a whole number of 64 bits. The feature `coco` keeps others."""
+    return isinstance(identity, int) and not isinstance(identity, bool) and -(2**63) <= identity < 2**63
 
 
 def _write(splits: Mapping[str, _Split], target: Path) -> None:
