@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from hpr_jax.analysis.dataset import MISSING, OTHER_SIZE, UNREADABLE, AnnotationFacts, OpenedImage, Overlap, find_copies
 from hpr_jax.data.build import wants_masks
 from hpr_jax.data.dataset import Dataset
+from hpr_jax.data.suitability import too_few_queries, why_no_objects
 
 # The splits as settings and as messages name them.
 SPLITS = {"train": "training", "val": "validation"}
@@ -55,7 +56,10 @@ class Verdict:
             self.obstacles.append(f"the {what} split has no images")
             return
         if not facts.objects:
-            (self.obstacles if split == "train" else self.doubts).append(f"the {what} split has no objects")
+            self.obstacles.append(f"the {what} split has no objects: {why_no_objects(dataset)}")
+        sentence = too_few_queries(dataset, config.model.queries.count)
+        if sentence:
+            self.doubts.append(sentence.rstrip("."))
         self.doubt(f"impossible {what} boxes, which are dropped", len(dataset.dropped_boxes))
         if split == "train" and wants_masks(config):
             self._judge_masks(dataset)
@@ -74,6 +78,8 @@ class Verdict:
         """Judges what opening the images of the split "train" or "val" has shown."""
         failures = Counter(image.failure for image in images)
         note = "others take their place" if split == "train" else "what is on them counts as not found"
+        if images and not any(image.digest for image in images):
+            self.obstacles.append(f"none of the {SPLITS[split]} images can be read, like: {images[0].sentence}")
         for failure in (MISSING, UNREADABLE, OTHER_SIZE):
             self.doubt(f"{SPLITS[split]} images {failure}", failures[failure], note)
         self.doubt(f"{SPLITS[split]} images that are there more than once", len(find_copies(images)))

@@ -251,7 +251,7 @@ def compare_splits(
 
 
 def training_obstacle(images: Sequence[OpenedImage], usable: Dataset) -> str:
-    """Why a training split cannot be trained on, as part of a sentence; "" if it can.
+    """Why no image of a training split can be trained on, as part of a sentence; "" if some can.
 
     Args:
       images: what opening all images of the split has shown.
@@ -259,8 +259,8 @@ def training_obstacle(images: Sequence[OpenedImage], usable: Dataset) -> str:
     """
     if not usable.records.counts.sum():
         return "no object is left to train on"
-    if not any(images[place].digest for place in usable.records.order):
-        return "none of the training images can be read"
+    if any(image.digest for image in images) and not any(images[place].digest for place in usable.records.order):
+        return "none of the images that training would use can be read"
     return ""
 
 

@@ -210,6 +210,9 @@ def _try_training(
     if obstacle:
         verdict.obstacles.append(obstacle)
         return None
+    if not any(image.digest for image in images):
+        # The verdict says already that no image can be read.
+        return None
     try:
         plan = make_plan(config, usable)
     except UserError as error:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.data.build import load_dataset
 from hpr_jax.data.log_dropped import log_dropped
+from hpr_jax.data.suitability import check_evaluation_data
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process
 from hpr_jax.runtime.files import write_whole
@@ -37,6 +38,7 @@ def evaluate(
     config = checkpoint_config(meta, overrides, config)
     detector, _ = load_detector(checkpoint, config.compute)
     dataset = load_dataset(config.data, "val", meta.classes)
+    check_evaluation_data(dataset, config.data.threads)
     log_dropped(dataset)
     log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
     if is_main_process():

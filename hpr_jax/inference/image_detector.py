@@ -53,7 +53,7 @@ class Detections:
     scores: np.ndarray
     labels: np.ndarray
     names: list[str]
-    category_ids: list[int]
+    category_ids: list[int | str]
 
     def __len__(self) -> int:
         return len(self.scores)

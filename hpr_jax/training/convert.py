@@ -1,6 +1,5 @@
 """Converts official PyTorch checkpoints to checkpoints of this project, and back."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
-from hpr_jax.data.sources.coco import COCO_CLASSES
+from hpr_jax.data.sources.coco import COCO_CLASSES, read_categories, read_json
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
@@ -88,17 +87,13 @@ def guess_classes(meta: Mapping[str, Any], count: int) -> Classes:
     if names == COCO_CLASSES.names:
         return COCO_CLASSES
     ids = dataset.get("category_ids")
-    if not isinstance(ids, list | tuple) or len(ids) != count or not all(isinstance(number, int) for number in ids):
+    if not isinstance(ids, list | tuple) or len(ids) != count or not all(isinstance(one, int | str) for one in ids):
         ids = range(1, count + 1)
     return Classes(names, tuple(ids))
 
 
 def read_classes(annotations: Path) -> Classes:
     """The categories of a COCO annotation file, in the file's order, which is the official code's order of classes."""
-    try:
-        categories = json.loads(annotations.read_text())["categories"]
-        return Classes(tuple(str(c["name"]) for c in categories), tuple(int(c["id"]) for c in categories))
-    except FileNotFoundError as error:
-        raise UserError(f"The annotation file {annotations} does not exist.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The annotation file {annotations} is not in COCO format.") from error
+    if not annotations.is_file():
+        raise UserError(f"The annotation file {annotations} does not exist.")
+    return read_categories(read_json(annotations, ["categories"])["categories"], str(annotations))

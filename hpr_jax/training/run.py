@@ -12,6 +12,7 @@ from hpr_jax.data.build import load_training_data, make_plan, make_views, room_f
 from hpr_jax.data.dataset import Dataset
 from hpr_jax.data.loading.batches import TrainLoader, train_batches
 from hpr_jax.data.log_dropped import log_dropped
+from hpr_jax.data.suitability import check_evaluation_data, check_training_data, too_few_queries
 from hpr_jax.evaluation.evaluator import Evaluator
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import Compute
@@ -74,6 +75,8 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
     warn_of_recipe(config)
     train_split, val_set = load_training_data(config)
     train_set = train_split.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
+    check_training_data(train_split, train_set, config.data.min_side, config.data.threads)
+    check_evaluation_data(val_set, config.data.threads)
     plan = make_plan(config, train_set)
     config = in_steps(config, plan.steps_per_epoch)
     meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(train_split, val_set))
@@ -82,6 +85,10 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
     with owned(workdir, take_over=take_over):
         log_to_file(workdir / ("train.log" if is_main_process() else f"train.{jax.process_index()}.log"))
         report_data(train_split, train_set, val_set)
+        for dataset in (train_set, val_set):
+            sentence = too_few_queries(dataset, config.model.queries.count)
+            if sentence:
+                log.warning("%s", sentence)
         views = make_views(config, train_set)
         max_boxes = room_for_boxes(config, train_set, views)
         begun = any((workdir / LATEST).glob("*"))

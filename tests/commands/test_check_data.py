@@ -169,7 +169,9 @@ def test_no_image_can_be_read(coco, checked):
     for file in (coco / "train2017").iterdir():
         file.write_bytes(b"broken")
     report = checked(samples=2)
-    assert report.verdict.obstacles == ["none of the training images can be read"]
+    (obstacle,) = report.verdict.obstacles
+    assert obstacle.startswith("none of the training images can be read, like: ")
+    assert obstacle.endswith("0.jpg is not an image that can be decoded")
 
 
 def test_copies(coco, checked):
@@ -207,9 +209,13 @@ def test_too_few_images(checked):
 
 def test_no_objects(coco, checked):
     edit(coco, lambda content: content.update(annotations=[]), split="val")
-    checked().doubts("the validation split has no objects", "classes without validation objects: 3 (cup, pen, hat)")
+    assert checked().verdict.obstacles == [
+        "the validation split has no objects: none of its images has an annotation",
+    ]
     edit(coco, lambda content: content.update(annotations=[]))
-    assert checked().verdict.obstacles == ["the training split has no objects"]
+    assert checked().verdict.obstacles == [
+        f"the {split} split has no objects: none of its images has an annotation" for split in ("training", "validation")
+    ]
 
 
 def test_fewer_boxes_than_there_are(checked):

@@ -184,6 +184,28 @@ def test_evaluating_on_other_classes_is_refused(trained, coco, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_on_nothing_are_refused_and_leave_nothing_behind(trained, coco, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(coco, other)
+    path = other / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    for changes, sentence in (
+        ({"annotations": []}, "no objects to evaluate on"),
+        ({"annotations": [], "images": []}, "lists no images to evaluate on"),
+    ):
+        path.write_text(json.dumps({**content, **changes}))
+        with pytest.raises(UserError, match=sentence):
+            train(tiny.config(other), tmp_path / "run")
+        with pytest.raises(UserError, match=sentence):
+            evaluate(trained[0], tmp_path / "out", [("data.directory", str(other))])
+    path.write_text(json.dumps(content))
+    for image in (other / "val2017").iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match=r"None of the 3 images of .* can be read, like: .*0.jpg: No such file"):
+        train(tiny.config(other), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 def test_evaluating_another_model_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match=r"another model: config.model.hidden \(24 and 32\)"):
         evaluate(trained[0], tmp_path / "out", [("model.hidden", "32")])

@@ -49,6 +49,8 @@ COCO_CLASSES = Classes(
 Entry = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]
 # A box as COCO writes it: left, top, width, height.
 XYWH = tuple[float, float, float, float]
+# The lists of objects in an annotation file.
+LISTS = ("images", "annotations", "categories")
 # At most so many of the classes that differ are named.
 NAMED = 8
 
@@ -107,17 +109,17 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of an annotation file: an object with the lists of objects `images`, `annotations` and `categories`.
+def read_json(path: Path, lists: Sequence[str] = LISTS) -> dict[str, Any]:
+    """The content of an annotation file: an object that has these lists of objects.
 
     Raises:
       UserError: the file is not JSON, or has no such lists.
     """
     with without_garbage_collection():
-        return _parse_json(path, path.read_bytes())
+        return _parse_json(path, path.read_bytes(), lists)
 
 
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+def _parse_json(path: Path, data: bytes, lists: Sequence[str] = LISTS) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except RecursionError:
@@ -126,7 +128,7 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
         raise UserError(f"The annotation file {path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"The annotation file {path} is not in COCO format: it holds no object with images and annotations.")
-    for key in ("images", "annotations", "categories"):
+    for key in lists:
         entries = content.get(key)
         if not isinstance(entries, list):
             what = f"no list of {key}" if key not in content else f"{shown(entries)} in the place of the list of {key}"
@@ -229,7 +231,12 @@ def parse_entries(
     return Parsed(classes, records, parser.truth.finish(), tuple(parser.dropped_boxes), tuple(parser.dropped_masks))
 
 
-def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classes: Classes | None) -> Classes:
+def read_categories(categories: Sequence[Mapping[str, Any]], name: str) -> Classes:
+    """The categories that `name` lists, in their order there.
+
+    Raises:
+      UserError: there are none, one is listed twice, or has no id or no name.
+    """
     listed: dict[Id, str] = {}
     for place, category in enumerate(categories):
         try:
@@ -241,14 +248,25 @@ def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classe
         listed[number] = text
     if not listed:
         raise UserError(f"{name} lists no categories.")
-    ids = sorted(listed, key=id_order)
-    own = Classes(tuple(listed[number] for number in ids), tuple(ids))
+    return Classes(tuple(listed.values()), tuple(listed))
+
+
+def _parse_categories(categories: Sequence[Mapping[str, Any]], name: str, classes: Classes | None) -> Classes:
+    own = read_categories(sorted(categories, key=_category_order), name)
     if classes is not None and classes.as_set() == own.as_set():
         # A model that was converted from elsewhere may have them in another order, which its labels refer to.
         return classes
     if classes is not None:
         raise UserError(f"The categories of {name} are not those that the model knows: {_compare(own, classes)}.")
     return own
+
+
+def _category_order(category: Mapping[str, Any]) -> tuple[bool, Id]:
+    """The key by which categories are sorted: their ids; those without one are refused anyway."""
+    try:
+        return id_order(read_id(category, "id"))
+    except FieldError:
+        return False, 0
 
 
 def _compare(own: Classes, known: Classes) -> str:
