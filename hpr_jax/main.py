@@ -4,15 +4,27 @@ Each command is a file in `hpr_jax.commands`, which is imported when it is asked
 answered before JAX is imported.
 """
 
+import os
+import signal
+
+
+def _leave(*_: object) -> None:
+    """Ends the process without a word, as Ctrl-C asks while there is nothing to finish: while it imports, or ends."""
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _leave)
+
 import difflib
 import importlib
-import io
 import sys
 from types import ModuleType
 
 from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
+from hpr_jax.runtime.console import protect_from_console
 from hpr_jax.settings import describe_settings, suggestion
 
 # The names of all commands. Each is a file of hpr_jax.commands, whose first line says what it does.
@@ -105,12 +117,18 @@ def _unknown(name: str, word: str, parser: CommandParser) -> str:
 
 def main() -> int:
     """Carries out the command line of this process; returns its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A console that lacks a character, of a class or a file name, must not end a run.
-            stream.reconfigure(errors="backslashreplace")
     return run_command(lambda: run(sys.argv[1:]), leave_at_once="--distributed" in sys.argv)
 
 
+def console() -> int:
+    """Does what `main` does, as a process of its own: neither the console nor Ctrl-C end it in a traceback."""
+    protect_from_console()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, _leave)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -38,8 +38,9 @@ class _ConsoleHandler(logging.Handler):
 def log_to_console(level: int = logging.INFO) -> None:
     """Sends messages of at least this level to standard output, and nowhere else."""
     log.setLevel(logging.INFO)
-    # Orbax logs tracebacks of errors through this logger, and raises the same errors.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs tracebacks of errors through these loggers, and raises the same errors.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     log.propagate = False
     for handler in log.handlers[:]:
         log.removeHandler(handler)

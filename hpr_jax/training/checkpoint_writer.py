@@ -12,9 +12,9 @@ from flax import nnx
 
 from hpr_jax.errors import RunError, UserError
 from hpr_jax.runtime.devices import agree, gather, is_main_process, wait_for_all
-from hpr_jax.weights.checkpoint import Meta, open_reader, read_meta
-from hpr_jax.weights.find_checkpoint import BEST, LATEST, PARTIAL, checkpoints_in
-from hpr_jax.weights.manifest import find_damage, write_manifest
+from hpr_jax.weights.checkpoint import Meta, checkpoint_damage, open_reader, read_meta
+from hpr_jax.weights.find_checkpoint import BEST, DAMAGED, LATEST, PARTIAL, checkpoints_in, entries
+from hpr_jax.weights.manifest import write_manifest
 
 log = logging.getLogger("hpr_jax")
 
@@ -103,7 +103,8 @@ def _write(path: Path, meta: Meta, **items: Any) -> None:
             write_manifest(partial)
             _delete_now([path] if path.exists() else [])
             partial.rename(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        # Orbax raises errors of any type.
         reason = _reason(error)
     # Collecting the reasons of all processes also waits until all have written.
     reasons = [one for one in gather(reason) if one]
@@ -136,14 +137,15 @@ def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     def look() -> tuple[str | None, list[str]]:
         while steps := checkpoints_in(folder):
             newest = steps[-1]
-            damage = find_damage(newest)
+            damage = checkpoint_damage(newest)
             if not damage:
                 break
-            aside = newest.with_suffix(".damaged")
+            aside = newest.with_suffix(DAMAGED)
             log.warning("The checkpoint %s is damaged (%s): it is now %s, and not used.", newest, damage, aside.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
             newest.rename(aside)
-        return steps[-1].name if steps else None, sorted(path.name for path in folder.glob("*.damaged"))
+        return steps[-1].name if steps else None, sorted(path.name for path in entries(folder) if path.suffix == DAMAGED)
 
     name, damaged = agree(look)
     return folder / name if name else None, damaged

@@ -134,6 +134,10 @@ def resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_chang
     if earlier is not None:
         check_same_run(earlier, meta, accept_changes)
     if found is None:
+        if earlier is not None:
+            log.warning(
+                "The workdir has a best checkpoint, of step %d, and none to go on from: it begins anew.", earlier.step
+            )
         return state, Progress()
     # A moving average may be switched on or off when a run goes on: `stored` has one if the checkpoint has.
     averaged = found.config["train"]["ema_decay"] > 0

@@ -1,11 +1,14 @@
 """Signals ask a run to stop: it ends its step, saves, and leaves with an exit code that tells which signal came."""
 
+import logging
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
 from hpr_jax.errors import StoppedError
+
+log = logging.getLogger("hpr_jax")
 
 # Exit codes by signal. Schedulers send SIGTERM, and 75 tells them to try again later (EX_TEMPFAIL of sysexits.h).
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -36,6 +39,8 @@ class StopRequests:
         if number == self.noted == signal.SIGINT:
             raise KeyboardInterrupt
         self.noted = signal.Signals(number)
+        again = " Another Ctrl-C ends it without." if number == signal.SIGINT else ""
+        log.warning("%s: the run ends when its step is done and saved.%s", self.noted.name, again)
 
     def stop(self, step: int) -> StoppedError:
         """The error to leave with, once step `step` is saved."""

@@ -7,6 +7,7 @@ config, classes, step, metrics, what the run depends on).
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
-from hpr_jax.weights.find_checkpoint import find_checkpoint
+from hpr_jax.weights.find_checkpoint import ITEMS, find_checkpoint
+from hpr_jax.weights.manifest import NAME as MANIFEST
 from hpr_jax.weights.manifest import find_damage
 
 # Settings that did not exist yet when the first checkpoints were written, with the values for what was done then.
@@ -31,6 +33,9 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"accumulation_steps": 1, "ema_decay": 0.0},
     "data": {"workers": 0, "train_split": "train", "val_split": "validation"},
 }
+
+# The file in which Orbax keeps the item `meta`.
+META_FILE = "meta/metadata"
 
 log = logging.getLogger("hpr_jax")
 
@@ -94,11 +99,27 @@ def read_meta(path: Path, *, verify: bool = True) -> Meta:
       UserError: there is no checkpoint, or it is damaged or cannot be read.
     """
     path = find_checkpoint(Path(path)).resolve()
-    damage = find_damage(path) if verify else None
+    damage = checkpoint_damage(path) if verify else None
     if damage:
         raise UserError(f"The checkpoint {path} is damaged: {damage}.")
     with open_reader(path) as reader:
         return Meta.from_json(reader.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+
+
+def checkpoint_damage(path: Path) -> str | None:
+    """What is damaged of a checkpoint or missing, as a clause that completes "it is damaged: "; None if nothing is.
+
+    Checkpoints without a manifest are as old as manifests are, or have lost it: the first ones said nothing about their run.
+    """
+    if (path / MANIFEST).exists():
+        return find_damage(path) or next((f"{item} is missing" for item in ITEMS if not (path / item).is_dir()), None)
+    try:
+        content = json.loads((path / META_FILE).read_bytes())
+    except FileNotFoundError:
+        return f"{META_FILE} is missing"
+    except (OSError, ValueError, RecursionError):
+        return f"{META_FILE} cannot be read"
+    return f"{MANIFEST} is missing" if not isinstance(content, dict) or "run" in content else None
 
 
 def load_detector(path: Path, compute: Mapping[str, Any] | None = None) -> tuple[Detector, Meta]:
@@ -134,10 +155,13 @@ def open_reader(path: Path) -> Iterator[ocp.Checkpointer]:
             yield reader
     except UserError:
         raise
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The checkpoint {path} was written by another version of this project: {error}.") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Orbax raises errors of any type, bare exceptions among them, over many lines.
+        first = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise UserError(
+            f"The checkpoint {path} cannot be read: it is damaged, or was written by another version of this project "
+            f"({type(error).__name__}: {first})."
+        ) from error
 
 
 def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: ConfigDict | None = None) -> ConfigDict:

@@ -1,13 +1,9 @@
 """What all commands share: overrides of settings, and how a command ends."""
 
-import io
-import sys
-
 import pytest
 
 from hpr_jax.commands.arguments import check_folder, path, run_command, split_overrides
 from hpr_jax.errors import RunError, StoppedError, UserError
-from hpr_jax.main import main
 
 
 def test_overrides_with_and_without_an_equals_sign():
@@ -71,13 +67,3 @@ def test_paths_may_begin_at_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path("~/x") == tmp_path / "x"
     assert str(path("a/~b")) == "a/~b"
-
-
-def test_a_console_that_lacks_characters(monkeypatch):
-    """A sentence with Chinese words, on a console that has ASCII alone."""
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setattr(sys, "argv", ["hpr_jax", "训练"])
-    assert main() == 2
-    sys.stderr.flush()
-    assert written.getvalue().startswith(b"hpr_jax: There is no command '\\u8bad\\u7ec3'; ")

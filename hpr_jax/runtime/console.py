@@ -1,0 +1,65 @@
+"""Keeps the console from ending a run: what it cannot show is left out, and errors of helpers are no tracebacks."""
+
+import errno
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any, TextIO
+
+log = logging.getLogger("hpr_jax")
+
+
+class _Tolerant(io.FileIO):
+    """A file that takes what it is given although nobody reads it: the pipe may be closed, or the disk full."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def tolerant(stream: TextIO) -> TextIO:
+    """A stream that writes where another one does, and raises no errors; the same one if it is no file of the system.
+
+    Characters that its encoding lacks are written as escapes.
+    """
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return stream
+    stream.flush()
+    raw = _Tolerant(number, "w", closefd=False)
+    text = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+    return text
+
+
+def protect_from_console() -> None:
+    """From now on no error of the console, and none in a thread or a callback of a library, ends in a traceback."""
+    sys.stdout, sys.stderr = tolerant(sys.stdout), tolerant(sys.stderr)
+    logging.raiseExceptions = False
+    sys.excepthook = _excepthook
+    threading.excepthook = _thread_excepthook
+    sys.unraisablehook = _unraisablehook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """Libraries in C++ report errors of their own threads here, like those of a write that has failed already."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _thread_excepthook(arguments: Any) -> None:
+    error = arguments.exc_value
+    # A full disk is reported by whoever waits for what is to be written.
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        log.warning("A thread has ended with %s: %s", type(error).__name__, error)
+
+
+def _unraisablehook(unraisable: Any) -> None:
+    """Ctrl-C may come while the interpreter runs a callback, which cannot raise: it is sent once more, after the callback."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
