@@ -4,17 +4,13 @@ Each command is a file in `hpr_jax.commands`, which is imported when it is asked
 answered before JAX is imported.
 """
 
-import os
 import signal
 
-
-def _leave(*_: object) -> None:
-    """Ends the process without a word, as Ctrl-C asks while there is nothing to finish: while it imports, or ends."""
-    os._exit(130)
-
+from hpr_jax.runtime.console import leave, protect_from_console
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _leave)
+    # At once, since an interrupt in the middle of an import of JAX would crash.
+    signal.signal(signal.SIGINT, leave)
 
 import difflib
 import importlib
@@ -24,7 +20,6 @@ from types import ModuleType
 from hpr_jax.commands.arguments import CommandParser, run_command, split_overrides
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
-from hpr_jax.runtime.console import protect_from_console
 from hpr_jax.settings import describe_settings, suggestion
 
 # The names of all commands. Each is a file of hpr_jax.commands, whose first line says what it does.
@@ -122,12 +117,9 @@ def main() -> int:
 
 def console() -> int:
     """Does what `main` does, as a process of its own: neither the console nor Ctrl-C end it in a traceback."""
+    signal.signal(signal.SIGINT, leave)
     protect_from_console()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return main()
-    finally:
-        signal.signal(signal.SIGINT, _leave)
+    return main()
 
 
 if __name__ == "__main__":

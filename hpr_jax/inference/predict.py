@@ -16,6 +16,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import encode_image
 from hpr_jax.inference.find_images import find_images
 from hpr_jax.inference.image_detector import Detections, load
+from hpr_jax.runtime.console import interruptible
 from hpr_jax.runtime.files import write_whole
 
 log = logging.getLogger("hpr_jax")
@@ -63,24 +64,25 @@ def predict(
     detector = load(checkpoint, overrides=dict(overrides), config=config)
     # The paths of images, and of the pictures of this call.
     taken = {file.resolve() for file in files}
-    try:
-        for file in tqdm(files, desc="prediction", unit="image"):
-            try:
-                found = detector(read_image(file), threshold)
-                data = encode_image(found.draw(), PICTURES)
-            except Exception as error:
-                text = str(error) if isinstance(error, UnreadableImageError) else f"{file}: {_first_line(error)}"
-                log.warning("%s; skipped", text)
-                result.skipped.append(str(file))
-                continue
-            picture = _picture_path(output, file, taken, result.earlier)
-            taken.add(picture.resolve())
-            write_whole(picture, data)
-            result.entries.append(_entry(file, picture, found))
-            result.write_if_due()
-    finally:
-        if result.entries:
-            result.write()
+    with interruptible():
+        try:
+            for file in tqdm(files, desc="prediction", unit="image"):
+                try:
+                    found = detector(read_image(file), threshold)
+                    data = encode_image(found.draw(), PICTURES)
+                except Exception as error:
+                    text = str(error) if isinstance(error, UnreadableImageError) else f"{file}: {_first_line(error)}"
+                    log.warning("%s; skipped", text)
+                    result.skipped.append(str(file))
+                    continue
+                picture = _picture_path(output, file, taken, result.earlier)
+                taken.add(picture.resolve())
+                write_whole(picture, data)
+                result.entries.append(_entry(file, picture, found))
+                result.write_if_due()
+        finally:
+            if result.entries:
+                result.write()
     if not result.entries:
         raise UserError(f"None of the {len(files)} images could be processed; the lines above say why.")
     log.info("Wrote %d pictures and %s; %d images skipped.", len(result.entries), result.path, len(result.skipped))

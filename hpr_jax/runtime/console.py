@@ -1,5 +1,6 @@
 """Keeps the console from ending a run: what it cannot show is left out, and errors of helpers are no tracebacks."""
 
+import contextlib
 import errno
 import io
 import logging
@@ -7,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 log = logging.getLogger("hpr_jax")
@@ -37,6 +39,27 @@ def tolerant(stream: TextIO) -> TextIO:
     return text
 
 
+def leave(*_: Any) -> None:
+    """Ends the process at once, as a handler of Ctrl-C. An exception is no way to end at any moment: libraries that are
+    being imported crash on it, or take it for an error of their own."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"hpr_jax: stopped.\n")
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A context in which Ctrl-C raises KeyboardInterrupt, for what must be finished or deleted before the process ends."""
+    if signal.getsignal(signal.SIGINT) is not leave or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, leave)
+
+
 def protect_from_console() -> None:
     """From now on no error of the console, and none in a thread or a callback of a library, ends in a traceback."""
     sys.stdout, sys.stderr = tolerant(sys.stdout), tolerant(sys.stderr)
@@ -60,6 +83,6 @@ def _thread_excepthook(arguments: Any) -> None:
 
 
 def _unraisablehook(unraisable: Any) -> None:
-    """Ctrl-C may come while the interpreter runs a callback, which cannot raise: it is sent once more, after the callback."""
+    """Ctrl-C may come while the interpreter runs a callback, which cannot raise: it is sent again, after the callback."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()

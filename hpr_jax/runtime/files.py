@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpr_jax.runtime.console import interruptible
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -17,8 +19,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     # Not named after `path`, whose name may be as long as names can be.
     partial = path.with_name(f".{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(path)
+        with interruptible():
+            yield partial
+            partial.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:

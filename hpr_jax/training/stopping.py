@@ -15,7 +15,7 @@ EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 class StopRequests:
-    """As a context, notes SIGTERM and the first SIGINT (Ctrl-C); a second SIGINT interrupts at once.
+    """As a context, notes SIGTERM and the first SIGINT (Ctrl-C); a second SIGINT does what it did before.
 
     Attributes:
       noted: the signal that came, or None.
@@ -35,9 +35,10 @@ class StopRequests:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self.noted == signal.SIGINT:
-            raise KeyboardInterrupt
+            earlier = self._handlers[number]
+            (earlier if callable(earlier) else signal.default_int_handler)(number, frame)
         self.noted = signal.Signals(number)
         again = " Another Ctrl-C ends it without." if number == signal.SIGINT else ""
         log.warning("%s: the run ends when its step is done and saved.%s", self.noted.name, again)

@@ -11,7 +11,8 @@ import time
 import pytest
 import tiny
 
-from hpr_jax.runtime.console import protect_from_console, tolerant
+from hpr_jax.runtime.console import interruptible, leave, protect_from_console, tolerant
+from hpr_jax.runtime.files import whole_file
 
 MAIN = [sys.executable, "-m", "hpr_jax.main"]
 
@@ -132,4 +133,38 @@ def test_ctrl_c_while_starting(tmp_path, after):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors in ("", "hpr_jax: stopped.\n")
+    assert errors == "hpr_jax: stopped.\n"
+
+
+def test_what_must_be_finished_is_interrupted_by_an_exception():
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is leave
+        # A file that is being written is deleted, and nested contexts leave the outer one as it is.
+        with interruptible():
+            with interruptible():
+                pass
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    # In a notebook Ctrl-C is not ours.
+    with interruptible():
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_file_that_is_interrupted_is_deleted(tmp_path):
+    before = signal.signal(signal.SIGINT, leave)
+
+    def write():
+        with whole_file(tmp_path / "x") as partial:
+            partial.write_text("half")
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.iterdir())
