@@ -1,6 +1,8 @@
 """Hybrid Proposal Refiner (CVPR 2024): DETR-style object detection in JAX."""
 
-__all__ = ["Detections", "ImageDetector", "load", "load_config"]
+from hpr_jax.errors import UserError
+
+__all__ = ["Detections", "ImageDetector", "UserError", "load", "load_config"]
 
 
 def __getattr__(name: str):

@@ -1,12 +1,24 @@
 """Stored images: where their bytes are, and how they are decoded."""
 
 import dataclasses
+import io
+import os
+import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import cv2
 import numpy as np
+from PIL import Image
+
+# An image file may have at most so many bytes, and an image so many pixels: more would take the machine's memory. The second
+# is the limit of Pillow, which reads the headers.
+LARGEST_FILE = 2**30
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+# Below the limit Pillow warns at half of it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableImageError(Exception):
@@ -61,9 +73,25 @@ class ImageFile:
 
     def read(self) -> bytes:
         try:
-            return self.path.read_bytes()
+            # Without waiting, since a pipe without a writer would be waited for forever.
+            with open(self.path, "rb", opener=_open_without_waiting) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise UnreadableImageError(f"{self.path} is no regular file")
+                if status.st_size > LARGEST_FILE:
+                    raise UnreadableImageError(
+                        f"{self.path} has {status.st_size:,} bytes, and an image may have {LARGEST_FILE:,}"
+                    )
+                # No more than that, even if the file grows.
+                return file.read(LARGEST_FILE)
         except OSError as error:
             raise UnreadableImageError(f"{self.path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UnreadableImageError(f"{str(self.path)!r} is no possible name of a file") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +118,9 @@ def read_image(path: Path) -> np.ndarray:
       UnreadableImageError: the file is missing or not an image.
     """
     image = ImageFile(Path(path))
-    return _decode(image.read(), image.name)
+    data = image.read()
+    _declared_size(data, image.name)
+    return _decode(data, image.name)
 
 
 def read_annotated_image(image: EncodedImage, height: int, width: int) -> np.ndarray:
@@ -104,16 +134,39 @@ def read_annotated_image(image: EncodedImage, height: int, width: int) -> np.nda
 
 def decode_annotated(data: bytes, image: EncodedImage, height: int, width: int) -> np.ndarray:
     """Does what `read_annotated_image` does with `data`, the bytes of the image, which were read before."""
+    declared = _declared_size(data, image.name)
+    if declared is not None and sorted(declared) != sorted((height, width)):
+        raise _other_size(image, declared, height, width)
     pixels = _decode(data, image.name, turned=image.exif)
     if image.exif and pixels.shape[:2] != (height, width):
         # Some data sets are annotated on the pixels as stored, without the EXIF rotation.
         stored = _decode(data, image.name, turned=False)
         pixels = stored if stored.shape[:2] == (height, width) else pixels
     if pixels.shape[:2] != (height, width):
-        raise OtherSizeError(
-            f"{image.name} is {pixels.shape[1]}x{pixels.shape[0]} pixels, its annotation says {width}x{height}"
-        )
+        raise _other_size(image, pixels.shape[:2], height, width)
     return pixels
+
+
+def _other_size(image: EncodedImage, found: Sequence[int], height: int, width: int) -> OtherSizeError:
+    return OtherSizeError(f"{image.name} is {found[1]}x{found[0]} pixels, its annotation says {width}x{height}")
+
+
+def _declared_size(data: bytes, name: str) -> tuple[int, int] | None:
+    """The (height, width) that the header of an image says it is stored with; None if Pillow does not know the format.
+
+    Raises:
+      UnreadableImageError: there are more pixels than any image may have. They would be made before anything else is seen
+        to be wrong, from a file that may be small.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"{name} has more than the {MOST_PIXELS:,} pixels that an image may have") from error
+    except Exception:
+        # Pillow raises errors of any type for damaged headers. OpenCV knows more formats, and will say what it thinks.
+        return None
+    return height, width
 
 
 def _decode(data: bytes, name: str, *, turned: bool = True) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
+from PIL import Image, ImageOps
 
 from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
@@ -32,7 +33,7 @@ from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_me
 # Sides of padded inputs are multiples of this many pixels, so that images of similar shape share one compiled program.
 GRID = 128
 
-ImageLike = np.ndarray | str | Path
+ImageLike = np.ndarray | Image.Image | str | Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class ImageDetector:
         """Detects objects.
 
         Args:
-          images: a path, an RGB uint8 array `[h, w, 3]`, or a list or tuple of such.
+          images: a path, a Pillow image, a uint8 array, RGB `[h, w, 3]` or grey `[h, w]`, or a list or tuple of such.
           threshold: lowest score of the detections.
 
         Raises:
@@ -155,17 +156,44 @@ def _as_array(image: ImageLike) -> np.ndarray:
     """The pixels of an image, RGB uint8 `[h, w, 3]`.
 
     Raises:
-      UserError: it cannot be read, or is an array of another type or shape.
+      UserError: it cannot be read, or is of another type or shape.
     """
     if isinstance(image, str | Path):
         try:
-            return read_image(Path(image))
+            return read_image(Path(image).expanduser())
         except UnreadableImageError as error:
             raise UserError(f"{error}.") from error
-    array = np.asarray(image)
+    if isinstance(image, Image.Image):
+        return _from_pillow(image)
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.ndim == 2 and array.dtype == np.uint8:
+        array = np.repeat(array[..., None], 3, axis=2)
     if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise UserError(f"An image is an RGB uint8 array [h, w, 3]; this one is {array.dtype} {list(array.shape)}.")
+        what = f"an array of {array.dtype} {list(array.shape)}" if array.size else f"of type {type(image).__name__}"
+        raise UserError(
+            f"An image is a path, a Pillow image, or a uint8 array, RGB [h, w, 3] or grey [h, w]; this one is {what}."
+        )
     return array
+
+
+def _from_pillow(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image as a file of it would be read: turned by its EXIF orientation, palettes looked up, grey
+    as RGB, colours without their opacity, and of 16 bits the upper 8."""
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise UserError(f"A Pillow image of mode {image.mode!r} has no range of values; convert it to 'L' or 'RGB'.")
+        pixels = np.asarray(image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"The Pillow image cannot be decoded: {error}.") from error
+    if 0 in pixels.shape:
+        raise UserError("The Pillow image has no pixels.")
+    return pixels
 
 
 def load(

@@ -15,6 +15,7 @@ from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
 from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.weights.checkpoint import Meta, load_detector
+from hpr_jax.weights.initial import check_numbers
 from hpr_jax.weights.official import load_official, official_buffers, to_official
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
 
@@ -40,6 +41,7 @@ def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Pat
         raise UserError(f"{workdir} exists and is not an empty folder; choose another.")
     content = read_checkpoint(source)
     tensors = find_tensors(content)
+    check_numbers(tensors, source)
     if _CLASS_LAYER not in tensors:
         raise UserError(f"{source} is not an official detector: it has no {_CLASS_LAYER}.")
     count = len(tensors[_CLASS_LAYER])

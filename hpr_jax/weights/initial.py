@@ -2,7 +2,7 @@
 
 import logging
 import re
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from flax import nnx
 
 from hpr_jax.errors import UserError
 from hpr_jax.models.detector import Detector
+from hpr_jax.weights.arrays_file import read_arrays
 from hpr_jax.weights.backbone_names import OUTPUT_NORMS, as_official_backbone, is_detector
 from hpr_jax.weights.checkpoint import load_detector
 from hpr_jax.weights.official import compare_shapes, load_official
@@ -44,15 +45,27 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a `.pth` or `.npz` file, by name.
 
     Raises:
-      UserError: the file is neither, or damaged.
+      UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
     """
-    if path.suffix != ".npz":
-        return find_tensors(read_checkpoint(path))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"The weight file {path} is not an .npz file of arrays: {error}") from error
+    tensors = read_arrays(path) if path.suffix == ".npz" else find_tensors(read_checkpoint(path))
+    check_numbers(tensors, path)
+    return tensors
+
+
+def check_numbers(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Checks that all tensors of a file hold finite real numbers.
+
+    Raises:
+      UserError: one does not; the message names it.
+    """
+    for name, tensor in tensors.items():
+        try:
+            finite = tensor.dtype.kind != "c" and bool(np.all(np.isfinite(tensor)))
+        except TypeError:
+            finite = False
+        if not finite:
+            what = "complex numbers" if tensor.dtype.kind == "c" else "values that are no finite numbers"
+            raise UserError(f"The weight file {path} cannot be used: {name} ({tensor.dtype}) has {what}.")
 
 
 def _from_file(detector: Detector, path: Path) -> list[str]:

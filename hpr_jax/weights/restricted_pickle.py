@@ -35,6 +35,9 @@ _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # view that repeats one element could ask for any amount of memory.
 _COPY_FACTOR, _COPY_EXTRA = 8, 1 << 24
 
+# Objects may be nested so deeply, and a key of a dict or a member of a set may have so many parts.
+_DEEPEST, _MOST_PARTS = 200, 10_000
+
 _MAX_AXES = 64  # NumPy's and PyTorch's own limit.
 
 
@@ -64,17 +67,95 @@ def _checked(file: io.BytesIO) -> bytes:
       Unreadable: the pickle has opcodes that it may not have.
     """
     start = file.tell()
-    pieces, begin = [], start
+    pieces, begin, sizes = [], start, _Sizes()
     for number, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if opcode.name.startswith("EXT"):
             raise Unreadable("it uses Python's extension registry, so it would run code when loaded")
         # The unpickler's memo takes memory for all indices up to the highest.
         if opcode.name.endswith("PUT") and (argument is None or argument > number):
             raise Unreadable("it is damaged (an object's number is too high)")
+        sizes.follow(opcode, argument)
         if opcode.name == "FRAME":
             pieces.append(file.getbuffer()[begin:position].tobytes())
             begin = file.tell()
     return b"".join([*pieces, file.getbuffer()[begin : file.tell()].tobytes()])
+
+
+class _Sizes:
+    """Follows a pickle without making its objects, and refuses those that would keep Python busy for ever, or crash it.
+
+    A key of a dict or a member of a set is hashed, with everything in it. Tuples of tuples that share their parts are small
+    in a file, and endless for whoever goes through them; lists and dicts in lists are gone through by Python's own stack.
+    Of each object on the stack its depth is known, and its size with all parts, shared or not. Lists and dicts have a size
+    of 1 as a part, since they cannot be hashed.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[int, int] | None] = []
+        self.memo: dict[int, tuple[int, int]] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Does what an opcode does to the stack.
+
+        Raises:
+          Unreadable: what is made is too deep or too large.
+        """
+        name = opcode.name
+        if name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            self.memo[len(self.memo) if argument is None else argument] = self._top()
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo.get(argument, (0, 1)))
+        elif name == "MARK":
+            self.stack.append(None)
+        elif name == "DUP":
+            self.stack.append(self._top())
+        elif name == "POP":
+            self._pop(1)
+        else:
+            self._make(opcode)
+
+    def _make(self, opcode: pickletools.OpcodeInfo) -> None:
+        """Takes the parts of an object from the stack, and puts the object there."""
+        name, before = opcode.name, opcode.stack_before
+        if not before:
+            # A number, a text, an empty container.
+            self.stack.append((0, 1))
+            return
+        parts: list[tuple[int, int]] = []
+        marked = pickletools.markobject in before
+        if marked:
+            while self.stack and (part := self.stack.pop()) is not None:
+                parts.append(part)
+            parts.reverse()
+        owned = self._pop(before.index(pickletools.markobject) if marked else len(before))
+        if name in ("SETITEM", "APPEND"):
+            parts, owned = owned[1:], owned[:1]
+        if name in ("SETITEM", "SETITEMS", "DICT"):
+            hashed = parts[::2]
+        elif name in ("ADDITEMS", "FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"):
+            hashed = [*owned, *parts]
+        else:
+            hashed = []
+        if any(size > _MOST_PARTS for _, size in hashed):
+            raise Unreadable("it has a key of too many parts")
+        if name in ("SETITEM", "SETITEMS", "APPEND", "APPENDS", "ADDITEMS"):
+            # What is added lies in the container, which stays where it is.
+            depth = max([owned[0][0] if owned else 0, *(1 + depth for depth, _ in parts)])
+        else:
+            parts = [*owned, *parts]
+            depth = 1 + max((depth for depth, _ in parts), default=-1)
+        if depth > _DEEPEST:
+            raise Unreadable("its objects are nested too deeply")
+        size = 1 + sum(size for _, size in parts) if name.startswith(("TUPLE", "FROZENSET")) else 1
+        self.stack += [(depth, min(size, _MOST_PARTS + 1))] * len(opcode.stack_after)
+
+    def _top(self) -> tuple[int, int]:
+        return (self.stack[-1] if self.stack else None) or (0, 1)
+
+    def _pop(self, count: int) -> list[tuple[int, int]]:
+        taken = self.stack[len(self.stack) - count :] if count else []
+        del self.stack[len(self.stack) - len(taken) :]
+        return [part or (0, 1) for part in taken]
 
 
 class _Sealed:

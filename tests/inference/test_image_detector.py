@@ -11,7 +11,9 @@ import pytest
 import tiny
 from flax import nnx
 from pictures import BLUE, CLASSES, GREEN, RED, plain, png
+from PIL import Image
 
+import hpr_jax
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.inference.image_detector import Detections, ImageDetector
@@ -101,6 +103,64 @@ class TestInput:
             assert np.all(detect.images[0, 64:canvas, :canvas] == 114)
             assert not detect.images[0, canvas or 64 :].any()
             assert not detect.images[0, :, canvas or 51 :].any()
+
+
+class TestForms:
+    """An image is the same in every form: what the network sees is what it sees of the file."""
+
+    def seen(self, image):
+        detect = Detect((0, 0, 8, 8))
+        detector(detect, 64, 64)(image)
+        return detect.images[0, : detect.sizes[0][0], : detect.sizes[0][1]]
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
+    def test_pillow_images_are_read_as_their_files(self, tmp_path, mode):
+        rng = np.random.default_rng(0)
+        image = Image.fromarray(rng.integers(0, 255, (48, 64, 3)).astype(np.uint8))
+        if mode == "I;16":
+            image = Image.fromarray(rng.integers(0, 2**16, (48, 64)).astype(np.uint16))
+        elif mode == "RGBA":
+            image.putalpha(Image.fromarray(rng.integers(0, 255, (48, 64)).astype(np.uint8)))
+        else:
+            image = image.convert(mode)
+        assert image.mode == mode
+        path = tmp_path / ("x.png" if mode != "CMYK" else "x.tiff")
+        image.save(path)
+        seen = self.seen(image)
+        assert np.ptp(seen) > 100
+        np.testing.assert_allclose(seen.astype(int), self.seen(path), atol=1)
+
+    def test_pillow_images_are_turned(self, tmp_path):
+        tiny.write_turned(tmp_path / "x.jpg", np.vstack([plain(24, 64, RED), plain(24, 64, BLUE)]), 6)
+        seen = self.seen(Image.open(tmp_path / "x.jpg"))
+        assert seen.shape == (64, 48, 3)
+        np.testing.assert_allclose(seen.astype(int), self.seen(tmp_path / "x.jpg"), atol=2)
+
+    def test_grey_arrays(self):
+        grey = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.uint8)
+        np.testing.assert_array_equal(self.seen(grey), self.seen(np.stack([grey] * 3, axis=-1)))
+
+    @pytest.mark.parametrize(
+        ("image", "sentence"),
+        [
+            (np.zeros((8, 8, 3)), r"an array of float64 \[8, 8, 3\]"),
+            (np.zeros((8, 8, 4), np.uint8), r"an array of uint8 \[8, 8, 4\]"),
+            (np.zeros((0, 8, 3), np.uint8), "this one is of type ndarray"),
+            (None, "an array of object"),
+            (5, r"an array of int64 \[\]"),
+            (b"bytes", "this one is an array of"),
+            (Image.new("F", (8, 8)), "mode 'F' has no range of values; convert it to 'L' or 'RGB'"),
+            (Image.new("RGB", (0, 8)), "has no pixels"),
+        ],
+    )
+    def test_what_is_no_image_gets_a_sentence(self, image, sentence):
+        with pytest.raises(hpr_jax.UserError, match=sentence):
+            detector(Detect((0, 0, 8, 8)))(image)
+
+    def test_a_pillow_image_that_is_cut_short(self, tmp_path):
+        (tmp_path / "x.png").write_bytes(png(np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8))[:500])
+        with pytest.raises(hpr_jax.UserError, match="The Pillow image cannot be decoded"):
+            detector(Detect((0, 0, 8, 8)))(Image.open(tmp_path / "x.png"))
 
 
 class TestSelection:

@@ -274,7 +274,7 @@ def test_three_lines_of_python(trained, tmp_path):
     assert stages.reference_boxes.shape == (3, 1, 8, 4)
     assert stages.branch_hidden.shape[:2] == (2, 2)
     assert set(outputs.branches) == {"regional_attention", "dynamic_conv"}
-    with pytest.raises(UserError, match="RGB uint8"):
+    with pytest.raises(UserError, match="uint8 array, RGB"):
         detector(image.astype(np.float32))
     with pytest.raises(UserError, match="missing"):
         detector(tmp_path / "missing.png")
@@ -335,5 +335,5 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         load_detector(tmp_path)
     for item in ("model", "meta"):
         (tmp_path / "checkpoints/5" / item).mkdir(parents=True)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="checkpoints/5 is damaged: meta/metadata is missing"):
         load_detector(tmp_path)

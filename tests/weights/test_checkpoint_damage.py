@@ -108,7 +108,7 @@ def test_a_file_in_the_place_of_the_folder(workdir):
     (workdir / "checkpoints").write_text("")
     with pytest.raises(NotADirectoryError):
         find_checkpoint(workdir)
-    with pytest.raises(UserError, match="There is no checkpoint in .*/checkpoints, which is a file"):
+    with pytest.raises(UserError, match=r"There is no checkpoint in .*/checkpoints, which is a file"):
         find_checkpoint(workdir / "checkpoints")
 
 

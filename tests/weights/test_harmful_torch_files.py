@@ -28,6 +28,7 @@ from torch_files import (
 )
 
 from hpr_jax.errors import UserError
+from hpr_jax.weights.restricted_pickle import unpickle
 from hpr_jax.weights.torch_file import find_tensors
 
 MARK = "unpickled code has run"
@@ -197,3 +198,40 @@ def test_damaged_files_raise_nothing_else(tmp_path, kind):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**26
+
+
+def pairs_of_pairs(depth):
+    """The opcodes of a pair whose halves are one pair, whose halves are one pair, and so on."""
+    return b"K\x01" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(depth))
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "sentence"),
+    [
+        (b"}" + pairs_of_pairs(60) + b"K\x02s", "a key of too many parts"),
+        (b"}(" + pairs_of_pairs(60) + b"K\x02u", "a key of too many parts"),
+        (b"(" + pairs_of_pairs(60) + b"K\x02d", "a key of too many parts"),
+        (b"\x8f(" + pairs_of_pairs(60) + b"\x90", "a key of too many parts"),
+        (b"(" + pairs_of_pairs(60) + b"\x91", "a key of too many parts"),
+        (b"c__builtin__\nfrozenset\n((" + pairs_of_pairs(60) + b"ttR", "a key of too many parts"),
+        (b"K\x01" + b"\x85" * 100_000, "nested too deeply"),
+        (b"]" * 100_000 + b"a" * 99_999, "nested too deeply"),
+        (b"}K\x01" * 1000 + b"Ns" * 1000, "nested too deeply"),
+    ],
+)
+def test_objects_that_would_keep_python_busy_or_crash_it(tmp_path, opcodes, sentence):
+    assert sentence in refusal(tmp_path, zipped(b"\x80\x04" + opcodes + b"."))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_common_content_is_neither_deep_nor_large(protocol):
+    """Many entries of a container are not deep, and values may share as they like."""
+    shared = (1,)
+    for _ in range(60):
+        shared = (shared, shared)
+    content = {f"k{n}": [n, (1, 2), {"a": {"b": [n]}}] for n in range(500)}
+    content |= {(1, "two", 3): {4, 5}, frozenset([6]): "x", "shared": [shared]}
+    read = unpickle(io.BytesIO(pickle.dumps(content, protocol)))
+    assert {key: value for key, value in read.items() if key != "shared"} == {
+        key: value for key, value in content.items() if key != "shared"
+    }

@@ -22,7 +22,6 @@ from hpr_jax.data.sources.coco import Entry, box_or_bounds, clip_box, file_names
 from hpr_jax.data.sources.coco_fields import read_area, read_crowd, read_id, read_side
 from hpr_jax.data.sources.tfds import COCO
 from hpr_jax.errors import UserError
-from hpr_jax.runtime.console import interruptible
 
 # Name and version of the data set that is written.
 NAME, VERSION = "coco_folder", "1.0.0"
@@ -51,6 +50,9 @@ def make_tfds(settings: Mapping[str, Any], target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     # Imported before Ctrl-C raises an error, which must not happen while libraries are imported.
     import tensorflow_datasets  # noqa: F401
+
+    # What loads data, and imports this file, does without the wing runtime.
+    from hpr_jax.runtime.console import interruptible
 
     # Written elsewhere and moved when it is complete, so that nothing is left of a conversion that is stopped.
     with interruptible(), tempfile.TemporaryDirectory(dir=target, prefix=f"{NAME}.") as work:
