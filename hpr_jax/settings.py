@@ -65,14 +65,23 @@ class Setting:
         )
 
 
+# What there are more of than this fits no machine. Steps may be so many times more.
+MOST, MOST_STEPS = 1_000_000, 1_000_000_000
+
+
 def _count(meaning: str) -> Setting:
     """A number of things, of which there must be at least one."""
-    return Setting(meaning, at_least=1)
+    return Setting(meaning, at_least=1, at_most=MOST)
+
+
+def _steps(meaning: str, at_least: int = 1) -> Setting:
+    """A number of steps or epochs."""
+    return Setting(meaning, at_least=at_least, at_most=MOST_STEPS)
 
 
 def _counts(meaning: str, length: int | None = None) -> Setting:
     """A list of such numbers, which must not be empty."""
-    return Setting(meaning, at_least=1, length=length, nonempty=True)
+    return Setting(meaning, at_least=1, at_most=MOST, length=length, nonempty=True)
 
 
 def _probability(meaning: str) -> Setting:
@@ -132,7 +141,7 @@ MODEL = {
     "queries.count": _count("Matching queries."),
     "queries.dense_ratio": Setting("Dense queries in training, as a multiple of the matching queries (distinct).", above=0),
     "queries.nms_threshold": _probability("IoU above which a query suppresses another (distinct)."),
-    "denoising.queries": Setting("Most positive denoising queries in training; 0: no denoising.", at_least=0),
+    "denoising.queries": Setting("Most positive denoising queries in training; 0: no denoising.", at_least=0, at_most=MOST),
     "denoising.label_noise": _probability("Twice the probability that a denoising query has a random label."),
     "denoising.box_noise": Setting("Scale of the noise on boxes of denoising queries.", at_least=0),
     "denoising.views_per_chunk": _count(
@@ -194,10 +203,14 @@ DATA = {
     "train_split": Setting("Training split of a TFDS directory; a part is written train[:90%]."),
     "val_split": Setting("Validation split of a TFDS directory."),
     "keep_empty": Setting("Whether images without objects are trained on."),
-    "min_side": Setting("Shortest side in pixels of images that are trained on.", at_least=0),
-    "max_boxes": Setting("Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", at_least=0),
+    "min_side": Setting("Shortest side in pixels of images that are trained on.", at_least=0, at_most=MOST),
+    "max_boxes": Setting(
+        "Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", at_least=0, at_most=MOST
+    ),
     "buckets": _count("Static shapes to which training images are padded; each is compiled once."),
-    "workers": Setting("Processes that load training batches, which stay the same; 0: threads of this process.", at_least=0),
+    "workers": Setting(
+        "Processes that load training batches, which stay the same; 0: threads of this process.", at_least=0, at_most=1000
+    ),
     "threads": _count("Threads that load images, of this process or of each worker."),
 }
 AUGMENTATION = {
@@ -218,13 +231,13 @@ TRAIN = {
     "batch_size": _count("Images of a batch, on all devices together."),
     "accumulation_steps": _count("Parts of a batch that a device computes one after the other, to save memory."),
     "ema_decay": Setting("Decay of a moving average of the weights, which is then evaluated; 0: none.", at_least=0, below=1),
-    "steps": Setting("Length in steps; 0: the length is in epochs.", at_least=0),
-    "epochs": Setting("Length in epochs; 0: the length is in steps.", at_least=0),
+    "steps": _steps("Length in steps; 0: the length is in epochs.", 0),
+    "epochs": _steps("Length in epochs; 0: the length is in steps.", 0),
     "seed": Setting("Seed of weights, data and noise.", at_least=0, below=2**31),
-    "log_every": _count("Steps between two lines of the log."),
-    "checkpoint_every": _count("Steps between two checkpoints."),
+    "log_every": _steps("Steps between two lines of the log."),
+    "checkpoint_every": _steps("Steps between two checkpoints."),
     "keep_checkpoints": _count("Checkpoints that are kept, beside the best one."),
-    "evaluate_every": _count("Steps, or epochs where the length is in epochs, between two evaluations."),
+    "evaluate_every": _steps("Steps, or epochs where the length is in epochs, between two evaluations."),
     "initial_weights": Setting(
         "Weights to start from: a checkpoint or workdir, or a .pth or .npz file of a detector or a backbone; random: none; "
         "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them."
@@ -235,9 +248,11 @@ OPTIMIZER = {
     "backbone_multiplier": Setting("Factor of the backbone's learning rate.", at_least=0),
     "weight_decay": Setting("Weight decay of AdamW.", at_least=0),
     "clip_norm": Setting("Largest norm of all gradients together; longer ones are scaled down.", above=0),
-    "warmup_steps": Setting("Steps of the linear warm-up.", at_least=0),
+    "warmup_steps": _steps("Steps of the linear warm-up.", 0),
     "warmup_factor": _probability("Factor of the learning rate at the first step of the warm-up."),
-    "milestones": Setting("Steps, or epochs where the length is in epochs, at which the learning rate falls.", at_least=1),
+    "milestones": Setting(
+        "Steps, or epochs where the length is in epochs, at which the learning rate falls.", at_least=1, at_most=MOST_STEPS
+    ),
     "gamma": Setting("Factor by which the learning rate falls.", above=0, at_most=1),
 }
 EVALUATE = {
@@ -246,7 +261,9 @@ EVALUATE = {
     "max_side": _count("Longest side in pixels."),
     "detections": _count("Detections of an image."),
     "buckets": _count("Static shapes to which images are padded."),
-    "canvas": Setting("Side of a square grey canvas that images lie on and that counts as image; 0: none.", at_least=0),
+    "canvas": Setting(
+        "Side of a square grey canvas that images lie on and that counts as image; 0: none.", at_least=0, at_most=MOST
+    ),
     "evaluator": Setting(
         "What counts AP: pycocotools, hotcoco (faster), or auto: the faster one there is.", choices=EVALUATORS
     ),
@@ -339,8 +356,95 @@ def _canvas_holds_images(config: Mapping[str, Any]) -> None:
         raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least evaluate.max_side, {max_side}.")
 
 
-# The conditions between settings. Each raises a UserError that names the settings.
-CONDITIONS: tuple[Callable[[Mapping[str, Any]], None], ...] = (_one_length, _ordered_ranges, _canvas_holds_images)
+def _heads_divide_channels(config: Mapping[str, Any]) -> None:
+    model, channels = config["model"], config["model"]["channels"]
+    if channels % 2:
+        raise UserError(f"config.model.channels is {channels}; it must be even: half of them encode y, and half x.")
+    used = (model["refiner"]["primary"], *model["refiner"]["auxiliaries"])
+    attentions = [("heads", model["heads"])]
+    attentions += [
+        (f"refiner.{name}.heads", model["refiner"][name]["heads"])
+        for name in ("regional_attention", "global_attention")
+        if name in used
+    ]
+    for key, heads in attentions:
+        if channels % heads:
+            raise UserError(
+                f"config.model.{key} is {heads}; config.model.channels, {channels}, do not divide into so many heads."
+            )
+    groups = model["neck"]["groups"]
+    if channels % groups:
+        raise UserError(
+            f"config.model.neck.groups is {groups}; config.model.channels, {channels}, do not divide into so many groups."
+        )
+
+
+def _levels_fit(config: Mapping[str, Any]) -> None:
+    model, backbone = config["model"], config["model"]["backbone"]
+    levels, strides = model["levels"], model["refiner"]["region"]["strides"]
+    stages = len(backbone["depths"] if backbone["kind"] == "swin" else backbone["blocks"])
+    # The maps of a ResNet's first stage are too fine to be used.
+    maps = stages if backbone["kind"] == "swin" else stages - 1
+    if maps < 1:
+        raise UserError(f"config.model.backbone.blocks is {backbone['blocks']}; a ResNet has two stages at least.")
+    if levels < maps or levels != len(strides):
+        raise UserError(
+            f"config.model.levels is {levels}; it must be at least {maps}, the maps of the backbone, and the number of "
+            f"config.model.refiner.region.strides, {len(strides)}."
+        )
+    if backbone["frozen_stages"] > stages:
+        raise UserError(f"config.model.backbone.frozen_stages is {backbone['frozen_stages']}; there are {stages} stages.")
+    attention = model["refiner"].get("global_attention", {})
+    if (
+        "global_attention" in (model["refiner"]["primary"], *model["refiner"]["auxiliaries"])
+        and attention["level"] >= levels
+    ):
+        raise UserError(
+            f"config.model.refiner.global_attention.level is {attention['level']}; choose one of the pyramid's levels, 0 to "
+            f"{levels - 1}."
+        )
+
+
+def _refiners_fit(config: Mapping[str, Any]) -> None:
+    refiner = config["model"]["refiner"]
+    names = (refiner["primary"], *refiner["auxiliaries"])
+    if len(set(names)) != len(names):
+        raise UserError(f"config.model.refiner names a refiner twice: {', '.join(names)}.")
+    initial = refiner["merge_initial"]
+    if initial and len(initial) != len(names):
+        raise UserError(
+            f"config.model.refiner.merge_initial has {len(initial)} weights for {len(names)} refiners; give one for each, "
+            "or none."
+        )
+    if refiner["merge_xavier"] and (initial or refiner["merge"] != "learned_vector"):
+        raise UserError(
+            "config.model.refiner.merge_xavier draws the weights of a learned_vector at random; for other merges and "
+            "initial weights set --config.model.refiner.merge_xavier=False."
+        )
+
+
+def _losses_fit(config: Mapping[str, Any]) -> None:
+    model, loss = config["model"], config["loss"]
+    if ("dense" in loss) != (model["queries"]["kind"] == "distinct"):
+        raise UserError("config.loss.dense goes with config.model.queries.kind 'distinct', and only with it.")
+    if "aligned" in loss and len(loss["aligned"]["repeats"]) != model["refiner"]["layers"]:
+        raise UserError(
+            f"config.loss.aligned.repeats lists {len(loss['aligned']['repeats'])} layers, and config.model.refiner.layers "
+            f"is {model['refiner']['layers']}; give one number for each."
+        )
+
+
+# The conditions between settings. Each raises a UserError that names the settings. What modules demand beyond them, they say
+# when they are made.
+CONDITIONS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
+    _one_length,
+    _ordered_ranges,
+    _canvas_holds_images,
+    _heads_divide_channels,
+    _levels_fit,
+    _refiners_fit,
+    _losses_fit,
+)
 
 
 def describe_settings(config: Mapping[str, Any]) -> str:

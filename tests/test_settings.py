@@ -100,7 +100,7 @@ class TestBounds:
     @pytest.mark.parametrize(
         ("key", "value", "sentence"),
         [
-            ("train.batch_size", 0, "config.train.batch_size is 0; it must be at least 1."),
+            ("train.batch_size", 0, "config.train.batch_size is 0; it must be at least 1 and at most 1000000."),
             ("optimizer.clip_norm", 0.0, "config.optimizer.clip_norm is 0.0; it must be above 0."),
             (
                 "model.backbone.frozen_stages",
@@ -117,10 +117,18 @@ class TestBounds:
                 -math.inf,
                 "config.model.encoder.position_offset is -inf; it must be a finite number.",
             ),
-            ("train.steps", 10**400, f"config.train.steps is 1{'0' * 39}...; it must be at least 0."),
+            ("train.steps", 10**400, f"config.train.steps is 1{'0' * 39}...; it must be at least 0 and at most 1000000000."),
             ("model.pixel_mean", (1.0, 10**400, 1.0), "each must be a finite number."),
-            ("augmentation.sides", (480, 0), "config.augmentation.sides is (480, 0); each must be at least 1."),
-            ("optimizer.milestones", (5, math.nan), "config.optimizer.milestones is (5, nan); each must be at least 1."),
+            (
+                "augmentation.sides",
+                (480, 0),
+                "config.augmentation.sides is (480, 0); each must be at least 1 and at most 1000000.",
+            ),
+            (
+                "optimizer.milestones",
+                (5, math.nan),
+                "config.optimizer.milestones is (5, nan); each must be at least 1 and at most 1000000000.",
+            ),
         ],
     )
     def test_a_refused_number_gets_one_sentence(self, key, value, sentence):
@@ -199,6 +207,46 @@ def help_config(capsys, *arguments: str) -> tuple[dict[str, str], dict[str, str]
         explanations[key] = " ".join(explanation.split())
     return values, explanations
 
+    @pytest.mark.parametrize(
+        ("overrides", "sentence"),
+        [
+            ({"model.heads": "7"}, "config.model.heads is 7; config.model.channels, 64, do not divide into so many heads"),
+            ({"model.refiner.regional_attention.heads": "3"}, "config.model.refiner.regional_attention.heads is 3; config"),
+            ({"model.neck.groups": "7"}, "config.model.neck.groups is 7; config.model.channels, 64, do not divide"),
+            ({"model.channels": "31"}, "config.model.channels is 31; it must be even"),
+            ({"model.levels": "1"}, "config.model.levels is 1; it must be at least 3"),
+            (
+                {"model.levels": "5"},
+                "config.model.levels is 5; it must be at least 3, the maps of the backbone, and the number",
+            ),
+            ({"model.backbone.blocks": "(1,)"}, "a ResNet has two stages at least"),
+            ({"model.backbone.blocks": "(1, 1)", "model.backbone.frozen_stages": "3"}, "there are 2 stages"),
+            (
+                {"model.refiner.primary": "global_attention", "model.refiner.global_attention.level": "4"},
+                "config.model.refiner.global_attention.level is 4; choose one of the pyramid's levels, 0 to 3",
+            ),
+            ({"model.refiner.primary": "global_attention", "model.refiner.global_attention.heads": "3"}, "heads is 3"),
+            ({"model.refiner.auxiliaries": "deformable"}, "names a refiner twice: deformable, deformable"),
+            ({"model.refiner.merge_initial": "(1,)"}, "merge_initial has 1 weights for 3 refiners"),
+            ({"model.refiner.merge": "fixed", "model.refiner.merge_xavier": "True"}, "merge_xavier=False"),
+            ({"model.queries.kind": "top"}, "config.loss.dense goes with config.model.queries.kind 'distinct'"),
+            ({"model.queries.count": "10000000"}, "at least 1 and at most 1000000"),
+        ],
+    )
+    def test_between_settings_of_the_model(self, overrides, sentence):
+        config = load_config("ddq:demo", overrides.items())
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            check(config)
+
+    def test_refiners_that_are_not_used_may_have_any_settings(self):
+        overrides = {"model.refiner.global_attention.heads": "7", "model.refiner.global_attention.level": "9"}
+        check(load_config("ddq:demo", overrides.items()))
+
+    def test_as_many_numbers_of_repeats_as_layers(self):
+        config = load_config("align_detr:demo", [("loss.aligned.repeats", "(1,)")])
+        with pytest.raises(UserError, match=r"lists 1 layers, and config.model.refiner.layers is 2"):
+            check(config)
+
 
 class TestHelp:
     @pytest.mark.parametrize("spec", ["ddq:r50_1x", "align_detr:r50_1x", "ddq:swin_l_1x"])
@@ -213,9 +261,9 @@ class TestHelp:
 
     def test_bounds_and_choices_are_told(self, capsys):
         _, explanations = help_config(capsys)
-        assert explanations["train.batch_size"].endswith(" It is at least 1.")
+        assert explanations["train.batch_size"].endswith(" It is at least 1 and at most 1000000.")
         assert explanations["train.seed"].endswith(" It is at least 0 and below 2147483648.")
-        assert explanations["augmentation.sides"].endswith(" Each is at least 1.")
+        assert explanations["augmentation.sides"].endswith(" Each is at least 1 and at most 1000000.")
         assert explanations["compute.dtype"].endswith(" It is one of float32, bfloat16.")
         assert explanations["compute.remat"].endswith(" Each is one of backbone, encoder, refiner.")
 
@@ -262,7 +310,7 @@ class TestConfigsOfOnesOwn:
     @pytest.mark.parametrize(
         ("override", "sentence"),
         [
-            (("train.batch_size", "0"), "config.train.batch_size is 0; it must be at least 1."),
+            (("train.batch_size", "0"), "config.train.batch_size is 0; it must be at least 1 and at most 1000000."),
             (("train.seed", "1" + "0" * 400), "config.train.seed is 1000000000"),
             (("optimizer.learning_rate", "1e999"), "config.optimizer.learning_rate is inf; it must be at least 0."),
             (("augmentation.crop_range", "600,384"), "the smallest comes first."),
