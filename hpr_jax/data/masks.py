@@ -50,7 +50,9 @@ def _parse_polygons(segmentation: list, height: int, width: int) -> Polygons:
         if not isinstance(polygon, list):
             raise MalformedMaskError("is not a list of polygons, each a list of numbers")
         try:
-            corners = np.array(polygon, np.float32)
+            with np.errstate(over="ignore"):
+                # What float32 cannot hold becomes infinite, and is left out below.
+                corners = np.array(polygon, np.float32)
         except (TypeError, ValueError, OverflowError):
             raise MalformedMaskError("has a polygon that is not a list of numbers") from None
         if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2:

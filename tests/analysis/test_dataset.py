@@ -1,5 +1,6 @@
 """Facts about data sets, as values; tests of the command check-data see them printed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -103,8 +104,10 @@ def test_opened_images(directory):
     overlap = compare_splits(annotation_facts(dataset), annotation_facts(val), images, val_images)
     assert overlap == Overlap(("0.jpg", "1.jpg", "2.jpg"), (str(directory / "val2017/2.jpg"),))
     assert training_obstacle(images, dataset) == ""
-    unreadable = [OpenedImage(image.name, "") for image in images]
-    assert training_obstacle(unreadable, dataset) == "none of the training images can be read"
+    # Images 1 to 3 alone would be trained on. If no image can be read, the verdict says so of the whole split.
+    some = dataclasses.replace(dataset, records=dataset.records.take(np.arange(1, 4)))
+    assert training_obstacle(images, some) == "none of the images that training would use can be read"
+    assert training_obstacle([OpenedImage(image.name, "") for image in images], some) == ""
     assert training_obstacle(images, dataset.subset(keep_empty=True, min_side=49)) == "no object is left to train on"
 
 

@@ -19,7 +19,8 @@ from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import DeviceBatch, TrainStep
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Outputs, Predictions
 
-SEED = 3
+# That of tiny runs, so that the programs are theirs, and compiled once.
+SEED = 0
 CRITERION = make_criterion(tiny.config())
 
 
