@@ -9,6 +9,7 @@ import numpy as np
 
 from hpr_jax.data.images import EncodedImage, EncodedImages
 from hpr_jax.data.masks import Mask, PackedMasks
+from hpr_jax.errors import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ class GroundTruth:
             self.image = -1
             self.images, self.labels, self.crowd = array("q"), array("i"), array("b")
             self.boxes, self.areas = array("d"), array("d")
-            self.ids: set[str] = set()
+            self.ids: set[int | str] = set()
 
         def begin_image(self) -> None:
             """What is added from now on belongs to the next image."""
@@ -195,7 +196,7 @@ class GroundTruth:
             self.boxes.extend(box)
             self.areas.append(area)
             self.crowd.append(crowd)
-            self.ids.add(str(own_id))
+            self.ids.add(own_id if isinstance(own_id, int | str) else shown(own_id))
 
         def finish(self) -> "GroundTruth":
             """All annotations that were added."""

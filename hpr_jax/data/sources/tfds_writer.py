@@ -21,7 +21,7 @@ from hpr_jax.data.images import ImageFolder
 from hpr_jax.data.sources.coco import Entry, box_or_bounds, clip_box, file_names, group_annotations, load_coco, read_json
 from hpr_jax.data.sources.coco_fields import read_area, read_crowd, read_id, read_side
 from hpr_jax.data.sources.tfds import COCO
-from hpr_jax.errors import UserError
+from hpr_jax.errors import UserError, shown
 
 # Name and version of the data set that is written.
 NAME, VERSION = "coco_folder", "1.0.0"
@@ -111,12 +111,16 @@ def _example(index: int, entry: Entry, file: Path, category_ids: Sequence[int | 
                 "area": read_area(annotation, xywh[2] * xywh[3], width * height),
             }
         )
+    try:
+        entries = json.dumps({"image": image, "annotations": annotations})
+    except RecursionError as error:
+        raise UserError(f"The entries of image {shown(image_id)} are nested too deeply.") from error
     return {
         "image": str(file),
         "image/id": image_id if _fits(image_id) else index,
         "image/filename": str(image["file_name"]),
         "objects": objects,
-        COCO: json.dumps({"image": image, "annotations": annotations}),
+        COCO: entries,
     }
 
 
