@@ -18,10 +18,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("target", type=path, help="a new workdir, or with --to-torch a .pth file")
     add_config(parser, "the model that the weights belong to")
     parser.add_argument(
-        "--annotations",
-        type=path,
-        metavar="FILE.json",
-        help="COCO annotation file whose categories are the classes",
+        "--annotations", type=path, metavar="FILE.json", help="COCO annotation file whose categories are the classes"
     )
     parser.add_argument("--to-torch", action="store_true", help="the other way: a checkpoint to a .pth file")
 

@@ -6,15 +6,7 @@ example:
 
 from argparse import Namespace
 
-from hpr_jax.commands.arguments import (
-    DISTRIBUTED,
-    CommandParser,
-    Overrides,
-    add_checkpoint,
-    add_config,
-    check_folder,
-    path,
-)
+from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_checkpoint, add_config, check_folder, path
 from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError

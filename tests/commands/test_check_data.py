@@ -1,6 +1,5 @@
 """What is said of good and bad data, and the verdict."""
 
-import json
 import logging
 import shutil
 import subprocess
@@ -10,19 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import tiny
+from folders import edit
 
 from hpr_jax.commands.check_data import check_data
 from hpr_jax.data.images import read_image
 from hpr_jax.data.loading.batches import empty_batch
 from hpr_jax.data.sources.tfds_writer import make_tfds
 from hpr_jax.errors import UserError
-
-
-def edit(directory, change, split="train"):
-    path = directory / f"annotations/instances_{split}2017.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def without_fault(content):

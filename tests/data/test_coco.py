@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from folders import edit
 
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import load_coco
@@ -18,13 +19,6 @@ def coco(tmp_path):
 
 def load(directory, split="train2017", classes=None, masks=False):
     return load_coco(directory, split, f"annotations/instances_{split}.json", classes, masks=masks)
-
-
-def edit(directory, change):
-    path = directory / "annotations/instances_train2017.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 class TestAnnotations:

@@ -1,6 +1,7 @@
 """What a geometry does to images and boxes, and which geometries are drawn."""
 
 import numpy as np
+import tiny
 
 from hpr_jax.data.augmentation.crop_resize_flip import (
     Geometry,
@@ -10,15 +11,6 @@ from hpr_jax.data.augmentation.crop_resize_flip import (
     evaluation_geometries,
     fit,
 )
-
-SETTINGS = {
-    "flip": 0.5,
-    "sides": (48, 64),
-    "max_side": 96,
-    "crop": 0.5,
-    "crop_sides": (60, 80),
-    "crop_range": (40, 70),
-}
 
 
 class TestGeometry:
@@ -45,7 +37,7 @@ class TestGeometry:
 
     def test_drawn_geometries_stay_within_their_settings(self):
         sizes = np.tile([[100, 150], [90, 60]], (200, 1))
-        drawn = draw_weak(sizes, SETTINGS, np.random.default_rng(0))
+        drawn = draw_weak(sizes, tiny.WEAK, np.random.default_rng(0))
         for (height, width), geometry in zip(sizes, drawn):
             left, top, right, bottom = geometry.window
             assert 0 <= left < right <= width
@@ -63,7 +55,7 @@ class TestGeometry:
 
     def test_crops_lie_anywhere(self):
         """Where a crop begins, as a fraction of where it can: uniform along both sides, which are not resized before it."""
-        settings = {**SETTINGS, "crop": 1.0, "crop_sides": (480,), "crop_range": (100, 200)}
+        settings = {**tiny.WEAK, "crop": 1.0, "crop_sides": (480,), "crop_range": (100, 200)}
         drawn = draw_weak(np.array([[480, 640]] * 400), settings, np.random.default_rng(0))
         windows = np.array([geometry.window for geometry in drawn])
         start = windows[:, :2] / ([640, 480] - (windows[:, 2:] - windows[:, :2]))

@@ -14,15 +14,6 @@ from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_ba
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
 
-SETTINGS = {
-    "flip": 0.5,
-    "sides": (48, 64),
-    "max_side": 96,
-    "crop": 0.5,
-    "crop_sides": (60, 80),
-    "crop_range": (40, 70),
-}
-
 
 @pytest.fixture
 def coco(tmp_path):
@@ -37,7 +28,7 @@ class TestLoading:
     def loader(self, coco, batch_size=2):
         dataset = load(coco).subset(keep_empty=True, min_side=1)
         plan = TrainPlan(
-            lambda rng: draw_weak(dataset.sizes, SETTINGS, rng),
+            lambda rng: draw_weak(dataset.sizes, tiny.WEAK, rng),
             len(dataset),
             batch_size=batch_size,
             buckets=[(96, 96)],

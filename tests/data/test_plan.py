@@ -13,15 +13,6 @@ from hpr_jax.data.build import make_plan
 from hpr_jax.data.loading.batch_plan import TrainPlan, choose_buckets, evaluation_plan, fits, smallest_bucket
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader
 
-# Weak augmentation for small images.
-WEAK = {
-    "flip": 0.5,
-    "sides": (48, 64),
-    "max_side": 96,
-    "crop": 0.5,
-    "crop_sides": (60, 80),
-    "crop_range": (40, 70),
-}
 NESTED = [(32, 32), (64, 64), (96, 96)]
 
 
@@ -52,9 +43,9 @@ def indices(plan, epoch):
 
 def random_plan(count=23, batch_size=4, seed=0):
     sizes = np.tile([[100, 150], [90, 60], [64, 64]], (10, 1))[:count]
-    trial = draw_weak(sizes, WEAK, np.random.default_rng(9))
+    trial = draw_weak(sizes, tiny.WEAK, np.random.default_rng(9))
     buckets = choose_buckets(np.array([g.size for g in trial]), 3, cover=[(64, 96), (96, 64)])
-    return TrainPlan(lambda rng: draw_weak(sizes, WEAK, rng), count, batch_size=batch_size, buckets=buckets, seed=seed)
+    return TrainPlan(lambda rng: draw_weak(sizes, tiny.WEAK, rng), count, batch_size=batch_size, buckets=buckets, seed=seed)
 
 
 class TestImagesOfAnEpoch:

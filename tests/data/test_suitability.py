@@ -1,9 +1,8 @@
 """Data on which a run would learn or measure nothing is refused, and the reason is said."""
 
-import json
-
 import pytest
 import tiny
+from folders import edit
 
 from hpr_jax.data import suitability
 from hpr_jax.data.build import load_training_data
@@ -14,13 +13,6 @@ from hpr_jax.errors import UserError
 @pytest.fixture
 def coco(tmp_path):
     return tiny.write_coco(tmp_path / "data")
-
-
-def edit(directory, change, split="train"):
-    path = directory / f"annotations/instances_{split}2017.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def relative(content):

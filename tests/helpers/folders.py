@@ -13,6 +13,14 @@ def settings(directory, **others):
     return data
 
 
+def edit(directory, change, split="train"):
+    """Has `change` change the content of the annotation file of a split."""
+    path = directory / f"annotations/instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 def write_folder(directory):
     """A tiny COCO folder with a turned image, a box that leaves its image, a mask of run lengths and one of two polygons."""
     tiny.write_coco(directory)

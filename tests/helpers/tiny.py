@@ -18,6 +18,8 @@ from hpr_jax.types import Targets
 ROOT = Path(__file__).parent.parent.parent
 CLASSES = 3
 SIDE = 64
+# Weak augmentation for small images.
+WEAK = {"flip": 0.5, "sides": (48, 64), "max_side": 96, "crop": 0.5, "crop_sides": (60, 80), "crop_range": (40, 70)}
 
 
 def config(directory: Path | None = None, model: str = "ddq"):
