@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hpr_jax.errors import UserError
@@ -307,8 +307,11 @@ def check(config: Mapping[str, Any]) -> None:
     for key, value in leaves(config):
         if key in SETTINGS:
             _check_value(key, value, SETTINGS[key])
-    for condition in CONDITIONS:
+    for condition in (_one_length, _ordered_ranges, _canvas_holds_images, check_losses):
         condition(config)
+    # What modules demand beyond this, they say when they are made.
+    for model_condition in (_heads_divide_channels, _levels_fit, check_refiners):
+        model_condition(config["model"])
 
 
 def _check_value(key: str, value: Any, setting: Setting) -> None:
@@ -356,8 +359,8 @@ def _canvas_holds_images(config: Mapping[str, Any]) -> None:
         raise UserError(f"config.evaluate.canvas is {canvas}; it must be 0, or at least evaluate.max_side, {max_side}.")
 
 
-def _heads_divide_channels(config: Mapping[str, Any]) -> None:
-    model, channels = config["model"], config["model"]["channels"]
+def _heads_divide_channels(model: Mapping[str, Any]) -> None:
+    channels = model["channels"]
     if channels % 2:
         raise UserError(f"config.model.channels is {channels}; it must be even: half of them encode y, and half x.")
     used = (model["refiner"]["primary"], *model["refiner"]["auxiliaries"])
@@ -379,12 +382,12 @@ def _heads_divide_channels(config: Mapping[str, Any]) -> None:
         )
 
 
-def _levels_fit(config: Mapping[str, Any]) -> None:
-    model, backbone = config["model"], config["model"]["backbone"]
-    levels, strides = model["levels"], model["refiner"]["region"]["strides"]
-    stages = len(backbone["depths"] if backbone["kind"] == "swin" else backbone["blocks"])
+def _levels_fit(model: Mapping[str, Any]) -> None:
+    backbone, levels, strides = model["backbone"], model["levels"], model["refiner"]["region"]["strides"]
+    swin = backbone["kind"] == "swin"
+    stages = len(backbone["depths"] if swin else backbone["blocks"])
     # The maps of a ResNet's first stage are too fine to be used.
-    maps = stages if backbone["kind"] == "swin" else stages - 1
+    maps = stages if swin else stages - 1
     if maps < 1:
         raise UserError(f"config.model.backbone.blocks is {backbone['blocks']}; a ResNet has two stages at least.")
     if levels < maps or levels != len(strides):
@@ -405,8 +408,9 @@ def _levels_fit(config: Mapping[str, Any]) -> None:
         )
 
 
-def _refiners_fit(config: Mapping[str, Any]) -> None:
-    refiner = config["model"]["refiner"]
+def check_refiners(model: Mapping[str, Any]) -> None:
+    """Checks that the refiners of a section `model` fit one another; raises as `check` does."""
+    refiner = model["refiner"]
     names = (refiner["primary"], *refiner["auxiliaries"])
     if len(set(names)) != len(names):
         raise UserError(f"config.model.refiner names a refiner twice: {', '.join(names)}.")
@@ -423,7 +427,8 @@ def _refiners_fit(config: Mapping[str, Any]) -> None:
         )
 
 
-def _losses_fit(config: Mapping[str, Any]) -> None:
+def check_losses(config: Mapping[str, Any]) -> None:
+    """Checks that the losses of a config suit its model; raises as `check` does."""
     model, loss = config["model"], config["loss"]
     if ("dense" in loss) != (model["queries"]["kind"] == "distinct"):
         raise UserError("config.loss.dense goes with config.model.queries.kind 'distinct', and only with it.")
@@ -432,19 +437,6 @@ def _losses_fit(config: Mapping[str, Any]) -> None:
             f"config.loss.aligned.repeats lists {len(loss['aligned']['repeats'])} layers, and config.model.refiner.layers "
             f"is {model['refiner']['layers']}; give one number for each."
         )
-
-
-# The conditions between settings. Each raises a UserError that names the settings. What modules demand beyond them, they say
-# when they are made.
-CONDITIONS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
-    _one_length,
-    _ordered_ranges,
-    _canvas_holds_images,
-    _heads_divide_channels,
-    _levels_fit,
-    _refiners_fit,
-    _losses_fit,
-)
 
 
 def describe_settings(config: Mapping[str, Any]) -> str:

@@ -11,6 +11,14 @@ from hpr_jax.data.images import EncodedImage, EncodedImages
 from hpr_jax.data.masks import Mask, PackedMasks
 from hpr_jax.errors import shown
 
+# The id of an image or a category, which files may write as a number or as text.
+Id = int | str
+
+
+def id_order(identity: Id) -> tuple[bool, Id]:
+    """The key by which ids are sorted: numbers before texts."""
+    return isinstance(identity, str), identity
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageAnnotations:
@@ -25,7 +33,7 @@ class ImageAnnotations:
       crowds: masks of the crowds; () if masks were not read.
     """
 
-    image_id: int | str
+    image_id: Id
     height: int
     width: int
     boxes: np.ndarray
@@ -62,7 +70,7 @@ class Records:
     """
 
     images: EncodedImages
-    image_ids: tuple[int | str, ...]
+    image_ids: tuple[Id, ...]
     sizes: np.ndarray
     starts: np.ndarray
     boxes: np.ndarray
@@ -148,9 +156,9 @@ class Classes:
     """The classes of a data set, in the order of their labels. Category ids may have gaps, and may be text."""
 
     names: tuple[str, ...]
-    category_ids: tuple[int | str, ...]
+    category_ids: tuple[Id, ...]
 
-    def as_set(self) -> set[tuple[int | str, str]]:
+    def as_set(self) -> set[tuple[Id, str]]:
         """Pairs of category id and name, to compare classes whatever their order."""
         return set(zip(self.category_ids, self.names))
 
@@ -183,7 +191,7 @@ class GroundTruth:
             self.image = -1
             self.images, self.labels, self.crowd = array("q"), array("i"), array("b")
             self.boxes, self.areas = array("d"), array("d")
-            self.ids: set[int | str] = set()
+            self.ids: set[Id] = set()
 
         def begin_image(self) -> None:
             """What is added from now on belongs to the next image."""

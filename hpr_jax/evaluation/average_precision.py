@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpr_jax.data.dataset import Dataset
+from hpr_jax.data.dataset import Dataset, Id, id_order
 from hpr_jax.errors import UserError
 
 # Names of the twelve COCO numbers, in the evaluators' order.
@@ -22,7 +22,7 @@ NAMES = (
 
 def coco_average_precision(
     dataset: Dataset, detections: Sequence[Mapping[str, Any]], evaluator: str = "auto"
-) -> tuple[dict[str, float], dict[int | str, dict[str, float]]]:
+) -> tuple[dict[str, float], dict[Id, dict[str, float]]]:
     """Average precision of boxes, as COCO defines it.
 
     Args:
@@ -65,13 +65,12 @@ def coco_average_precision(
     return dict(zip(NAMES, numbers)), per_category
 
 
-def _numbers(ids: Sequence[int | str]) -> dict[int | str, int]:
+def _numbers(ids: Sequence[Id]) -> dict[Id, int]:
     """Numbers from 1 on, in the order of the ids. Evaluators want numbers, some above 0, and annotations may have any."""
-    ordered = sorted(ids, key=lambda one: (isinstance(one, str), one))
-    return {identity: number for number, identity in enumerate(ordered, start=1)}
+    return {identity: number for number, identity in enumerate(sorted(ids, key=id_order), start=1)}
 
 
-def _in_coco_form(dataset: Dataset, images: Mapping[int | str, int], categories: Mapping[int | str, int]) -> dict[str, Any]:
+def _in_coco_form(dataset: Dataset, images: Mapping[Id, int], categories: Mapping[Id, int]) -> dict[str, Any]:
     """The ground truth with the ids that evaluators get, and with no more fields than they need: they refuse files for what
     is written in others.
 

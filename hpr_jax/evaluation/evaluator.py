@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.data.augmentation.crop_resize_flip import evaluation_geometries
-from hpr_jax.data.dataset import Classes, Dataset
+from hpr_jax.data.dataset import Classes, Dataset, Id, id_order
 from hpr_jax.data.loading.batch_plan import choose_buckets, evaluation_plan
 from hpr_jax.data.loading.batches import EvaluationLoader, evaluation_batches
 from hpr_jax.evaluation.average_precision import coco_average_precision, find_evaluator
@@ -87,8 +87,8 @@ class Evaluator:
                     found += _coco_results(
                         record.image_id, self.dataset.classes, scaled, scores[place], labels[place], valid[place]
                     )
-        # Sorted, so that the order does not depend on the number of processes; numbers come before texts.
-        found = sorted(itertools.chain(*gather(found)), key=lambda one: (isinstance(one["image_id"], str), one["image_id"]))
+        # Sorted, so that the order does not depend on the number of processes.
+        found = sorted(itertools.chain(*gather(found)), key=lambda one: id_order(one["image_id"]))
 
         def average_precision():
             metrics, per_category = coco_average_precision(self.dataset, found, self.evaluator)
@@ -105,7 +105,7 @@ class Evaluator:
 
 
 def _coco_results(
-    image_id: int | str, classes: Classes, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
+    image_id: Id, classes: Classes, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
 ) -> list[dict[str, Any]]:
     """Detections of one image in COCO's results format.
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
-from hpr_jax.data.dataset import Classes
+from hpr_jax.data.dataset import Classes, Id
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detect import make_detect
@@ -54,7 +54,7 @@ class Detections:
     scores: np.ndarray
     labels: np.ndarray
     names: list[str]
-    category_ids: list[int | str]
+    category_ids: list[Id]
 
     def __len__(self) -> int:
         return len(self.scores)

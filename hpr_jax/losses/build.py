@@ -4,10 +4,10 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from hpr_jax.errors import UserError
 from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.dense import DenseLoss
+from hpr_jax.settings import check_losses
 
 
 def make_criterion(config: ConfigDict) -> Criterion:
@@ -16,19 +16,13 @@ def make_criterion(config: ConfigDict) -> Criterion:
     Raises:
       UserError: the losses do not suit the model.
     """
+    check_losses(config)
     model, loss = config.model, config.loss
     criterion = Criterion(branch_weights=tuple((name, loss.branch_weight) for name in model.refiner.auxiliaries))
-    if (model.queries.kind == "distinct") != ("dense" in loss):
-        raise UserError("config.loss.dense goes with config.model.queries.kind 'distinct', and only with it.")
     if "dense" in loss:
         criterion = dataclasses.replace(criterion, dense=DenseLoss(**loss.dense))
     if "aligned" in loss:
         aligned = loss.aligned
-        if len(aligned.repeats) != model.refiner.layers:
-            raise UserError(
-                f"config.loss.aligned.repeats lists {len(aligned.repeats)} layers, and config.model.refiner.layers is "
-                f"{model.refiner.layers}; give one number for each."
-            )
         criterion = dataclasses.replace(
             criterion,
             matched=AlignedMatchedLoss(alpha=aligned.alpha, gamma=aligned.gamma, tau=aligned.tau),

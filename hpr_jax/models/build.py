@@ -43,7 +43,7 @@ from hpr_jax.models.refiner.layer import RefinerLayer
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
-from hpr_jax.settings import DTYPES, OPERATIONS, REMAT
+from hpr_jax.settings import DTYPES, OPERATIONS, REMAT, check_refiners
 
 Config = Mapping[str, Any]
 
@@ -238,13 +238,7 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
     for name in names:
         if name not in INTERACTIONS:
             raise UserError(f"config.model.refiner names the refiner {name!r}; known are {', '.join(sorted(INTERACTIONS))}.")
-    if len(set(names)) != len(names):
-        raise UserError(f"config.model.refiner names a refiner twice: {', '.join(names)}.")
-    if refiner["merge_xavier"] and (refiner["merge_initial"] or refiner["merge"] != "learned_vector"):
-        raise UserError(
-            "config.model.refiner.merge_xavier draws the weights of a learned_vector at random; for other merges and "
-            "initial weights set --config.model.refiner.merge_xavier=False."
-        )
+    check_refiners(config)
 
     def make_layer(rngs: nnx.Rngs) -> RefinerLayer:
         return RefinerLayer(

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpr_jax.data.dataset import Classes, Dataset, GroundTruth, ImageAnnotations, Problem, Records
+from hpr_jax.data.dataset import Classes, Dataset, GroundTruth, Id, ImageAnnotations, Problem, Records, id_order
 from hpr_jax.data.images import EncodedImages, ImageFolder
 from hpr_jax.data.masks import MalformedMaskError, Mask, mask_box, parse_segmentation
 from hpr_jax.data.sources.coco_fields import (
     FieldError,
-    Id,
-    id_order,
     other_form,
     read_area,
     read_box,

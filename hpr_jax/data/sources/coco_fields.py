@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpr_jax.data.dataset import Id
 from hpr_jax.errors import shown
-
-# The id of an image or a category, which files may write as a number or as text.
-Id = int | str
 
 # The longest side that an image may be annotated with, in pixels.
 LONGEST_SIDE = 1_000_000
@@ -40,11 +38,6 @@ def read_id(entry: Mapping[str, Any], key: str) -> Id:
     if isinstance(value, str):
         return _clean(value, key)
     raise FieldError(f"has the {key} {shown(value)}, which is neither a whole number nor text")
-
-
-def id_order(identity: Id) -> tuple[bool, Id]:
-    """The key by which ids are sorted: numbers before texts."""
-    return isinstance(identity, str), identity
 
 
 def other_form(identity: Id) -> Id | None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from hpr_jax.data.dataset import Classes, Dataset
+from hpr_jax.data.dataset import Classes, Dataset, Id
 from hpr_jax.data.images import UnreadableImageError
 from hpr_jax.data.sources.coco import Entry, parse_entries, without_garbage_collection
 from hpr_jax.data.sources.coco_fields import FieldError, read_id, read_text
@@ -168,7 +168,7 @@ def _exact_entry(features: Features, index: int, first_id: int) -> tuple[Entry, 
     return (image, annotations), text
 
 
-def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[int | str]) -> tuple[Entry, bytes]:
+def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence[Id]) -> tuple[Entry, bytes]:
     """The COCO entry of a record that has TFDS's features alone, and its identity. Boxes refer to the image as it is stored,
     since TensorFlow ignores EXIF."""
     name = _bytes(features, "image/filename").decode() if "image/filename" in features else f"record {index}"
@@ -223,7 +223,7 @@ def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
     return list(objects["label"].names)
 
 
-def _category_ids(names: Sequence[str], classes: Classes | None) -> list[int | str]:
+def _category_ids(names: Sequence[str], classes: Classes | None) -> list[Id]:
     """Category ids of classes without any: those of the same names in `classes`, or else the labels."""
     if classes is not None and len(set(names)) == len(names) and sorted(names) == sorted(classes.names):
         return [dict(zip(classes.names, classes.category_ids))[name] for name in names]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hpr_jax.data.dataset import Classes
+from hpr_jax.data.dataset import Classes, Id
 from hpr_jax.data.images import ImageFolder
 from hpr_jax.data.sources.coco import Entry, box_or_bounds, clip_box, file_names, group_annotations, load_coco, read_json
 from hpr_jax.data.sources.coco_fields import read_area, read_crowd, read_id, read_side
@@ -89,7 +89,7 @@ class _Split:
             yield index, _example(index, self.entries[index], self.files[index], self.classes.category_ids)
 
 
-def _example(index: int, entry: Entry, file: Path, category_ids: Sequence[int | str]) -> dict[str, Any]:
+def _example(index: int, entry: Entry, file: Path, category_ids: Sequence[Id]) -> dict[str, Any]:
     """The features of a record."""
     image, annotations = entry
     image_id, width, height = read_id(image, "id"), read_side(image, "width"), read_side(image, "height")
