@@ -35,8 +35,7 @@ def tolerant(stream: TextIO) -> TextIO:
         return stream
     stream.flush()
     raw = _Tolerant(number, "w", closefd=False)
-    text = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
-    return text
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
 
 
 def leave(*_: Any) -> None:
