@@ -82,6 +82,9 @@ def base() -> ConfigDict:
         # Splits of a TFDS directory; a part of a split is written like train[:90%].
         "train_split": "train",
         "val_split": "validation",
+        # Of samples that are stored in 16 bits so many are used, and the upper 8 of these are kept: 12, for example, where
+        # an instrument stores 12 bits in 16.
+        "image_bits": 16,
         # Images without objects, and images with a side below min_side pixels, are left out of training.
         "keep_empty": False,
         "min_side": 32,

@@ -202,6 +202,9 @@ DATA = {
     "val_annotations": Setting("COCO annotations of the validation images, below the directory."),
     "train_split": Setting("Training split of a TFDS directory; a part is written train[:90%]."),
     "val_split": Setting("Validation split of a TFDS directory."),
+    "image_bits": Setting(
+        "Bits that samples use where images store them in 16; the upper 8 of these are kept.", at_least=8, at_most=16
+    ),
     "keep_empty": Setting("Whether images without objects are trained on."),
     "min_side": Setting("Shortest side in pixels of images that are trained on.", at_least=0, at_most=MOST),
     "max_boxes": Setting(

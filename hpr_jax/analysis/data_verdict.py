@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from hpr_jax.analysis.dataset import MISSING, OTHER_SIZE, UNREADABLE, AnnotationFacts, OpenedImage, Overlap, find_copies
 from hpr_jax.data.build import wants_masks
 from hpr_jax.data.dataset import Dataset
-from hpr_jax.data.suitability import too_few_queries, why_no_objects
+from hpr_jax.data.suitability import dark_images, too_few_queries, why_no_objects
 
 # The splits as settings and as messages name them.
 SPLITS = {"train": "training", "val": "validation"}
@@ -83,6 +83,9 @@ class Verdict:
         for failure in (MISSING, UNREADABLE, OTHER_SIZE):
             self.doubt(f"{SPLITS[split]} images {failure}", failures[failure], note)
         self.doubt(f"{SPLITS[split]} images that are there more than once", len(find_copies(images)))
+        dark = [image.dark_bits for image in images if image.dark_bits]
+        if dark:
+            self.doubts.append(dark_images(len(dark), len(images), max(dark), f"the {SPLITS[split]} split"))
 
     def judge_overlap(self, overlap: Overlap) -> None:
         """Judges what the splits have in common."""

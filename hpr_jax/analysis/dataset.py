@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from hpr_jax.data.dataset import Dataset, GroundTruth, Problem, Record
+from hpr_jax.data.decoding import bits_if_dark
 from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
 from hpr_jax.data.loading.batch_plan import Shape, TrainPlan
 from hpr_jax.data.sources.coco import clip_box
@@ -100,12 +101,14 @@ class OpenedImage:
       digest: SHA-256 of its file; "" if there is no image of the annotated size.
       failure: `MISSING`, `UNREADABLE` or `OTHER_SIZE`; "" if nothing is wrong.
       sentence: says what is wrong.
+      dark_bits: number of bits that its samples take, if they are stored in 16 and the image is dark; else 0.
     """
 
     name: str
     digest: str
     failure: str = ""
     sentence: str = ""
+    dark_bits: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,12 +223,12 @@ def _open_image(record: Record) -> OpenedImage:
     except UnreadableImageError as error:
         return OpenedImage(name, "", MISSING, str(error))
     try:
-        decode_annotated(data, record.image, record.height, record.width)
+        pixels = decode_annotated(data, record.image, record.height, record.width)
     except OtherSizeError as error:
         return OpenedImage(name, "", OTHER_SIZE, str(error))
     except UnreadableImageError as error:
         return OpenedImage(name, "", UNREADABLE, str(error))
-    return OpenedImage(name, hashlib.sha256(data).hexdigest())
+    return OpenedImage(name, hashlib.sha256(data).hexdigest(), dark_bits=bits_if_dark(data, pixels))
 
 
 def find_copies(images: Sequence[OpenedImage]) -> list[tuple[str, ...]]:

@@ -23,6 +23,8 @@ from hpr_jax.data.augmentation.copy_paste import MAX_PASTED
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, draw_large_scale, draw_weak
 from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Classes, Dataset
+from hpr_jax.data.decoding import MOST_BITS
+from hpr_jax.data.images import ImagesOfFewerBits
 from hpr_jax.data.loading.batch_plan import Shape, TrainPlan, choose_buckets
 from hpr_jax.data.sources.coco import is_coco, load_coco
 from hpr_jax.data.sources.tfds import find_below, is_tfds, load_tfds
@@ -68,6 +70,15 @@ def load_dataset(settings: Mapping[str, Any], split: str, classes: Classes | Non
     Raises:
       UserError: there is no such data set, or its annotations are not as they should be.
     """
+    dataset = _load(settings, split, classes, masks=masks)
+    bits, records = settings["image_bits"], dataset.records
+    if bits == MOST_BITS:
+        return dataset
+    images = ImagesOfFewerBits(records.images, bits)
+    return dataclasses.replace(dataset, records=dataclasses.replace(records, images=images))
+
+
+def _load(settings: Mapping[str, Any], split: str, classes: Classes | None, *, masks: bool) -> Dataset:
     directory = Path(settings["directory"]).expanduser()
     for form in FORMATS:
         names = form.names(settings, split)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import os
 import stat
 import warnings
@@ -9,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-import cv2
 import numpy as np
 from PIL import Image
+
+from hpr_jax.data.decoding import MOST_BITS, advice_on_bits, bits_if_dark, decode
 
 # An image file may have at most so many bytes, and an image so many pixels: more would take the machine's memory. The second
 # is the limit of Pillow, which reads the headers.
@@ -19,6 +21,10 @@ LARGEST_FILE = 2**30
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 # Below the limit Pillow warns at half of it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What was said of dark images, which is said once.
+_said: set[str] = set()
+
+log = logging.getLogger("hpr_jax")
 
 
 class UnreadableImageError(Exception):
@@ -39,6 +45,10 @@ class EncodedImage(Protocol):
     @property
     def exif(self) -> bool:
         """Whether to turn the image as its EXIF orientation says, unless only the image as stored has the annotated size."""
+
+    @property
+    def bits(self) -> int:
+        """The number of bits that its samples use if they are stored in 16."""
 
     def read(self) -> bytes:
         """The encoded image.
@@ -66,6 +76,7 @@ class ImageFile:
 
     path: Path
     exif: ClassVar[bool] = True
+    bits: ClassVar[int] = MOST_BITS
 
     @property
     def name(self) -> str:
@@ -111,8 +122,50 @@ class ImageFolder:
         return (self[index] for index in range(len(self)))
 
 
-def read_image(path: Path) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class ImageOfFewerBits:
+    """An image whose samples, if they are stored in 16 bits, use fewer of them."""
+
+    image: EncodedImage
+    bits: int
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    @property
+    def exif(self) -> bool:
+        return self.image.exif
+
+    def read(self) -> bytes:
+        return self.image.read()
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesOfFewerBits:
+    """The images of a split whose samples, where they are stored in 16 bits, use fewer of them."""
+
+    images: EncodedImages
+    bits: int
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.images.names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> ImageOfFewerBits:
+        return ImageOfFewerBits(self.images[index], self.bits)
+
+
+def read_image(path: Path, bits: int = MOST_BITS) -> np.ndarray:
     """Decodes a file to RGB uint8 `[h, w, 3]`, turned as its EXIF orientation says.
+
+    The first one of those that are dark, since their samples are stored in 16 bits and use fewer, is told of in the log.
+
+    Args:
+      bits: number of bits that the samples of a 16-bit image use.
 
     Raises:
       UnreadableImageError: the file is missing or not an image.
@@ -120,7 +173,12 @@ def read_image(path: Path) -> np.ndarray:
     image = ImageFile(Path(path))
     data = image.read()
     _declared_size(data, image.name)
-    return _decode(data, image.name)
+    pixels = _decode(data, image.name, bits)
+    used = bits_if_dark(data, pixels)
+    if used and (advice := advice_on_bits(used)) not in _said:
+        _said.add(advice)
+        log.warning("%s has samples of 16 bits, and is dark: %s.", image.name, advice)
+    return pixels
 
 
 def read_annotated_image(image: EncodedImage, height: int, width: int) -> np.ndarray:
@@ -137,10 +195,10 @@ def decode_annotated(data: bytes, image: EncodedImage, height: int, width: int) 
     declared = _declared_size(data, image.name)
     if declared is not None and sorted(declared) != sorted((height, width)):
         raise _other_size(image, declared, height, width)
-    pixels = _decode(data, image.name, turned=image.exif)
+    pixels = _decode(data, image.name, image.bits, turned=image.exif)
     if image.exif and pixels.shape[:2] != (height, width):
         # Some data sets are annotated on the pixels as stored, without the EXIF rotation.
-        stored = _decode(data, image.name, turned=False)
+        stored = _decode(data, image.name, image.bits, turned=False)
         pixels = stored if stored.shape[:2] == (height, width) else pixels
     if pixels.shape[:2] != (height, width):
         raise _other_size(image, pixels.shape[:2], height, width)
@@ -169,12 +227,8 @@ def _declared_size(data: bytes, name: str) -> tuple[int, int] | None:
     return height, width
 
 
-def _decode(data: bytes, name: str, *, turned: bool = True) -> np.ndarray:
-    flags = cv2.IMREAD_COLOR_RGB if turned else cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:
-        image = None
+def _decode(data: bytes, name: str, bits: int, *, turned: bool = True) -> np.ndarray:
+    image = decode(data, bits, turned=turned)
     if image is None:
         raise UnreadableImageError(f"{name} is not an image that can be decoded")
     return image

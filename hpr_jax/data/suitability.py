@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 
 from hpr_jax.data.dataset import Dataset
-from hpr_jax.data.images import UnreadableImageError, read_annotated_image
+from hpr_jax.data.decoding import advice_on_bits, bits_if_dark
+from hpr_jax.data.images import UnreadableImageError, decode_annotated
 from hpr_jax.errors import UserError
 
 log = logging.getLogger("hpr_jax")
@@ -96,13 +97,16 @@ def _warn_of_relative_boxes(dataset: Dataset) -> None:
 
 
 def _look_at_images(dataset: Dataset, threads: int) -> None:
-    """Reads a sample of the images; names those that cannot be read, and refuses the data set if none can."""
+    """Reads a sample of the images; tells of those that cannot be read and of dark ones with samples of 16 bits, and refuses
+    the data set if none can be read."""
     count = len(dataset)
     sample = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(int)).tolist()
     others = [index for index in range(count) if index not in set(sample)][:MORE]
     deadline = time.monotonic() + SECONDS
     unreadable: list[str] = []
     readable = 0
+    # The numbers of bits that dark images use.
+    dark: list[int] = []
 
     def look(index: int) -> str | None:
         """What is wrong with an image, "" if nothing is, None if there is no time to look."""
@@ -110,9 +114,12 @@ def _look_at_images(dataset: Dataset, threads: int) -> None:
             return None
         record = dataset.records[index]
         try:
-            read_annotated_image(record.image, record.height, record.width)
+            data = record.image.read()
+            pixels = decode_annotated(data, record.image, record.height, record.width)
         except UnreadableImageError as error:
             return str(error)
+        if bits := bits_if_dark(data, pixels):
+            dark.append(bits)
         return ""
 
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
@@ -136,3 +143,17 @@ def _look_at_images(dataset: Dataset, threads: int) -> None:
             dataset.name,
             unreadable[0],
         )
+    if dark:
+        log.warning("%s.", dark_images(len(dark), looked, max(dark), dataset.name))
+
+
+def dark_images(count: int, looked: int, bits: int, name: str) -> str:
+    """A sentence, without its full stop, about images with samples of 16 bits that are dark.
+
+    Args:
+      count: their number.
+      looked: number of images that were looked at.
+      bits: number of bits that the largest of all their samples takes.
+      name: of the split.
+    """
+    return f"{count:,} of {looked:,} images of {name} have samples of 16 bits, and are dark: {advice_on_bits(bits)}"

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes, Id
+from hpr_jax.data.decoding import to_eight_bits
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detect import make_detect
@@ -105,7 +106,8 @@ class ImageDetector:
         """Detects objects.
 
         Args:
-          images: a path, a Pillow image, a uint8 array, RGB `[h, w, 3]` or grey `[h, w]`, or a list or tuple of such.
+          images: a path, a Pillow image, an array of uint8 or uint16, RGB `[h, w, 3]` or grey `[h, w]`, or a list or tuple
+            of such. Samples of 16 bits become 8 as `config.data.image_bits` says.
           threshold: lowest score of the detections.
 
         Raises:
@@ -113,7 +115,7 @@ class ImageDetector:
         """
         if isinstance(images, list | tuple):
             return [self(image, threshold) for image in images]
-        image = _as_array(images)
+        image = _as_array(images, self.config.data.image_bits)
         geometry, padded, sizes = self._prepare(image)
         boxes, scores, labels, valid = (a[0] for a in jax.device_get(self._detect(self._state, padded, sizes)))
         height, width = image.shape[:2]
@@ -133,7 +135,7 @@ class ImageDetector:
     def outputs(self, image: ImageLike) -> Outputs:
         """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and
         branch, memory, reference boxes, hidden states, attention masks. Boxes are cxcywh, relative to the image."""
-        _, padded, sizes = self._prepare(_as_array(image))
+        _, padded, sizes = self._prepare(_as_array(image, self.config.data.image_bits))
         return self._outputs(self._state, padded, sizes)
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
@@ -152,40 +154,46 @@ def _all_outputs(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, sizes
     return detector(detector.normalize(images, sizes), sizes)
 
 
-def _as_array(image: ImageLike) -> np.ndarray:
+def _as_array(image: ImageLike, bits: int) -> np.ndarray:
     """The pixels of an image, RGB uint8 `[h, w, 3]`.
+
+    Args:
+      bits: number of bits that samples use where they are stored in 16.
 
     Raises:
       UserError: it cannot be read, or is of another type or shape.
     """
     if isinstance(image, str | Path):
         try:
-            return read_image(Path(image).expanduser())
+            return read_image(Path(image).expanduser(), bits)
         except UnreadableImageError as error:
             raise UserError(f"{error}.") from error
     if isinstance(image, Image.Image):
-        return _from_pillow(image)
+        return _from_pillow(image, bits)
     try:
         array = np.asarray(image)
     except (TypeError, ValueError):
         array = np.zeros(0)
+    if array.dtype.kind == "u" and array.itemsize == 2:
+        array = to_eight_bits(array, bits)
     if array.ndim == 2 and array.dtype == np.uint8:
         array = np.repeat(array[..., None], 3, axis=2)
     if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         what = f"an array of {array.dtype} {list(array.shape)}" if array.size else f"of type {type(image).__name__}"
         raise UserError(
-            f"An image is a path, a Pillow image, or a uint8 array, RGB [h, w, 3] or grey [h, w]; this one is {what}."
+            f"An image is a path, a Pillow image, or an array of uint8 or uint16, RGB [h, w, 3] or grey [h, w]; this one is "
+            f"{what}."
         )
     return array
 
 
-def _from_pillow(image: Image.Image) -> np.ndarray:
+def _from_pillow(image: Image.Image, bits: int) -> np.ndarray:
     """The pixels of a Pillow image as a file of it would be read: turned by its EXIF orientation, palettes looked up, grey
-    as RGB, colours without their opacity, and of 16 bits the upper 8."""
+    as RGB, colours without their opacity, and of the `bits` bits that samples of 16 use, the upper 8."""
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            return np.repeat(to_eight_bits(np.asarray(image), bits)[..., None], 3, axis=2)
         if image.mode in ("I", "F"):
             raise UserError(f"A Pillow image of mode {image.mode!r} has no range of values; convert it to 'L' or 'RGB'.")
         pixels = np.asarray(image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB"))

@@ -62,13 +62,14 @@ def predict(
     if not files:
         raise UserError(f"All images are pictures that predict wrote, by {result.path}; choose another --output.")
     detector = load(checkpoint, overrides=dict(overrides), config=config)
+    bits = detector.config.data.image_bits
     # The paths of images, and of the pictures of this call.
     taken = {file.resolve() for file in files}
     with interruptible():
         try:
             for file in tqdm(files, desc="prediction", unit="image"):
                 try:
-                    found = detector(read_image(file), threshold)
+                    found = detector(read_image(file, bits), threshold)
                     data = encode_image(found.draw(), PICTURES)
                 except Exception as error:
                     text = str(error) if isinstance(error, UnreadableImageError) else f"{file}: {_first_line(error)}"

@@ -31,7 +31,7 @@ from hpr_jax.weights.manifest import find_damage
 # Settings that did not exist yet when the first checkpoints were written, with the values for what was done then.
 _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"accumulation_steps": 1, "ema_decay": 0.0},
-    "data": {"workers": 0, "train_split": "train", "val_split": "validation"},
+    "data": {"workers": 0, "train_split": "train", "val_split": "validation", "image_bits": 16},
 }
 
 # The file in which Orbax keeps the item `meta`.
@@ -156,11 +156,11 @@ def open_reader(path: Path) -> Iterator[ocp.Checkpointer]:
     except UserError:
         raise
     except Exception as error:
-        # Orbax raises errors of any type, bare exceptions among them, over many lines.
-        first = next(iter(str(error).splitlines()), "").rstrip(".")
+        # Orbax raises errors of any type, bare exceptions among them, over many lines in its own words.
+        log.debug("Orbax on %s", path, exc_info=error)
+        why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise UserError(
-            f"The checkpoint {path} cannot be read: it is damaged, or was written by another version of this project "
-            f"({type(error).__name__}: {first})."
+            f"The checkpoint {path} cannot be read: it is damaged, or was written by another version of this project{why}."
         ) from error
 
 

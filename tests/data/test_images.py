@@ -79,7 +79,7 @@ class TestFilesThatWouldTakeTheMachine:
             read_image(tmp_path / "x.jpg")
 
     def test_pixels_are_not_made_before_the_size_is_known(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("hpr_jax.data.images.cv2.imdecode", None)
+        monkeypatch.setattr("hpr_jax.data.decoding.cv2.imdecode", None)
         write_claim(tmp_path / "x.png", 20_000, 20_000)
         with pytest.raises(UnreadableImageError, match="has more than the 178,956,970 pixels that an image may have"):
             read_image(tmp_path / "x.png")

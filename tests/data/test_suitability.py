@@ -120,9 +120,9 @@ def test_more_objects_than_queries(coco):
 
 def test_the_sample_is_spread_over_the_split(coco, monkeypatch):
     seen = []
-    read = suitability.read_annotated_image
+    decode = suitability.decode_annotated
     monkeypatch.setattr(
-        suitability, "read_annotated_image", lambda image, *size: seen.append(image.name) or read(image, *size)
+        suitability, "decode_annotated", lambda data, image, *size: seen.append(image.name) or decode(data, image, *size)
     )
     monkeypatch.setattr(suitability, "SAMPLE", 3)
     whole, _ = load_training_data(tiny.config(coco))

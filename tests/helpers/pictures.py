@@ -21,6 +21,7 @@ class Picture:
     data: bytes
     name: str = "picture"
     exif: bool = True
+    bits: int = 16
 
     def read(self) -> bytes:
         return self.data

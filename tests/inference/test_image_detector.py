@@ -108,9 +108,11 @@ class TestInput:
 class TestForms:
     """An image is the same in every form: what the network sees is what it sees of the file."""
 
-    def seen(self, image):
+    def seen(self, image, bits=16):
         detect = Detect((0, 0, 8, 8))
-        detector(detect, 64, 64)(image)
+        made = detector(detect, 64, 64)
+        made.config.data.image_bits = bits
+        made(image)
         return detect.images[0, : detect.sizes[0][0], : detect.sizes[0][1]]
 
     @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
@@ -135,6 +137,17 @@ class TestForms:
         seen = self.seen(Image.open(tmp_path / "x.jpg"))
         assert seen.shape == (64, 48, 3)
         np.testing.assert_allclose(seen.astype(int), self.seen(tmp_path / "x.jpg"), atol=2)
+
+    @pytest.mark.parametrize("byte_order", ["<", ">"])
+    @pytest.mark.parametrize("bits", [12, 16])
+    def test_16_bits(self, tmp_path, byte_order, bits):
+        """A file, a Pillow image and arrays become what the upper 8 of so many bits are."""
+        samples = np.random.default_rng(0).integers(0, 2**bits, (48, 64)).astype(f"{byte_order}u2")
+        Image.fromarray(samples.astype(np.uint16)).save(tmp_path / "x.png")
+        expected = self.seen(np.array(samples >> (bits - 8), np.uint8))
+        colours = np.repeat(samples[..., None], 3, axis=2)
+        for image in (samples, colours, tmp_path / "x.png", Image.open(tmp_path / "x.png")):
+            np.testing.assert_array_equal(self.seen(image, bits), expected)
 
     def test_grey_arrays(self):
         grey = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.uint8)
@@ -212,6 +225,12 @@ class TestSelection:
         assert captions == ["pen 0.75", "hat 0.50"]
 
 
+def with_config(find) -> Any:
+    """A function that stands for a detector, which has a config."""
+    find.config = tiny.config()
+    return find
+
+
 class TestPredict:
     @pytest.fixture
     def loaded(self, monkeypatch):
@@ -227,7 +246,7 @@ class TestPredict:
 
         def load(*arguments, **settings):
             calls.loads.append((arguments, settings))
-            return find
+            return with_config(find)
 
         monkeypatch.setattr("hpr_jax.inference.predict.load", load)
         return calls
@@ -303,7 +322,7 @@ class TestPredict:
                 raise KeyboardInterrupt
             return Detections(image, np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), [], [])
 
-        monkeypatch.setattr("hpr_jax.inference.predict.load", lambda *_, **__: find)
+        monkeypatch.setattr("hpr_jax.inference.predict.load", lambda *_, **__: with_config(find))
         monkeypatch.setattr("hpr_jax.inference.predict.INTERVAL", -1.0)
         with pytest.raises(KeyboardInterrupt):
             predict(tmp_path, [tmp_path], tmp_path / "out", 0.5)

@@ -12,13 +12,14 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes, Dataset, Id
+from hpr_jax.data.decoding import MOST_BITS
 from hpr_jax.data.images import UnreadableImageError
 from hpr_jax.data.sources.coco import Entry, parse_entries, without_garbage_collection
 from hpr_jax.data.sources.coco_fields import FieldError, read_id, read_text
@@ -46,6 +47,7 @@ class TfdsImage:
     index: int
     file_name: str
     exif: bool
+    bits: ClassVar[int] = MOST_BITS
 
     @property
     def name(self) -> str:
