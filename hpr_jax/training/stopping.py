@@ -10,12 +10,14 @@ from hpr_jax.errors import StoppedError
 
 log = logging.getLogger("hpr_jax")
 
-# Exit codes by signal. Schedulers send SIGTERM, and 75 tells them to try again later (EX_TEMPFAIL of sysexits.h).
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+# Exit codes by signal. Schedulers send SIGTERM, and 75 tells them to try again later (EX_TEMPFAIL of sysexits.h). SIGHUP
+# comes when the terminal is closed or the connection to it lost.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 class StopRequests:
-    """As a context, notes SIGTERM and the first SIGINT (Ctrl-C); a second SIGINT does what it did before.
+    """As a context, notes SIGTERM, SIGHUP, and the first SIGINT (Ctrl-C); a second SIGINT does what it did before. A signal
+    that is ignored, as SIGHUP is under nohup, stays so.
 
     Attributes:
       noted: the signal that came, or None.
@@ -28,7 +30,8 @@ class StopRequests:
     def __enter__(self) -> "StopRequests":
         # Python delivers signals to the main thread alone, and lets no other thread set handlers.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+            heeded = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:

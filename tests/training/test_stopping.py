@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-from hpr_jax.training.stopping import StopRequests
+from hpr_jax.training.stopping import EXIT_CODES, StopRequests
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_noted_and_told(number, code):
     with StopRequests() as requests:
         assert requests.noted is None
@@ -29,12 +29,23 @@ def test_a_second_interrupt_ends_the_step_at_once():
         assert requests.noted is signal.SIGTERM
 
 
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.noted is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_another_process_was_asked():
     assert StopRequests().stop(3).exit_code == 75
 
 
 def test_afterwards_signals_do_what_they_did_before():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in EXIT_CODES]
     with StopRequests():
         assert signal.getsignal(signal.SIGTERM) is not before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in EXIT_CODES] == before
