@@ -40,7 +40,7 @@ def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Pat
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"{workdir} exists and is not an empty folder; choose another.")
     content = read_checkpoint(source)
-    tensors = find_tensors(content)
+    tensors = find_tensors(content, str(source))
     check_numbers(tensors, source)
     if _CLASS_LAYER not in tensors:
         raise UserError(f"{source} is not an official detector: it has no {_CLASS_LAYER}.")

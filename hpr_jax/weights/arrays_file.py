@@ -31,7 +31,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"The weight file {path} cannot be read: {error}.") from error
     # A damaged archive can raise any error.
     except Exception as error:
-        what = f"is damaged, or not an .npz file of arrays ({type(error).__name__})"
+        what = "is damaged, cut short, or not an .npz file of arrays; copy or download it again"
         raise UserError(f"The weight file {path} {what}.") from error
 
 

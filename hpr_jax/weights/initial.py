@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
     """
-    tensors = read_arrays(path) if path.suffix == ".npz" else find_tensors(read_checkpoint(path))
+    tensors = read_arrays(path) if path.suffix == ".npz" else find_tensors(read_checkpoint(path), str(path))
     check_numbers(tensors, path)
     return tensors
 

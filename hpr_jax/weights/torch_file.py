@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> Any:
     # A damaged pickle can raise any error.
     except Exception as error:
         explained = isinstance(error, Unreadable | PermissionError)
-        why = str(error) if explained else f"it is damaged or no PyTorch checkpoint ({type(error).__name__}: {error})"
+        why = str(error) if explained else "it is damaged, cut short, or no PyTorch checkpoint; copy or download it again"
         raise UserError(f"The checkpoint {path} cannot be read: {_one_line(why)}.") from error
 
 
@@ -119,10 +119,13 @@ def _read_legacy(path: Path) -> Any:
     return unpickle(file, lambda key, dtype, count: storages[key], size)
 
 
-def find_tensors(content: Any) -> dict[str, np.ndarray]:
+def find_tensors(content: Any, source: str) -> dict[str, np.ndarray]:
     """Finds the state dict in a checkpoint's content: under one of the usual keys, or the content itself.
 
     A prefix `module.` that all names have (from DataParallel) is taken off.
+
+    Args:
+      source: the name of the file, for messages.
 
     Returns:
       C-contiguous arrays by name.
@@ -131,15 +134,16 @@ def find_tensors(content: Any) -> dict[str, np.ndarray]:
       UserError: there is no state dict, or it holds things that are no arrays.
     """
     if not isinstance(content, Mapping):
-        raise UserError(f"The checkpoint holds no state dict but an object of type {type(content).__name__}.")
+        raise UserError(f"The checkpoint {source} holds no state dict but an object of type {type(content).__name__}.")
     inner = (content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping))
     found = next(inner, content)
     arrays = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
     strange = [k for k in found if k not in arrays and not (isinstance(k, str) and _BOOKKEEPING.search(k))]
     if not arrays:
-        raise UserError(f"The checkpoint holds no tensors where they are looked for; its keys are {_listed(content)}.")
+        keys = f"its keys are {_listed(content)}" if content else "it is empty"
+        raise UserError(f"The checkpoint {source} holds no tensors where they are looked for; {keys}.")
     if strange:
-        raise UserError(f"The checkpoint's state dict holds things that are no tensors: {_listed(strange)}.")
+        raise UserError(f"The state dict of the checkpoint {source} holds things that are no tensors: {_listed(strange)}.")
     prefix = "module." if all(name.startswith("module.") for name in arrays) else ""
     return {name.removeprefix(prefix): np.asarray(value, order="C") for name, value in arrays.items()}
 

@@ -43,7 +43,7 @@ def test_there_and_back_is_bit_exact(tmp_path, config_file):
     assert meta.classes == Classes(names, tuple(range(1, len(names) + 1)))
     assert meta.step == 12
     command_line.run(["convert", "--to-torch", str(tmp_path / "run"), str(tmp_path / "back.pth")])
-    back = find_tensors(read_checkpoint(tmp_path / "back.pth"))
+    back = find_tensors(read_checkpoint(tmp_path / "back.pth"), "back.pth")
     wanted = {name: t for name, t in official_tensors().items() if not IGNORED.search(name)}
     assert set(back) == set(wanted)
     for name, tensor in wanted.items():

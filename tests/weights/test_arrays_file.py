@@ -69,7 +69,7 @@ def test_objects_are_not_made(tmp_path):
 def test_files_of_no_arrays(tmp_path):
     for content in (b"", b"no archive"):
         (tmp_path / "w.npz").write_bytes(content)
-        with pytest.raises(UserError, match=r"w.npz is damaged, or not an .npz file"):
+        with pytest.raises(UserError, match=r"w.npz is damaged, cut short, or not an .npz file"):
             read_arrays(tmp_path / "w.npz")
     with pytest.raises(UserError, match="does not exist"):
         read_arrays(tmp_path / "nothing.npz")

@@ -80,8 +80,8 @@ def test_legacy_views_of_storages(tmp_path):
 @FORMATS
 def test_training_checkpoints_of_mmengine(tmp_path, packed):
     found = read(tmp_path, packed(mmengine_content()))
-    assert list(find_tensors(found)) == ["a.weight"]
-    np.testing.assert_array_equal(find_tensors(found)["a.weight"], np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert list(find_tensors(found, "x.pth")) == ["a.weight"]
+    np.testing.assert_array_equal(find_tensors(found, "x.pth")["a.weight"], np.arange(12, dtype=np.float32).reshape(3, 4))
     assert found["optimizer"]["state"][0]["step"] == 7
     assert found["meta"]["cfg"] == "model = ..."
     assert found["message_hub"]["info"]["iter"] == 5
@@ -104,24 +104,24 @@ def test_plain_objects_come_back(tmp_path, packed):
 def test_state_dicts_are_found(container):
     tensors = {"module.a": np.ones(2), "module.b": np.zeros(())}
     inner = {**tensors, "_metadata": {}}
-    found = find_tensors({container: inner, "epoch": 3} if container else inner)
+    found = find_tensors({container: inner, "epoch": 3} if container else inner, "x.pth")
     assert list(found) == ["a", "b"]
-    assert list(find_tensors({**tensors, "c": np.ones(1)})) == ["module.a", "module.b", "c"]
+    assert list(find_tensors({**tensors, "c": np.ones(1)}, "x.pth")) == ["module.a", "module.b", "c"]
 
 
 def test_of_several_state_dicts_the_usual_key_decides():
     first, second, third = ({"a": np.full(1, value)} for value in (1, 2, 3))
-    assert find_tensors({"network": third, "model": second, "state_dict": first})["a"] == 1
-    assert find_tensors({"network": third, "model": second, "state_dict": None})["a"] == 2
+    assert find_tensors({"network": third, "model": second, "state_dict": first}, "x.pth")["a"] == 1
+    assert find_tensors({"network": third, "model": second, "state_dict": None}, "x.pth")["a"] == 2
 
 
 def test_missing_state_dicts_are_named():
     with pytest.raises(UserError, match="its keys are epoch, weights"):
-        find_tensors({"epoch": 1, "weights": {"a": np.ones(1)}})
+        find_tensors({"epoch": 1, "weights": {"a": np.ones(1)}}, "x.pth")
     with pytest.raises(UserError, match="no tensors: steps"):
-        find_tensors({"state_dict": {"a": np.ones(1), "steps": 3}})
+        find_tensors({"state_dict": {"a": np.ones(1), "steps": 3}}, "x.pth")
     with pytest.raises(UserError, match="type list"):
-        find_tensors([np.ones(1)])
+        find_tensors([np.ones(1)], "x.pth")
 
 
 def test_written_files_come_back(tmp_path):
@@ -136,7 +136,7 @@ def test_written_files_come_back(tmp_path):
     found = read_checkpoint(path)
     assert found["meta"] == meta
     assert list(found["state_dict"]) == list(tensors)
-    for name, array in find_tensors(found).items():
+    for name, array in find_tensors(found, "x.pth").items():
         assert (array.dtype, array.shape) == (tensors[name].dtype, tensors[name].shape)
         assert array.tobytes() == tensors[name].tobytes()
     assert list(tmp_path.iterdir()) == [path]
