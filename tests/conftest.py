@@ -14,10 +14,14 @@ if version("jax").startswith("0.10."):
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ.setdefault("XLA_FLAGS", flags)
 
+import hypothesis
 import jax
 import pytest
 
 from hpr_jax.models import build
+
+# What it stands for: helpers/mutations.py.
+hypothesis.settings.register_profile("many")
 
 # Compiled programs are kept beside pytest's own cache; nothing else outlives a test run.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))

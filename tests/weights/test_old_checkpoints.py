@@ -9,7 +9,9 @@ from hpr_jax.weights.checkpoint import Meta
 
 def test_configs_without_the_section_compute():
     """They had rematerialisation in the model, and no strong views."""
-    config = to_plain(tiny.config())
+    made = tiny.config()
+    made.compute.remat = ("encoder", "refiner")
+    config = to_plain(made)
     now = dict(config)
     config.pop("compute")
     config["model"] = {**config["model"], "remat": True, "backbone": {**config["model"]["backbone"], "remat": False}}
