@@ -30,7 +30,8 @@ ensure_environment() {
   stamp=$(cat pyproject.toml <(echo "$extras") | cksum | tr ' ' -)
   if [ ! -e ".venv/installed-$stamp" ]; then
     echo "Installing into .venv ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}" 2>.venv/pip.log ||
+    # Python compiles what is imported; compiling all that is installed would take as long as installing it.
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".${extras:+[$extras]}" 2>.venv/pip.log ||
       fail "could not install the packages of pyproject.toml (no network?): $(grep -m1 ERROR .venv/pip.log)"
     touch ".venv/installed-$stamp"
   fi

@@ -27,8 +27,12 @@ def computing(**compute):
 
 @functools.cache
 def gradients(**compute):
-    """A sum over the predictions of `computing(**compute)`, and its gradients."""
-    graph, params, rest = tiny.split_parameters(computing(**compute))
+    """A sum over the predictions of a detector with two refiners and these settings, and its gradients."""
+    config = tiny.config(model="deformable_detr")
+    config.model.refiner.auxiliaries = ("dynamic_conv",)
+    detector = abstract_detector(config.model, tiny.CLASSES, {**config.compute, **compute})
+    tiny.fill(detector)
+    graph, params, rest = tiny.split_parameters(detector)
 
     def run(params):
         outputs = nnx.merge(graph, params, rest)(jnp.asarray(IMAGES), SIZES, train=True)

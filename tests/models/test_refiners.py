@@ -56,19 +56,10 @@ class Patches(nnx.Module):
 
 
 def random_weights(c):
-    """A detector without a backbone, split, whose weights are about as large as initial ones, but drawn by NumPy, so that
-    nothing is compiled."""
+    """A detector without a backbone, with the weights of `tiny.fill`, split."""
     detector = abstract_detector(c.model, tiny.CLASSES, {"operations": "xla"})
-    rng = np.random.default_rng(0)
     detector.backbone = Patches(detector.backbone.out_channels)
-    filled = []
-    for path, variable in nnx.to_flat_state(nnx.state(detector)):
-        shape = variable.shape
-        fan_in = np.prod(shape[-2:-1]) if path[-1] in ("kernel", "embedding") else 100
-        value = rng.normal(size=shape) * fan_in**-0.5 + (path[-1] in ("scale", "weights"))
-        value = np.abs(value) + 1 if path[-1] == "variance" else value
-        filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
-    nnx.update(detector, nnx.from_flat_state(filled))
+    tiny.fill(detector)
     return tiny.split_parameters(detector)
 
 

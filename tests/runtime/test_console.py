@@ -87,6 +87,8 @@ def test_threads_that_end_early_are_a_line_of_the_log(protected, caplog, capfd, 
 
 def test_an_interrupt_that_a_callback_loses_comes_again(protected):
     """Python prints errors of `__del__`, which nobody could catch, and goes on."""
+    # In a background job of a shell, Python finds the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     class Lossy:
         def __del__(self):
@@ -99,6 +101,7 @@ def test_an_interrupt_that_a_callback_loses_comes_again(protected):
 
     with pytest.raises(KeyboardInterrupt):
         lose()
+    signal.signal(signal.SIGINT, before)
 
 
 def run(command, **keywords):

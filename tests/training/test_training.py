@@ -291,7 +291,8 @@ def test_a_detector_from_a_config():
 @pytest.mark.slow
 def test_swin_trains_by_epochs_and_evaluates_on_a_canvas(coco, tmp_path):
     """Swin has drop path. The checkpoint of a run that counts epochs can be evaluated, also on canvases."""
-    config = tiny.config(coco, model="dino")
+    config = tiny.config(coco, model="deformable_detr")
+    config.model.refiner.auxiliaries = ()
     config.model.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
     config.model.backbone.update(drop_path=0.5, frozen_stages=-1)
     config.compute.remat = ("backbone", "encoder", "refiner")
