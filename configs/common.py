@@ -98,6 +98,9 @@ def base() -> ConfigDict:
         # same. As many as there are cores to spare are best; each has a copy of the annotations.
         "workers": 0,
         "threads": 4,
+        # Seconds to wait for a folder of images that cannot be reached any more, as happens on networks, before the run is
+        # saved and ends.
+        "patience": 600.0,
     }
     config.augmentation = detr_augmentation()
     config.train = {

@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, for reasons in the run itself: `main` prints it as one sentence and exits with code 1."""
 
 
+class DataLostError(RunError):
+    """Images that could be read can no longer be."""
+
+
 class StoppedError(Exception):
     """A run that was asked to stop and has saved: `main` prints it and exits with its code."""
 

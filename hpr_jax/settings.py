@@ -215,6 +215,11 @@ DATA = {
         "Processes that load training batches, which stay the same; 0: threads of this process.", at_least=0, at_most=1000
     ),
     "threads": _count("Threads that load images, of this process or of each worker."),
+    "patience": Setting(
+        "Seconds to wait for a folder of images that cannot be reached any more, before the run is saved and ends.",
+        at_least=0,
+        at_most=MOST_STEPS,
+    ),
 }
 AUGMENTATION = {
     "kind": Setting("detr: flip, resize, crop; lsj: large-scale jitter and copy-paste.", choices=AUGMENTATIONS),

@@ -1,6 +1,7 @@
 """Stored images: where their bytes are, and how they are decoded."""
 
 import dataclasses
+import errno
 import io
 import logging
 import os
@@ -21,6 +22,22 @@ LARGEST_FILE = 2**30
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 # Below the limit Pillow warns at half of it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Errors of a storage, not of one file in it.
+_STORAGE_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        "ESTALE",
+        "ENOTCONN",
+        "ETIMEDOUT",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETUNREACH",
+        "ENODEV",
+        "ENXIO",
+    )
+    if hasattr(errno, name)
+}
 # What was said of dark images, which is said once.
 _said: set[str] = set()
 
@@ -29,6 +46,10 @@ log = logging.getLogger("hpr_jax")
 
 class UnreadableImageError(Exception):
     """An image is missing or broken, or it is not the one that was annotated."""
+
+
+class UnreachableError(UnreadableImageError):
+    """The folder that an image is in is gone or empty, or its storage does not answer: no other image of it can be read."""
 
 
 class OtherSizeError(UnreadableImageError):
@@ -72,9 +93,10 @@ class EncodedImages(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """An image in a file of its own."""
+    """An image in a file of its own; `folder` is the one that all images of its split are in, if there is one."""
 
     path: Path
+    folder: Path | None = None
     exif: ClassVar[bool] = True
     bits: ClassVar[int] = MOST_BITS
 
@@ -96,9 +118,20 @@ class ImageFile:
                 # No more than that, even if the file grows.
                 return file.read(LARGEST_FILE)
         except OSError as error:
+            if error.errno in _STORAGE_ERRORS or (self.folder and _is_empty(self.folder)):
+                raise UnreachableError(f"The folder {self.folder or self.path.parent} cannot be reached") from error
             raise UnreadableImageError(f"{self.path}: {error.strerror}") from error
         except ValueError as error:
             raise UnreadableImageError(f"{str(self.path)!r} is no possible name of a file") from error
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder, as in one in which a storage was mounted, or it is none or cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -116,7 +149,7 @@ class ImageFolder:
         return len(self.names)
 
     def __getitem__(self, index: int, /) -> ImageFile:
-        return ImageFile(self.folder / self.names[index])
+        return ImageFile(self.folder / self.names[index], self.folder)
 
     def __iter__(self) -> Iterator[ImageFile]:
         return (self[index] for index in range(len(self)))

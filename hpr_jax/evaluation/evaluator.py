@@ -51,7 +51,8 @@ class Evaluator:
         self.mesh = data_mesh(jax.local_devices())
         batch_size = settings.batch_size * self.mesh.size
         plan = evaluation_plan(geometries, batch_size=batch_size, buckets=buckets)
-        self.loader = EvaluationLoader(dataset, plan, batch_size, share=(jax.process_index(), jax.process_count()))
+        share, patience = (jax.process_index(), jax.process_count()), config.data.patience
+        self.loader = EvaluationLoader(dataset, plan, batch_size, share, patience)
         self.dataset, self.threads = dataset, config.data.threads
         find_evaluator(settings.evaluator)
         self.evaluator = settings.evaluator
@@ -68,6 +69,9 @@ class Evaluator:
 
         Args:
           state: of the detector, on all devices of this process or of all processes.
+
+        Raises:
+          DataLostError: the folder of the images cannot be reached any more.
         """
         state = on_devices_of(self.mesh, state)
         found: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hpr_jax.data.loading.batches import Batch
-from hpr_jax.errors import RunError
+from hpr_jax.errors import DataLostError, RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
 from hpr_jax.training.checkpoint_writer import Checkpoints
@@ -31,6 +32,11 @@ progress_log = logging.getLogger("hpr_jax.progress")
 
 # Share of the time spent waiting for data above which the log says so.
 DATA_WAIT = 0.1
+# So many reports about the data are all told, later ones now and then: half of a large data set may be gone.
+TOLD, EVERY = 100, 1000
+# Seconds of waiting for a batch after which the log says so for the first time, and seconds between two looks at whether the
+# run was asked to stop meanwhile.
+LONG_WAIT, LOOK = 60.0, 1.0
 
 
 def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBatch:
@@ -104,6 +110,8 @@ class TrainingLoop:
         self._any_stop = False
         # Whether the log has said that steps wait for data.
         self._said_to_wait = False
+        # Waits for the next batch, so that this thread can do something else if it does not come.
+        self._waiter = ThreadPoolExecutor(1, "waits for batches")
 
     def run(self, step_function: TrainStep, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         """Takes all steps that are left; returns the metrics of the last evaluation.
@@ -114,6 +122,7 @@ class TrainingLoop:
 
         Raises:
           RunError: the loss is not finite, or a checkpoint or metrics cannot be written.
+          DataLostError: images can no longer be read; the run is saved, if it has a single process.
           StoppedError: the run was asked to stop; it is saved.
         """
         settings = self.config.train
@@ -132,7 +141,14 @@ class TrainingLoop:
                 state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
             self.watch_compilation(step, step_function, batch.images.shape)
             # While the devices compute the step, the next batch is loaded and sent to them.
-            upcoming = self._fetch(step + 1, batches, interval)
+            lost: DataLostError | None = None
+            try:
+                upcoming = self._fetch(step + 1, batches, interval)
+            except DataLostError as error:
+                # Other processes would wait for this one to save with them.
+                if jax.process_count() > 1:
+                    raise
+                lost = error
             if pending is not None:
                 self.read_numbers(step, pending)
             pending = numbers
@@ -144,7 +160,7 @@ class TrainingLoop:
             evaluates = step % settings.evaluate_every == 0 or last
             # All processes must stop behind the same step: they go by the step's sum of their requests.
             stops = self._any_stop if jax.process_count() > 1 else self.requests.noted is not None
-            if logs or saves or evaluates or stops:
+            if logs or saves or evaluates or stops or lost:
                 self.read_numbers(step, pending)
                 pending = None
             self.bar.update()
@@ -155,10 +171,12 @@ class TrainingLoop:
                 metrics = self.evaluate(step, state)
                 interval = Interval()
             # Saved after the log and the evaluation: a run that goes on from this step does not write them again.
-            if saves or stops:
+            if saves or stops or lost:
                 self._save(step, state)
             if stops and not last:
                 raise self.requests.stop(step)
+            if lost:
+                raise DataLostError(f"{lost} Step {step} is saved, and the same command goes on from it.") from lost
         if not metrics:
             metrics = self.evaluator.run(evaluation_variables(state)).metrics
         return metrics
@@ -186,12 +204,28 @@ class TrainingLoop:
         if step >= self.config.train.steps:
             return None
         began = time.perf_counter()
-        batch = next(batches)
+        batch = self._wait_for(step, batches)
         interval.waited += time.perf_counter() - began
         for report in batch.reports:
             self._reported += 1
-            log.warning("step %d: %s (%d such reports so far)", step + 1, report, self._reported)
+            if self._reported <= TOLD or self._reported % EVERY == 0:
+                log.warning("step %d: %s (%d such reports so far)", step + 1, report, self._reported)
+            if self._reported == TOLD:
+                log.warning("From now on such reports are counted in metrics.jsonl, and one of %d is told.", EVERY)
         return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
+
+    def _wait_for(self, step: int, batches: Iterator[Batch]) -> Batch:
+        """The next batch, that of step `step + 1`. Says if it takes long, and gives up if the run was asked to stop."""
+        coming, told, began = self._waiter.submit(next, batches), LONG_WAIT, time.perf_counter()
+        while not wait([coming], LOOK).done:
+            waited = time.perf_counter() - began
+            if waited >= told:
+                told *= 2
+                directory = self.config.data.directory
+                log.warning("step %d: waiting for images for %.0f s; is %s slow or gone?", step + 1, waited, directory)
+            if self.requests.noted is not None and jax.process_count() == 1:
+                raise DataLostError("The run does not wait for images any longer.")
+        return coming.result()
 
     def watch_compilation(self, step: int, step_function: TrainStep, shape: tuple[int, ...]) -> None:
         """Warns if the step was compiled again for a shape of batches, which nothing but its slowness would show.
@@ -249,8 +283,15 @@ class TrainingLoop:
         self.checkpoints.save(step, evaluation_variables(state), training_arrays(state), self._meta(step, {}))
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """Evaluates a state, writes the metrics, and saves the state if it is the best so far; returns the metrics."""
-        result = self.evaluator.run(evaluation_variables(state))
+        """Evaluates a state, writes the metrics, and saves the state if it is the best so far; returns the metrics. If
+        images can no longer be read, the log says so, and there are no metrics; training goes on."""
+        try:
+            result = self.evaluator.run(evaluation_variables(state))
+        except DataLostError as error:
+            if jax.process_count() > 1:
+                raise
+            log.warning("step %d is not evaluated: %s", step, error)
+            return {}
         by_class = {f"val/class/{name}/AP": numbers["AP"] for name, numbers in result.per_class.items()}
         self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
         self.writer.write_board(step, by_class)

@@ -28,6 +28,7 @@ FREE = (
     "compute.operations",
     "compute.remat",
     "data.directory",
+    "data.patience",
     "data.threads",
     "data.workers",
     "train.accumulation_steps",

@@ -63,7 +63,8 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
 
     Raises:
       UserError: the run cannot be trained with these settings or data, or another run is at work in the workdir.
-      RunError: the loss is not finite, or a checkpoint cannot be written.
+      RunError: the loss is not finite, a checkpoint cannot be written, or images can no longer be read; in that case the run
+        is saved.
       StoppedError: SIGTERM or SIGINT came; the run is saved.
     """
     check(config)
@@ -109,7 +110,8 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
         start, steps = int(state.step), config.train.steps
         if start >= steps:
             log.info("Step %d of %d is done already.", start, steps)
-        loader = TrainLoader(plan, views, max_boxes, share=(jax.process_index(), jax.process_count()))
+        share = jax.process_index(), jax.process_count()
+        loader = TrainLoader(plan, views, max_boxes, share, config.data.patience)
         evaluator = Evaluator(config, val_set, graph)
         settings = config.train
         step_function = make_train_step(
@@ -121,6 +123,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
             try:
                 return loop.run(step_function, state, batches)
             finally:
+                loader.patience.ended = True
                 batches.close()
                 loop.bar.close()
 

@@ -12,7 +12,7 @@ from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.loading.batch_plan import TrainPlan, evaluation_plan
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
 from hpr_jax.data.sources.coco import load_coco
-from hpr_jax.errors import UserError
+from hpr_jax.errors import DataLostError
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ class TestLoading:
     def test_nothing_readable_ends_with_a_sentence(self, coco):
         loader = self.loader(coco)
         for record in loader.make_views.dataset.records:
-            record.image.path.unlink()
-        with pytest.raises(UserError, match="none of the images"):
+            record.image.path.write_bytes(b"broken")
+        with pytest.raises(DataLostError, match="none of the images"):
             loader[0]
 
     def test_more_boxes_than_room_are_reported(self, coco):

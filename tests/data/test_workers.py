@@ -20,7 +20,7 @@ from hpr_jax.data.loading.batch_plan import choose_buckets, evaluation_plan
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader, train_batches
 from hpr_jax.data.loading.workers import LoadedByWorkers
 from hpr_jax.data.sources.coco import load_coco
-from hpr_jax.errors import RunError, UserError
+from hpr_jax.errors import DataLostError, RunError, UserError
 from hpr_jax.settings import check
 
 ARRAYS = ("images", "sizes", "boxes", "labels", "valid")
@@ -141,9 +141,9 @@ class TestFailures:
         loader = make_loader(coco)
         for record in loader.make_views.dataset.records:
             record.image.path.unlink()
-        with pytest.raises(UserError) as expected:
+        with pytest.raises(DataLostError) as expected:
             loader[0]
-        with pytest.raises(UserError) as found:
+        with pytest.raises(DataLostError) as found:
             next(train_batches(loader, 0, 9, threads=1, workers=workers))
         assert str(found.value) == str(expected.value)
         assert capfd.readouterr().err == ""

@@ -26,6 +26,7 @@ from hpr_jax.weights.find_checkpoint import find_checkpoint
 CONFIG = to_plain(tiny.config())
 # Settings that may differ, since they change nothing of the result but its last bits.
 FREE = {
+    "data.patience",
     "compute.operations",
     "compute.remat",
     "data.directory",

@@ -10,7 +10,7 @@ from hpr_jax.data.augmentation.crop_resize_flip import Geometry, Slot, apply_to_
 from hpr_jax.data.augmentation.objects import Objects
 from hpr_jax.data.augmentation.strong_view import draw_strong_view, strong_image, strong_objects
 from hpr_jax.data.dataset import Dataset
-from hpr_jax.data.images import UnreadableImageError, read_annotated_image
+from hpr_jax.data.images import UnreachableError, UnreadableImageError, read_annotated_image
 
 
 class DrawDonorGeometry(Protocol):
@@ -58,7 +58,8 @@ class ViewMaker:
         """The views of an image, and sentences for the log.
 
         Raises:
-          UnreadableImageError: the image cannot be read. If a donor cannot, a sentence says so and nothing is pasted.
+          UnreadableImageError: the image cannot be read. If a donor cannot, a sentence says so and nothing is pasted, unless
+            no other could be.
         """
         rng = np.random.default_rng(slot.seed)
         record = self.dataset.records[slot.index]
@@ -87,6 +88,8 @@ class ViewMaker:
             return view
         try:
             image = read_annotated_image(donor.image, donor.height, donor.width)
+        except UnreachableError:
+            raise
         except UnreadableImageError as error:
             reports.append(f"{error}; nothing of it is pasted")
             return view

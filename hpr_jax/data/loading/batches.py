@@ -4,6 +4,7 @@ A training batch has the weak views of all its images, then, if there are any, t
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -14,8 +15,9 @@ from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.dataset import Dataset, Record
 from hpr_jax.data.images import UnreadableImageError, read_annotated_image
 from hpr_jax.data.loading.batch_plan import PlannedBatch, Shape, TrainPlan
+from hpr_jax.data.loading.patience import Patience
 from hpr_jax.data.loading.workers import LoadedByWorkers, keep_freed_memory
-from hpr_jax.errors import UserError
+from hpr_jax.errors import DataLostError
 
 
 @dataclasses.dataclass
@@ -105,13 +107,23 @@ class TrainLoader:
       max_boxes: boxes that a view has room for.
       share: (index, count): the images of every batch are divided into `count` equal parts, and the part with this index is
         loaded. So several processes share the work.
+      patience: seconds to wait for a folder of images that cannot be reached.
 
     Raises:
       ValueError: the images of a batch cannot be shared equally.
+      DataLostError: in the place of a batch for which no image can be read any more.
     """
 
-    def __init__(self, plan: TrainPlan, make_views: ViewMaker, max_boxes: int, share: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        plan: TrainPlan,
+        make_views: ViewMaker,
+        max_boxes: int,
+        share: tuple[int, int] = (0, 1),
+        patience: float = 0.0,
+    ):
         self.plan, self.make_views, self.max_boxes = plan, make_views, max_boxes
+        self.patience = Patience(patience)
         index, count = share
         if plan.batch_size % count:
             raise ValueError(f"A batch of {plan.batch_size} images cannot be shared equally by {count} processes.")
@@ -132,7 +144,7 @@ class TrainLoader:
 
     def _load(self, batch: Batch, place: int, slot: Slot) -> None:
         """Puts the views of one image into the batch. If the image cannot be read, the batch stays as it is."""
-        views, reports = self.make_views(slot)
+        views, reports = self.patience(lambda: self.make_views(slot))
         batch.reports += reports
         for number, view in enumerate(views):
             record = self.make_views.dataset.records[slot.index]
@@ -153,7 +165,7 @@ class TrainLoader:
                 continue
             batch.reports.append(f"{error}; {self.make_views.dataset.records[other.index].image.name} takes its place")
             return
-        raise UserError(f"{error}, and none of the images planned next could be read in its place.")
+        raise DataLostError(f"{error}, and none of the images planned next could be read in its place.")
 
 
 def train_batches(loader: BatchLoader, start: int, stop: int, threads: int, workers: int = 0) -> BatchIterator:
@@ -185,11 +197,23 @@ class EvaluationLoader:
 
     Args:
       share: (index, count): every `count`-th batch is loaded, from `index` on. So several processes share the work.
+      patience: seconds to wait for a folder of images that cannot be reached.
+
+    Raises:
+      DataLostError: in the place of a batch, if the folder cannot be reached for longer.
     """
 
-    def __init__(self, dataset: Dataset, plan: Sequence[PlannedBatch], batch_size: int, share: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Sequence[PlannedBatch],
+        batch_size: int,
+        share: tuple[int, int] = (0, 1),
+        patience: float = 0.0,
+    ):
         index, count = share
         self.dataset, self.plan, self.batch_size = dataset, plan[index::count], batch_size
+        self.patience = Patience(patience)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -200,7 +224,8 @@ class EvaluationLoader:
         for place, slot in enumerate(planned.slots):
             record = self.dataset.records[slot.index]
             try:
-                image = read_annotated_image(record.image, record.height, record.width)
+                read = functools.partial(read_annotated_image, record.image, record.height, record.width)
+                image = self.patience(read)
             except UnreadableImageError as error:
                 batch.reports.append(f"{error}; it has no detections")
                 continue
