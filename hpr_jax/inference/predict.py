@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,9 +136,11 @@ def _picture_path(output: Path, file: Path, taken: set[Path], earlier: set[Path]
     """A path for the picture of an image, named like the image; numbered if an image, another picture of this call, or a
     file that no earlier call wrote has that path."""
     path, number = output / f"{file.stem}{PICTURES}", 1
+    # Names have at most 255 bytes on most file systems.
+    stem = os.fsdecode(os.fsencode(file.stem)[:240])
     while path.resolve() in taken or (path.exists() and path.resolve() not in earlier):
         number += 1
-        path = output / f"{file.stem}_{number}{PICTURES}"
+        path = output / f"{stem}_{number}{PICTURES}"
     return path
 
 

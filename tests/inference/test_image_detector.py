@@ -3,6 +3,7 @@
 import json
 import os
 import types
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import examples
 from pictures import BLUE, CLASSES, GREEN, RED, plain, png
 from PIL import Image
 
@@ -18,6 +22,16 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.inference.image_detector import Detections, ImageDetector
 from hpr_jax.inference.predict import predict
+
+# Names of files, which have at most 255 bytes; some are alike but for the suffix.
+STEMS = st.one_of(
+    st.binary(min_size=1, max_size=251).filter(lambda name: b"/" not in name and b"\0" not in name),
+    st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=60).map(str.encode),
+    st.sampled_from(
+        [b"a", b"a_2", b"a.jpg", b"other", b"other_2", b"-x", b"~", b" ", b"a b", b"a.b.c", b"\xff", 251 * b"x"]
+    ),
+)
+NAMES = st.builds(bytes.__add__, STEMS, st.sampled_from([b".png", b".PNG"]))
 
 
 class Detect:
@@ -331,6 +345,31 @@ class TestPredict:
         assert [entry["file"][-5] for entry in content["images"]] == ["a", "c"]
         assert content["skipped"] == [str(tmp_path / "b.png")]
         assert f"{tmp_path / 'b.png'}: too large; skipped" in caplog.messages
+
+    @examples(40, 2000)
+    @given(
+        names=st.lists(NAMES, min_size=1, max_size=4, unique=True),
+        beside=st.booleans(),
+        again=st.booleans(),
+    )
+    def test_any_names(self, loaded, tmp_path_factory, names, beside, again):
+        """Each image gets a picture of its own, whatever its name is; no other file changes."""
+        folder = tmp_path_factory.mktemp("names")
+        for name in names:
+            (folder / os.fsdecode(name)).write_bytes(png(plain(40, 40, RED)))
+        output = folder if beside else folder / "out"
+        (folder / "other.jpg").write_bytes(b"mine")
+        images = [folder / os.fsdecode(name) for name in names]
+        for _ in range(1 + again):
+            predict(folder, images, output, 0.5)
+        content = json.loads((output / "predictions.json").read_text())
+        assert [entry["file"] for entry in content["images"]] == [str(image) for image in images]
+        pictures = {entry["picture"] for entry in content["images"]}
+        assert len(pictures) == len(images)
+        assert all(Path(picture).read_bytes()[:2] == b"\xff\xd8" for picture in pictures)
+        assert all(image.read_bytes()[1:4] == b"PNG" for image in images)
+        assert (folder / "other.jpg").read_bytes() == b"mine"
+        assert not any(path.name.endswith(".partial") for path in folder.rglob("*"))
 
     def test_names_that_are_no_text(self, loaded, tmp_path):
         name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
