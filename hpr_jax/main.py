@@ -6,7 +6,7 @@ answered before JAX is imported.
 
 import signal
 
-from hpr_jax.runtime.console import leave, protect_from_console
+from hpr_jax.runtime.console import hear_signals, leave, protect_from_console
 
 if __name__ == "__main__":
     # At once, since an interrupt in the middle of an import of JAX would crash.
@@ -118,6 +118,7 @@ def main() -> int:
 def console() -> int:
     """Does what `main` does, as a process of its own: neither the console nor Ctrl-C end it in a traceback."""
     signal.signal(signal.SIGINT, leave)
+    hear_signals()
     protect_from_console()
     return main()
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 log = logging.getLogger("hpr_jax")
@@ -44,6 +44,28 @@ def leave(*_: Any) -> None:
     with contextlib.suppress(OSError):
         os.write(2, b"hpr_jax: stopped.\n")
     os._exit(130)
+
+
+# Are told of signals at once, by a thread of their own.
+listeners: list[Callable[[int], None]] = []
+
+
+def hear_signals() -> None:
+    """From now on `leave` and `listeners` learn of signals at once. Python runs handlers in the main thread, between two of
+    its instructions, and the compilation of a program, which can take minutes, is a single one."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=[reading], daemon=True, name="hears signals").start()
+
+
+def _listen(file: int) -> None:
+    while True:
+        for number in os.read(file, 1):
+            if signal.getsignal(number) is leave:
+                leave()
+            for listener in listeners:
+                listener(number)
 
 
 @contextlib.contextmanager

@@ -139,6 +139,36 @@ def test_ctrl_c_while_starting(tmp_path, after):
     assert errors == "hpr_jax: stopped.\n"
 
 
+# The main thread is in the middle of a computation of minutes, as when a program is compiled.
+BUSY = """
+import hashlib, signal
+from hpr_jax.runtime.console import hear_signals, leave
+from hpr_jax.training.stopping import StopRequests
+signal.signal(signal.SIGINT, leave)
+hear_signals()
+with {context}:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2_000_000_000)
+"""
+
+
+@pytest.mark.parametrize(("context", "times"), [("__import__('contextlib').nullcontext()", 1), ("StopRequests()", 2)])
+def test_ctrl_c_in_the_middle_of_a_compilation(context, times):
+    """In a run the first one is answered with a sentence, and the second one ends it."""
+    command, pipe = [sys.executable, "-c", BUSY.format(context=context)], subprocess.PIPE
+    process = subprocess.Popen(command, env=tiny.process_environment(), stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    if times == 2:
+        sentence = "SIGINT: the run ends when its step is done and saved. Another Ctrl-C ends it without.\n"
+        assert process.stderr.readline() == sentence
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "hpr_jax: stopped.\n")
+
+
 def test_what_must_be_finished_is_interrupted_by_an_exception():
     before = signal.signal(signal.SIGINT, leave)
     try:
