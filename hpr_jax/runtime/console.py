@@ -63,7 +63,7 @@ def _listen(file: int) -> None:
     while True:
         for number in os.read(file, 1):
             if signal.getsignal(number) is leave:
-                leave()
+                leave(number)
             for listener in listeners:
                 listener(number)
 

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
+from scripted_run import script
 from workdirs import events, lines
 
 from hpr_jax.errors import UserError
@@ -27,6 +28,11 @@ from hpr_jax.weights.checkpoint import read_meta
 
 SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 4, "warmup_factor": 0.5, "milestones": (3,), "gamma": 0.1}
 RATES = (0.5, 0.625, 0.75, 0.0875)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    return script(monkeypatch)
 
 
 def settings(coco, **others):

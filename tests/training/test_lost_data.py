@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import tiny
+from scripted_run import script
 from workdirs import numbers
 
 from hpr_jax.data.augmentation import views
@@ -23,6 +24,11 @@ from hpr_jax.training.run import train
 
 # More than are loaded ahead.
 STEPS = 20
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    return script(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

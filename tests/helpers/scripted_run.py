@@ -1,4 +1,4 @@
-"""Fixtures of tests of the training loop."""
+"""Runs without a detector, for tests of the training loop: a state is a single parameter, which counts the steps."""
 
 import dataclasses
 import types
@@ -14,8 +14,7 @@ from hpr_jax.runtime.devices import replicate
 from hpr_jax.training.state import TrainState
 
 
-@pytest.fixture
-def scripted(monkeypatch):
+def script(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Replaces the detector's state, its steps and its evaluation, and remembers what they are given.
 
     After step n the parameter is n, its average -n, and the numbers are n (loss), 10 n (gradient's norm) and 100 n (a term);
