@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 log = logging.getLogger("hpr_jax")
+_leaving = threading.Lock()
 
 
 class _Tolerant(io.FileIO):
@@ -41,8 +42,10 @@ def tolerant(stream: TextIO) -> TextIO:
 def leave(*_: Any) -> None:
     """Ends the process at once, as a handler of Ctrl-C. An exception is no way to end at any moment: libraries that are
     being imported crash on it, or take it for an error of their own."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"hpr_jax: stopped.\n")
+    # The thread that hears signals and the main thread may both come here.
+    if _leaving.acquire(blocking=False):
+        with contextlib.suppress(OSError):
+            os.write(2, b"hpr_jax: stopped.\n")
     os._exit(130)
 
 
@@ -62,8 +65,8 @@ def hear_signals() -> None:
 def _listen(file: int) -> None:
     while True:
         for number in os.read(file, 1):
-            if signal.getsignal(number) is leave:
-                leave(number)
+            if signal.getsignal(number) == leave:
+                leave()
             for listener in listeners:
                 listener(number)
 
