@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -46,6 +47,8 @@ def leave(*_: Any) -> None:
     if _leaving.acquire(blocking=False):
         with contextlib.suppress(OSError):
             os.write(2, b"hpr_jax: stopped.\n")
+    else:
+        time.sleep(1)
     os._exit(130)
 
 
@@ -65,7 +68,8 @@ def hear_signals() -> None:
 def _listen(file: int) -> None:
     while True:
         for number in os.read(file, 1):
-            if signal.getsignal(number) == leave:
+            handler: object = signal.getsignal(number)
+            if handler is leave:
                 leave()
             for listener in listeners:
                 listener(number)
