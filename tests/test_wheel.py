@@ -1,7 +1,6 @@
 """The package as others install it: a wheel, in an environment of its own, away from the checkout."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,29 +8,14 @@ import sys
 import pytest
 import tiny
 
-# Settings that make the demo's detector tiny.
-SMALL = {
-    "model.channels": 16,
-    "model.heads": 2,
-    "model.hidden": 24,
-    "model.points": 2,
-    "model.encoder.layers": 1,
-    "model.refiner.layers": 1,
-    "model.backbone.base_channels": 8,
-    "model.neck.groups": 4,
-    "model.queries.count": 8,
-    "model.denoising.queries": 4,
-    "model.refiner.auxiliaries": "()",
-    "compute.remat": "()",
-    "train.batch_size": 2,
-    "train.steps": 2,
-    "train.evaluate_every": 2,
-    "optimizer.milestones": "()",
-    "augmentation.sides": "(64,)",
-    "augmentation.max_side": 64,
-    "evaluate.side": 64,
-    "evaluate.max_side": 64,
-}
+from hpr_jax.config import load_config
+from hpr_jax.settings import leaves
+
+
+def overrides(directory):
+    """Options that make the packaged demo the run of the fixture `trained`, whose compiled programs are there already."""
+    plain, tiny_one = dict(leaves(load_config("ddq:demo"))), dict(leaves(tiny.config(directory)))
+    return [f"--config.{key}={value}" for key, value in tiny_one.items() if value != plain.get(key)]
 
 
 @pytest.mark.slow
@@ -41,8 +25,7 @@ def test_a_wheel_trains_evaluates_and_predicts(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    environment = {key: text for key, text in os.environ.items() if key not in ("PYTHONPATH", "JAX_COMPILATION_CACHE_DIR")}
-    environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {key: text for key, text in tiny.process_environment().items() if key != "PYTHONPATH"}
     # Building leaves folders behind, so it is done on a copy.
     unwanted = shutil.ignore_patterns(".*", "runs", "tests", "build", "*.egg-info")
     shutil.copytree(tiny.ROOT, tmp_path / "source", symlinks=True, ignore=unwanted)
@@ -53,17 +36,14 @@ def test_a_wheel_trains_evaluates_and_predicts(tmp_path):
 
     where = run("env/bin/python", "-c", "import hpr_jax; print(hpr_jax.__file__)")
     assert where.startswith(str(tmp_path)), where
-    described = run("env/bin/hpr_jax", "describe", "--config", "configs/ddq.py:demo", *overrides(SMALL))
+    run("env/bin/hpr_jax", "make-shapes", "shapes", "--train", 4, "--val", 2)
+    settings = overrides(tiny.write_coco(tmp_path / "data"))
+    described = run("env/bin/hpr_jax", "describe", "--config", "configs/ddq.py:demo", "--classes", tiny.CLASSES, *settings)
     assert "backbone" in described
-    run("env/bin/hpr_jax", "make-shapes", "runs/demo/data", "--train", 4, "--val", 2)
-    trained = run("env/bin/hpr_jax", "--config", "ddq:demo", *overrides(SMALL))
+    trained = run("env/bin/hpr_jax", "--config", "ddq:demo", *settings)
     assert trained.splitlines()[0] == "The run ddq:demo is in runs/ddq_demo."
     run("env/bin/hpr_jax", "evaluate", "--workdir", "runs/ddq_demo")
     assert "AP" in json.loads((tmp_path / "runs/ddq_demo/evaluation/metrics.json").read_text())
-    run("env/bin/hpr_jax", "predict", "--workdir", "runs/ddq_demo", "runs/demo/data/val2017", "--threshold", 0)
+    run("env/bin/hpr_jax", "predict", "--workdir", "runs/ddq_demo", "shapes/val2017", "--threshold", 0)
     predictions = json.loads((tmp_path / "runs/ddq_demo/predictions/predictions.json").read_text())
     assert len(predictions["images"]) == 2
-
-
-def overrides(settings):
-    return [f"--config.{key}={value}" for key, value in settings.items()]

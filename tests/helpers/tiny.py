@@ -105,13 +105,17 @@ import tiny
 
 
 def get_config():
-    return tiny.config(Path({directory!r}))
+    config = tiny.config(Path({directory!r}), {model!r})
+    {settings}
+    return config
 """
 
 
-def write_config(path: Path, directory: Path) -> Path:
-    """A config file of `config(directory)`, for the command line."""
-    path.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests/helpers"), directory=str(directory)))
+def write_config(path: Path, directory: Path, model: str = "ddq", *settings: str) -> Path:
+    """A config file of `config(directory, model)`, for the command line; settings are like `train.steps = 3`."""
+    lines = "\n    ".join(f"config.{setting}" for setting in settings)
+    helpers = str(ROOT / "tests/helpers")
+    path.write_text(CONFIG_FILE.format(tests=helpers, directory=str(directory), model=model, settings=lines))
     return path
 
 

@@ -7,6 +7,16 @@ import pytest
 from hpr_jax.training.stopping import EXIT_CODES, StopRequests
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Tests that are a background job of a shell find some of the signals ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_noted_and_told(number, code):
     with StopRequests() as requests:

@@ -274,7 +274,7 @@ def test_three_lines_of_python(trained, tmp_path):
     assert stages.reference_boxes.shape == (3, 1, 8, 4)
     assert stages.branch_hidden.shape[:2] == (2, 2)
     assert set(outputs.branches) == {"regional_attention", "dynamic_conv"}
-    with pytest.raises(UserError, match="uint8 array, RGB"):
+    with pytest.raises(UserError, match="array of uint8 or uint16"):
         detector(image.astype(np.float32))
     with pytest.raises(UserError, match="missing"):
         detector(tmp_path / "missing.png")
