@@ -326,11 +326,16 @@ class TestPretrainedWeights:
         (elsewhere / "data" / RESNET).unlink()
         assert self.begun_with(called, "ddq") == elsewhere / "torch/hub/checkpoints" / RESNET
 
-    def test_random_and_other_files_may_be_asked_for(self, called, elsewhere):
+    def test_random_and_other_files_may_be_asked_for(self, called, elsewhere, monkeypatch):
         for name in (RESNET, "mine.pth"):
             (elsewhere / "data").mkdir(exist_ok=True)
             (elsewhere / "data" / name).write_bytes(b"")
         assert self.begun_with(called, "ddq", "--config.train.initial_weights=random") is None
         assert self.begun_with(called, "ddq", "--config.train.initial_weights=data/mine.pth") == Path("data/mine.pth")
+        (elsewhere / "home").mkdir()
+        (elsewhere / "home/mine.pth").write_bytes(b"")
+        monkeypatch.setenv("HOME", str(elsewhere / "home"))
+        found = self.begun_with(called, "ddq", "--config.train.initial_weights=~/mine.pth")
+        assert found == elsewhere / "home/mine.pth"
         # Trained from scratch, whatever files there are.
         assert self.begun_with(called, "ddq:small") is None

@@ -125,6 +125,9 @@ class TestMasks:
         assert drawn.without([(0, 0, 12, 60), (100, 0, 200, 9)]).box.tolist() == [12, 20, 18, 26]
         assert drawn.without([(11, 21, 17, 25)]).area == 48 - 24
         assert drawn.without([(0, 0, 60, 60)]).box.tolist() == [0, 0, 0, 0]
+        # These begin above and beside the mask.
+        assert drawn.without([(7, 17, 13, 23)]).area == 48 - 9
+        assert drawn.without([(0, 17, 60, 19), (7, 0, 9, 60)]).area == 48
         cover = np.zeros(SIZE, np.uint8)
         cover[20:23] = 1
         assert drawn.behind(cover).box.tolist() == [10, 23, 18, 26]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpr_jax.data.dataset import Dataset
+from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.images import ImageFolder
 from hpr_jax.data.sources.coco import group_annotations, parse_entries
 from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
@@ -38,11 +38,11 @@ def annotations():
     return {"images": images, "annotations": objects, "categories": categories}, objects
 
 
-def average_precision(content, detections, evaluator="auto"):
+def average_precision(content, detections, evaluator="auto", classes=None):
     """Average precision on the annotations of a file."""
     entries = group_annotations(content, Path("file"))
     images = ImageFolder(Path(), [image["file_name"] for image, _ in entries])
-    dataset = Dataset("file", "", *parse_entries(entries, content["categories"], "file", images, None, masks=False))
+    dataset = Dataset("file", "", *parse_entries(entries, content["categories"], "file", images, classes, masks=False))
     return coco_average_precision(dataset, detections, evaluator)
 
 
@@ -81,6 +81,18 @@ def test_perfect_detections(annotations):
     metrics, per_class = average_precision(truth, found, "pycocotools")
     assert metrics["AP"] == pytest.approx(1.0)
     assert per_class[3]["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
+def test_the_order_of_a_models_classes_does_not_matter(annotations, evaluator):
+    truth, objects = annotations
+    found = noisy(objects)
+    classes = Classes(("8", "11", "3"), (8, 11, 3))
+    expected, of_each = average_precision(truth, found, evaluator)
+    metrics, per_class = average_precision(truth, found, evaluator, classes)
+    assert metrics == expected
+    assert per_class == of_each
+    assert 0 < of_each[3]["AP"] != of_each[8]["AP"]
 
 
 def test_no_detections(annotations):

@@ -1,5 +1,6 @@
 """The evaluator, with known detections: from padded batches to COCO results in pixels of the originals, and to AP."""
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from flax import nnx
 from pictures import BLUE, CLASSES, GREEN, RED, dataset, plain, png
 
 from hpr_jax.data.dataset import Classes
+from hpr_jax.errors import UserError
+from hpr_jax.evaluation.evaluate import evaluate
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
 
 
@@ -164,3 +167,14 @@ def test_the_table_lists_average_precision_by_class(caplog):
         ["cup", "0.2500", "0.5000"],
         ["hat", "0.1250", "0.7500"],
     ]
+
+
+def test_data_of_other_classes_is_refused(tmp_path):
+    """Labels of the checkpoint are of its own classes, whatever the data has."""
+    stored = tiny.ROOT / "tests/reference_values/unfinished_run"
+    data = shutil.copytree(stored / "data", tmp_path / "data")
+    path = data / "annotations/instances_val2017.json"
+    path.write_text(path.read_text().replace('"pen"', '"fork"'))
+    with pytest.raises(UserError, match="fork"):
+        evaluate(stored / "run", tmp_path / "out", [("data.directory", str(data))])
+    assert not (tmp_path / "out").exists()

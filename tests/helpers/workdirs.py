@@ -1,13 +1,14 @@
 """Reads what runs leave behind."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from check_resume import VOLATILE
 from flax import nnx
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from hpr_jax.weights.checkpoint import load_detector
 
@@ -19,16 +20,22 @@ def lines(workdir: Path) -> list[dict[str, float]]:
 
 def events(workdir: Path) -> list[tuple[int, str, float]]:
     """Step, name and value of each number in TensorBoard's files."""
-    found = []
+    return [(event.step, value.tag, value.simple_value) for event in _all_events(workdir) for value in event.summary.value]
+
+
+def session_starts(workdir: Path) -> list[int]:
+    """The steps at which TensorBoard's files say that a run begins or goes on."""
+    return [event.step for event in _all_events(workdir) if event.session_log.status == SessionLog.START]
+
+
+def _all_events(workdir: Path) -> Iterator[Event]:
     for path in sorted(workdir.glob("events.*")):
         data = path.read_bytes()
         while data:
             # Eight bytes of length and four of a checksum come first, and four of another one last.
             length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            yield Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
-    return found
 
 
 def numbers(workdir: Path) -> list[dict[str, Any]]:

@@ -198,6 +198,13 @@ class TestSelection:
             assert len(made(image, threshold)) == len(made(image, 0.0).above(threshold)) == count, threshold
         assert made(image).scores.tolist() == [0.75, 0.5]
 
+    def test_the_threshold_holds_for_lists(self):
+        made = detector(Detect(*[(0, 0, 9, 9)] * 4, scores=[0.75, 0.5, 0.25, 0.125]))
+        image = plain(64, 64, RED)
+        for threshold, count in ((0.0, 4), (0.25, 3), (0.6, 1)):
+            assert [len(found) for found in made([image, image], threshold)] == [count, count]
+            assert [len(found) for found in made((image,), threshold)] == [count]
+
     def test_fields_of_a_detection_stay_together(self):
         boxes = [(0, 0, 9, 9), (1, 1, 8, 8), (2, 2, 7, 7), (3, 3, 6, 6)]
         detect = Detect(*boxes, scores=[0.75, 0.5, 0.25, 0.125], labels=[2, 0, 1, 2], valid=[True, False, True, True])

@@ -11,7 +11,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.inference.detect import top_detections
 from hpr_jax.models import build
 from hpr_jax.models.backbones.resnet import NORMS
-from hpr_jax.models.build import build_detector
+from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.models.layers import layer
 from hpr_jax.models.refiner.merge import MERGE_POINTS, MERGES
 from hpr_jax.settings import SETTINGS
@@ -72,6 +72,18 @@ def test_frozen_variables_are_not_parameters():
     assert "backbone.stages.0.0.conv1.kernel" in still
     assert "backbone.stages.1.0.conv1.kernel" in trained
     assert not any("norm" in name and name.startswith("backbone.") for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("frozen_stages", "trained"),
+    [(-1, {"stem", "0", "1", "2", "3"}), (0, {"0", "1", "2", "3"}), (2, {"2", "3"}), (4, set())],
+)
+def test_frozen_stages(frozen_stages, trained):
+    config = tiny.config().model
+    config.backbone.update(frozen_stages=frozen_stages)
+    _, params, _ = tiny.split_parameters(abstract_detector(config, tiny.CLASSES))
+    names = [path[1:] for path, _ in nnx.to_flat_state(params) if path[0] == "backbone"]
+    assert {str(name[1]) if name[0] == "stages" else "stem" for name in names} == trained
 
 
 def test_a_plain_detector_has_no_branches():

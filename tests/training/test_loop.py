@@ -21,6 +21,7 @@ from workdirs import events, lines
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.devices import data_mesh
 from hpr_jax.runtime.logs import log_to_console
+from hpr_jax.training import run
 from hpr_jax.training.run import train
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.workdir_lock import owned
@@ -279,3 +280,17 @@ class TestInitialStates:
     def test_initial_weights_are_those_of_the_given_file(self, monkeypatch):
         *_, calls = self.made(monkeypatch, weights=Path("weights.pth"))
         assert calls[1:] == [Path("weights.pth")]
+
+
+def test_an_average_that_is_switched_on_is_a_copy(scripted, coco, tmp_path, monkeypatch):
+    """A step overwrites both the parameters and their average."""
+    train(settings(coco, steps=2), tmp_path)
+    seen, resume = [], run.resume
+    monkeypatch.setattr(run, "resume", lambda *arguments: seen.append(resume(*arguments)) or seen[-1])
+    train(settings(coco, steps=4, ema_decay=0.5), tmp_path, accept_changes=True)
+    ((state, _),) = seen
+    (parameter,), (average,) = (jax.tree.leaves(tree) for tree in (state.params, state.average))
+    assert parameter is not average
+    # On a CPU, arrays may be one although they are two objects.
+    pointers = {array.addressable_data(0).unsafe_buffer_pointer() for array in (parameter, average)}
+    assert len(pointers) == 2

@@ -187,11 +187,18 @@ class TestLoaders:
         assert len(seen) > 1
 
 
-def test_patience_ends_when_nobody_waits():
+def test_patience_ends_when_nobody_waits(monkeypatch):
+    patient, pauses = Patience(600), []
+
     def read():
         raise UnreachableError("The folder x cannot be reached")
 
-    patient = Patience(600)
-    later(0.1, setattr, patient, "ended", True)
+    def pause(seconds):
+        pauses.append(seconds)
+        patient.ended = len(pauses) == 2
+        assert len(pauses) < 3
+
+    monkeypatch.setattr(patience.time, "sleep", pause)
     with pytest.raises(DataLostError, match=r"The folder x cannot be reached, for 600 s now"):
         patient(read)
+    assert len(pauses) == 2

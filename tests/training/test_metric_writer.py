@@ -2,7 +2,7 @@
 
 import json
 
-from workdirs import events
+from workdirs import events, session_starts
 
 from hpr_jax.training.metric_writer import MetricWriter
 
@@ -30,6 +30,13 @@ def test_a_run_goes_on_behind_its_checkpoint(tmp_path):
     assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [(2, 1.0), (4, 2.0), (6, 4.0)]
     with MetricWriter(None) as writer:
         writer.write(6, {"loss": 4.0})
+
+
+def test_tensorboard_is_told_which_steps_are_taken_again(tmp_path):
+    """It drops what it has of the step that is named and of later ones."""
+    with MetricWriter(tmp_path, start=4):
+        pass
+    assert session_starts(tmp_path) == [5]
 
 
 def test_both_files_have_the_same_numbers(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hpr_jax.errors import UserError
+from hpr_jax.weights import arrays_file
 from hpr_jax.weights.arrays_file import read_arrays
 from hpr_jax.weights.initial import read_tensors
 from hpr_jax.weights.torch_file import write_checkpoint
@@ -58,6 +59,19 @@ def test_encrypted_entries(tmp_path):
     (tmp_path / "w.npz").write_bytes(data)
     with pytest.raises(UserError, match=r"a.weight.npy is encrypted"):
         read_arrays(tmp_path / "w.npz")
+
+
+def test_all_arrays_together_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays_file, "MOST_TIMES", 2)
+    monkeypatch.setattr(arrays_file, "MOST_MORE", 1000)
+    few, many = ({f"a{number}": np.zeros(500, np.float32) for number in range(count)} for count in (1, 20))
+    assert read_arrays(npz(tmp_path / "w.npz", compressed=False, **many)).keys() == many.keys()
+    with pytest.raises(UserError, match="claim more than 2 times the size"):
+        read_arrays(npz(tmp_path / "w.npz", compressed=True, **few))
+    monkeypatch.setattr(arrays_file, "MOST_MORE", 10_000)
+    assert read_arrays(npz(tmp_path / "w.npz", compressed=True, **few)).keys() == few.keys()
+    with pytest.raises(UserError, match="claim more than 2 times the size"):
+        read_arrays(npz(tmp_path / "w.npz", compressed=True, **many))
 
 
 def test_objects_are_not_made(tmp_path):

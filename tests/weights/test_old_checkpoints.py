@@ -23,3 +23,20 @@ def test_configs_without_the_section_compute():
     assert read["compute"] == now["compute"]
     assert read["augmentation"].keys() == now["augmentation"].keys()
     assert not read["augmentation"]["strong_views"]
+
+
+def test_settings_of_a_checkpoint_are_not_overwritten():
+    """The values of settings that were added later are for configs that lack them."""
+    made = tiny.config()
+    made.data.update(workers=3, image_bits=12, train_split="other")
+    made.train.update(accumulation_steps=2, ema_decay=0.5)
+    config = to_plain(made)
+    read = Meta.from_json(Meta(config, Classes(("cup",), (1,)), 3, {}).to_json()).config
+    assert read == config
+    for name in ("workers", "image_bits", "train_split"):
+        del config["data"][name]
+    for name in ("accumulation_steps", "ema_decay"):
+        del config["train"][name]
+    read = Meta.from_json(Meta(config, Classes(("cup",), (1,)), 3, {}).to_json()).config
+    assert (read["data"]["workers"], read["data"]["image_bits"], read["data"]["train_split"]) == (0, 16, "train")
+    assert (read["train"]["accumulation_steps"], read["train"]["ema_decay"]) == (1, 0.0)
