@@ -148,6 +148,18 @@ def test_dark_data_sets_are_told(coco, caplog):
     assert not caplog.messages
 
 
+def test_the_advice_is_for_all_images(coco, caplog):
+    """Some of the dark images use fewer bits than others."""
+    for number, bits in ((0, 9), (1, 11), (2, 10)):
+        (coco / f"val2017/{number}.png").write_bytes(encoded(np.full((48, 60), 2**bits - 1, np.uint16)))
+    dataset = load_dataset(tiny.config(coco).data, "val")
+    check_evaluation_data(dataset, 1)
+    assert "--config.data.image_bits=11 " in caplog.text
+    verdict = Verdict()
+    verdict.judge_images("val", list(open_images(dataset, 1)))
+    assert any("--config.data.image_bits=11 " in doubt for doubt in verdict.doubts)
+
+
 def test_check_data_doubts_them(coco):
     config = tiny.config(coco)
     opened = list(open_images(load_dataset(config.data, "train"), 1))
