@@ -101,6 +101,11 @@ OPERATIONS = ("auto", "xla", "pallas")
 REMAT = ("backbone", "encoder", "refiner")
 AUGMENTATIONS = ("detr", "lsj")
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
+# The settings that each kind of backbone has beside frozen_stages.
+BACKBONE_SETTINGS = {
+    "resnet": ("blocks", "base_channels", "norm"),
+    "swin": ("embed_channels", "depths", "heads", "window", "drop_path"),
+}
 # The value of train.initial_weights that asks for random weights.
 RANDOM = "random"
 
@@ -318,7 +323,7 @@ def check(config: Mapping[str, Any]) -> None:
     for condition in (_one_length, _ordered_ranges, _canvas_holds_images, check_losses):
         condition(config)
     # What modules demand beyond this, they say when they are made.
-    for model_condition in (_heads_divide_channels, _levels_fit, check_refiners):
+    for model_condition in (_backbone_suits_its_kind, _heads_divide_channels, _levels_fit, check_refiners):
         model_condition(config["model"])
 
 
@@ -388,6 +393,18 @@ def _heads_divide_channels(model: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.model.neck.groups is {groups}; config.model.channels, {channels}, do not divide into so many groups."
         )
+
+
+def _backbone_suits_its_kind(model: Mapping[str, Any]) -> None:
+    backbone, kind = model["backbone"], model["backbone"]["kind"]
+    for other, names in BACKBONE_SETTINGS.items():
+        for name in names:
+            if (name in backbone) != (other == kind):
+                what = f"needs config.model.backbone.{name}" if other == kind else f"has no config.model.backbone.{name}"
+                raise UserError(
+                    f"config.model.backbone.kind is {kind!r}, which {what}; choose a variant with that backbone, or set all "
+                    "of the section in a config file."
+                )
 
 
 def _levels_fit(model: Mapping[str, Any]) -> None:

@@ -214,6 +214,10 @@ def help_config(capsys, *arguments: str) -> tuple[dict[str, str], dict[str, str]
             ({"model.refiner.regional_attention.heads": "3"}, "config.model.refiner.regional_attention.heads is 3; config"),
             ({"model.neck.groups": "7"}, "config.model.neck.groups is 7; config.model.channels, 64, do not divide"),
             ({"model.channels": "31"}, "config.model.channels is 31; it must be even"),
+            (
+                {"model.backbone.kind": "swin"},
+                "config.model.backbone.kind is 'swin', which has no config.model.backbone.blocks",
+            ),
             ({"model.levels": "1"}, "config.model.levels is 1; it must be at least 3"),
             (
                 {"model.levels": "5"},

@@ -48,7 +48,7 @@ def refused(error: UserError, *parts: str) -> None:
     """Checks that an error is one sentence in words for a user, which has these parts, and counts it."""
     sentence = str(error)
     assert all(part in sentence for part in parts), sentence
-    assert sentence.endswith(".")
+    assert sentence.endswith((".", "?"))
     assert "\n" not in sentence
     assert not any(word in sentence for word in FOREIGN_WORDS), sentence
     event("refused")
