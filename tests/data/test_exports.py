@@ -166,6 +166,10 @@ def test_without_an_area_it_is_that_of_the_box(folder, clean, evaluator, area):
     for annotation in content["annotations"]:
         annotation["area"] = area
     assert numbers(folder, content, evaluator=evaluator) == expected
+    truth = load(folder, content).truth
+    assert truth is not None
+    objects = ~truth.crowd.astype(bool)
+    np.testing.assert_allclose(truth.areas[objects], truth.boxes[objects, 2:].prod(axis=1))
 
 
 IDS = {

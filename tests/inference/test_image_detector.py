@@ -378,6 +378,17 @@ class TestPredict:
         assert (folder / "other.jpg").read_bytes() == b"mine"
         assert not any(path.name.endswith(".partial") for path in folder.rglob("*"))
 
+    def test_images_of_one_name_keep_pictures_of_their_own(self, loaded, tmp_path):
+        """At the second call, too, which may write over the pictures of the first."""
+        for name, colour in (("a", RED), ("b", BLUE)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "x.png").write_bytes(png(plain(40, 40, colour)))
+        for _ in range(2):
+            predict(tmp_path, [tmp_path / "a", tmp_path / "b"], tmp_path / "out", 0.5)
+            content = json.loads((tmp_path / "out/predictions.json").read_text())
+            assert [Path(entry["picture"]).name for entry in content["images"]] == ["x.jpg", "x_2.jpg"]
+            assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.json", "x.jpg", "x_2.jpg"]
+
     def test_names_that_are_no_text(self, loaded, tmp_path):
         name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
         (tmp_path / name).write_bytes(png(plain(40, 40, RED)))

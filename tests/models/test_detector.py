@@ -9,7 +9,7 @@ from flax import nnx
 
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detect import top_detections
-from hpr_jax.models import build
+from hpr_jax.models import build, encoder
 from hpr_jax.models.backbones.resnet import NORMS
 from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.models.layers import layer
@@ -171,3 +171,21 @@ def test_choices_of_modules_are_those_of_settings():
     assert SETTINGS["model.backbone.norm"].choices == NORMS
     assert SETTINGS["model.refiner.merge"].choices == MERGES
     assert SETTINGS["model.refiner.merge_points"].choices == MERGE_POINTS
+
+
+@pytest.mark.parametrize(("temperature", "offset"), [(20.0, 0.0), (10000.0, -0.5)])
+def test_positions_of_tokens_are_encoded_as_configured(monkeypatch, temperature, offset):
+    seen, encode = [], encoder.map_encoding
+
+    def recording(*arguments, **settings):
+        seen.append((settings["temperature"], settings["offset"]))
+        return encode(*arguments, **settings)
+
+    monkeypatch.setattr(encoder, "map_encoding", recording)
+    config = tiny.config().model
+    config.encoder.update(position_temperature=temperature, position_offset=offset)
+    detector = abstract_detector(config, tiny.CLASSES)
+    images = jax.ShapeDtypeStruct((1, tiny.SIDE, tiny.SIDE, 3), jnp.float32)
+    jax.eval_shape(lambda d, x: d(x, jnp.array([[60, 50]])), detector, images)
+    assert seen
+    assert set(seen) == {(temperature, offset)}
