@@ -119,7 +119,9 @@ class ImageFile:
                 return file.read(LARGEST_FILE)
         except OSError as error:
             if error.errno in _STORAGE_ERRORS or (self.folder and _is_empty(self.folder)):
-                raise UnreachableError(f"The folder {self.folder or self.path.parent} cannot be reached") from error
+                folder = self.folder or self.path.parent
+                what = "is empty" if error.errno == errno.ENOENT and folder.is_dir() else "cannot be reached"
+                raise UnreachableError(f"The folder {folder} {what}") from error
             raise UnreadableImageError(f"{self.path}: {error.strerror}") from error
         except ValueError as error:
             raise UnreadableImageError(f"{str(self.path)!r} is no possible name of a file") from error
