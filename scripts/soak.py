@@ -123,7 +123,7 @@ def draw(rows: np.ndarray, path: Path) -> None:
     for axis, (name, unit), values in zip(axes.flat, COLUMNS.items(), rows[:, 1:].T, strict=True):
         axis.plot(rows[:, 0], values)
         axis.set(title=name.replace("_", " "), xlabel="minutes", ylabel=unit)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(values.max(), 1))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
