@@ -101,11 +101,6 @@ OPERATIONS = ("auto", "xla", "pallas")
 REMAT = ("backbone", "encoder", "refiner")
 AUGMENTATIONS = ("detr", "lsj")
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
-# The settings that each kind of backbone has beside frozen_stages.
-BACKBONE_SETTINGS = {
-    "resnet": ("blocks", "base_channels", "norm"),
-    "swin": ("embed_channels", "depths", "heads", "window", "drop_path"),
-}
 # The value of train.initial_weights that asks for random weights.
 RANDOM = "random"
 
@@ -323,7 +318,7 @@ def check(config: Mapping[str, Any]) -> None:
     for condition in (_one_length, _ordered_ranges, _canvas_holds_images, check_losses):
         condition(config)
     # What modules demand beyond this, they say when they are made.
-    for model_condition in (_backbone_suits_its_kind, _heads_divide_channels, _levels_fit, check_refiners):
+    for model_condition in (_heads_divide_channels, _levels_fit, check_refiners):
         model_condition(config["model"])
 
 
@@ -395,22 +390,16 @@ def _heads_divide_channels(model: Mapping[str, Any]) -> None:
         )
 
 
-def _backbone_suits_its_kind(model: Mapping[str, Any]) -> None:
-    backbone, kind = model["backbone"], model["backbone"]["kind"]
-    for other, names in BACKBONE_SETTINGS.items():
-        for name in names:
-            if (name in backbone) != (other == kind):
-                what = f"needs config.model.backbone.{name}" if other == kind else f"has no config.model.backbone.{name}"
-                raise UserError(
-                    f"config.model.backbone.kind is {kind!r}, which {what}; choose a variant with that backbone, or set all "
-                    "of the section in a config file."
-                )
-
-
 def _levels_fit(model: Mapping[str, Any]) -> None:
     backbone, levels, strides = model["backbone"], model["levels"], model["refiner"]["region"]["strides"]
     swin = backbone["kind"] == "swin"
-    stages = len(backbone["depths"] if swin else backbone["blocks"])
+    blocks = "depths" if swin else "blocks"
+    if blocks not in backbone:
+        raise UserError(
+            f"config.model.backbone.kind is {backbone['kind']!r}, which needs config.model.backbone.{blocks}; choose a "
+            "variant with that backbone, or set the whole section in a config file."
+        )
+    stages = len(backbone[blocks])
     # The maps of a ResNet's first stage are too fine to be used.
     maps = stages if swin else stages - 1
     if maps < 1:

@@ -9,6 +9,7 @@ if there are more open files, threads or checkpoints, or if the run did not end 
 
 import argparse
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+# Seconds between two looks at the run.
 INTERVAL = 15.0
 # By how much memory may grow from the second quarter of the time to the last one.
 GROWTH = 1.1
@@ -30,6 +32,7 @@ COLUMNS = {
     "checkpoints": "checkpoints",
     "step": "steps",
 }
+# Settings of the run, which make it tiny, and have it save and evaluate often.
 SETTINGS = {
     "model.channels": 16,
     "model.heads": 2,
@@ -73,6 +76,7 @@ def status(process: int) -> dict[str, int]:
 
 
 def children(process: int) -> list[int]:
+    """The processes that a process has started and that are at work."""
     tasks = Path(f"/proc/{process}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
@@ -81,7 +85,8 @@ def sample(process: int, workdir: Path) -> dict[str, float]:
     """What `COLUMNS` names, now."""
     own = status(process)
     lines = workdir / "metrics.jsonl"
-    last = lines.read_text().splitlines()[-1:] if lines.exists() else []
+    # The last line may be half written.
+    whole = lines.read_text().split("\n")[:-1] if lines.exists() else []
     checkpoints = workdir / "checkpoints"
     return {
         "memory": own["VmRSS"] / 1024,
@@ -89,7 +94,7 @@ def sample(process: int, workdir: Path) -> dict[str, float]:
         "files": len(list(Path(f"/proc/{process}/fd").iterdir())),
         "threads": own["Threads"],
         "checkpoints": len(list(checkpoints.iterdir())) if checkpoints.exists() else 0,
-        "step": int(last[0].partition('"step": ')[2].partition(",")[0].rstrip("}")) if last else 0,
+        "step": json.loads(whole[-1])["step"] if whole else 0,
     }
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from hpr_jax.models import build
 
-# What it stands for: helpers/mutations.py.
+# With this profile, the tests that use helpers/mutations.py try many examples.
 hypothesis.settings.register_profile("many")
 
 # Compiled programs are kept beside pytest's own cache; nothing else outlives a test run.

@@ -216,7 +216,7 @@ def help_config(capsys, *arguments: str) -> tuple[dict[str, str], dict[str, str]
             ({"model.channels": "31"}, "config.model.channels is 31; it must be even"),
             (
                 {"model.backbone.kind": "swin"},
-                "config.model.backbone.kind is 'swin', which has no config.model.backbone.blocks",
+                "config.model.backbone.kind is 'swin', which needs config.model.backbone.depths; choose",
             ),
             ({"model.levels": "1"}, "config.model.levels is 1; it must be at least 3"),
             (

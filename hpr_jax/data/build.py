@@ -79,6 +79,7 @@ def load_dataset(settings: Mapping[str, Any], split: str, classes: Classes | Non
 
 
 def _load(settings: Mapping[str, Any], split: str, classes: Classes | None, *, masks: bool) -> Dataset:
+    """A split in whatever format its directory has."""
     directory = Path(settings["directory"]).expanduser()
     for form in FORMATS:
         names = form.names(settings, split)

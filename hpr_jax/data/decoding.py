@@ -9,11 +9,11 @@ import warnings
 import cv2
 import numpy as np
 
-# The number of bits that the samples of 16-bit images use unless it is known better, and the fewest that they may use.
-MOST_BITS, FEWEST_BITS = 16, 8
 # Pillow would warn of damaged images, about which a sentence is written.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
+# The number of bits that the samples of 16-bit images use unless it is known better, and the fewest that they may use.
+MOST_BITS, FEWEST_BITS = 16, 8
 # An image without a sample above a quarter of the range is dark: it looks as if fewer bits were used.
 DARK = 64
 
@@ -48,7 +48,7 @@ def decode(data: bytes, bits: int = MOST_BITS, *, turned: bool = True) -> np.nda
         samples = _imdecode(data, flags)
     if samples is None or samples.dtype != np.uint8:
         return None
-    # OpenCV could do this while decoding, but forgets it in two formats: TIFF of 16 bits, and PAM.
+    # OpenCV could turn BGR into RGB while it decodes, but forgets it in two formats: TIFF of 16 bits, and PAM.
     return cv2.cvtColor(samples, cv2.COLOR_BGR2RGB)
 
 
@@ -62,11 +62,8 @@ def bits_if_dark(data: bytes, pixels: np.ndarray) -> int:
     if pixels.max(initial=0) >= DARK:
         return 0
     samples = _imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    return bits_in_use(samples) if samples is not None and samples.dtype == np.uint16 else 0
-
-
-def bits_in_use(samples: np.ndarray) -> int:
-    """The number of bits, at least 8, that the largest of some uint16 samples takes."""
+    if samples is None or samples.dtype != np.uint16:
+        return 0
     return max(FEWEST_BITS, int(samples.max(initial=0)).bit_length())
 
 

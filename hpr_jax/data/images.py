@@ -24,19 +24,15 @@ MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Errors of a storage, not of one file in it.
 _STORAGE_ERRORS = {
-    getattr(errno, name)
-    for name in (
-        "ESTALE",
-        "ENOTCONN",
-        "ETIMEDOUT",
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "ENETDOWN",
-        "ENETUNREACH",
-        "ENODEV",
-        "ENXIO",
-    )
-    if hasattr(errno, name)
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENODEV,
+    errno.ENXIO,
 }
 # What was said of dark images, which is said once.
 _said: set[str] = set()
@@ -93,7 +89,7 @@ class EncodedImages(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """An image in a file of its own; `folder` is the one that all images of its split are in, if there is one."""
+    """An image in a file of its own; `folder` is the one that all images of its split are in, None for a single image."""
 
     path: Path
     folder: Path | None = None
@@ -118,22 +114,23 @@ class ImageFile:
                 # No more than that, even if the file grows.
                 return file.read(LARGEST_FILE)
         except OSError as error:
-            if error.errno in _STORAGE_ERRORS or (self.folder and _is_empty(self.folder)):
-                folder = self.folder or self.path.parent
-                what = "is empty" if error.errno == errno.ENOENT and folder.is_dir() else "cannot be reached"
-                raise UnreachableError(f"The folder {folder} {what}") from error
+            if self.folder is not None and (trouble := _trouble(self.folder, error)):
+                raise UnreachableError(f"The folder {self.folder} {trouble}") from error
             raise UnreadableImageError(f"{self.path}: {error.strerror}") from error
         except ValueError as error:
             raise UnreadableImageError(f"{str(self.path)!r} is no possible name of a file") from error
 
 
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder, as in one in which a storage was mounted, or it is none or cannot be read."""
+def _trouble(folder: Path, error: OSError) -> str:
+    """What is wrong with a folder, as the end of a sentence, if it is why a file in it cannot be read; else ""."""
+    if error.errno in _STORAGE_ERRORS:
+        return "cannot be reached"
     try:
+        # The folder in which a storage was mounted is empty when it no longer is.
         with os.scandir(folder) as entries:
-            return next(entries, None) is None
+            return "is empty" if next(entries, None) is None else ""
     except OSError:
-        return True
+        return "cannot be reached"
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

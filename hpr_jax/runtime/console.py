@@ -8,12 +8,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TextIO
 
 log = logging.getLogger("hpr_jax")
-_leaving = threading.Lock()
 
 
 class _Tolerant(io.FileIO):
@@ -40,39 +39,43 @@ def tolerant(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
 
 
-def leave(*_: Any) -> None:
+def leave(_number: int = 0, frame: FrameType | None = None) -> None:
     """Ends the process at once, as a handler of Ctrl-C. An exception is no way to end at any moment: libraries that are
     being imported crash on it, or take it for an error of their own."""
-    # The thread that hears signals and the main thread may both come here.
-    if _leaving.acquire(blocking=False):
-        with contextlib.suppress(OSError):
-            os.write(2, b"hpr_jax: stopped.\n")
-    else:
-        time.sleep(1)
+    if is_repeated(frame):
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, b"hpr_jax: stopped.\n")
     os._exit(130)
 
 
-# Are told of signals at once, by a thread of their own.
-listeners: list[Callable[[int], None]] = []
+# Handlers of signals that the thread of `hear_signals` calls, too. Each begins as `leave` does.
+PROMPT: set[Callable[[int, FrameType | None], object]] = {leave}
+_hearing = threading.Event()
 
 
 def hear_signals() -> None:
-    """From now on `leave` and `listeners` learn of signals at once. Python runs handlers in the main thread, between two of
-    its instructions, and the compilation of a program, which can take minutes, is a single one."""
+    """From now on a thread calls the handlers in `PROMPT` as soon as their signal comes. Python calls them in the main
+    thread, between two of its instructions, and the compilation of a program, which can take minutes, is a single one."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=[reading], daemon=True, name="hears signals").start()
+    _hearing.set()
+
+
+def is_repeated(frame: FrameType | None) -> bool:
+    """Whether a handler in `PROMPT` that is called with this frame was called by the thread before. The main thread calls it
+    with a frame, the other one without."""
+    return frame is not None and _hearing.is_set()
 
 
 def _listen(file: int) -> None:
     while True:
         for number in os.read(file, 1):
-            handler: object = signal.getsignal(number)
-            if handler is leave:
-                leave()
-            for listener in listeners:
-                listener(number)
+            handler = signal.getsignal(number)
+            if callable(handler) and handler in PROMPT:
+                handler(number, None)
 
 
 @contextlib.contextmanager

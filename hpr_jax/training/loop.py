@@ -113,6 +113,11 @@ class TrainingLoop:
         # Waits for the next batch, so that this thread can do something else if it does not come.
         self._waiter = ThreadPoolExecutor(1, "waits for batches")
 
+    def close(self) -> None:
+        """Ends the progress bar and the waiting for batches."""
+        self.bar.close()
+        self._waiter.shutdown(wait=False)
+
     def run(self, step_function: TrainStep, state: TrainState, batches: Iterator[Batch]) -> dict[str, float]:
         """Takes all steps that are left; returns the metrics of the last evaluation.
 

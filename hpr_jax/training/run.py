@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
       UserError: the run cannot be trained with these settings or data, or another run is at work in the workdir.
       RunError: the loss is not finite, a checkpoint cannot be written, or images can no longer be read; in that case the run
         is saved.
-      StoppedError: SIGTERM or SIGINT came; the run is saved.
+      StoppedError: a signal asked the run to stop; it is saved.
     """
     check(config)
     # Raises an error about wrong settings now; the detector reads them later.
@@ -123,9 +123,10 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
             try:
                 return loop.run(step_function, state, batches)
             finally:
+                # Threads that wait for images end, too.
                 loader.patience.ended = True
                 batches.close()
-                loop.bar.close()
+                loop.close()
 
 
 def _millions(state: Any) -> float:

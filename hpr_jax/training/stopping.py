@@ -27,41 +27,26 @@ class StopRequests:
     def __init__(self) -> None:
         self.noted: signal.Signals | None = None
         self._handlers: dict[int, Any] = {}
-        # How often Ctrl-C was heard of by the thread that hears signals, and by the main thread, which may be compiling.
-        self._heard = self._handled = 0
 
     def __enter__(self) -> "StopRequests":
         # Python delivers signals to the main thread alone, and lets no other thread set handlers.
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, self._note) for number in heeded}
-        console.listeners.append(self._hear)
+        console.PROMPT.add(self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        console.listeners.remove(self._hear)
+        console.PROMPT.remove(self._note)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int) -> None:
-        if number not in self._handlers:
-            return
-        self._heard += number == signal.SIGINT
-        if number == signal.SIGINT and self._heard > 1 and self._handlers[number] is console.leave:
-            console.leave()
-        self._tell(number)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._handled += number == signal.SIGINT
-        if number == signal.SIGINT and self._handled > 1:
+        if console.is_repeated(frame):
+            return
+        if number == self.noted == signal.SIGINT:
             earlier = self._handlers[number]
             (earlier if callable(earlier) else signal.default_int_handler)(number, frame)
-        self._tell(number)
-
-    def _tell(self, number: int) -> None:
-        """Notes a signal, and says so, the first time that either thread learns of it."""
-        if self.noted == number:
-            return
         self.noted = signal.Signals(number)
         again = " Another Ctrl-C ends it without." if number == signal.SIGINT else ""
         log.warning("%s: the run ends when its step is done and saved.%s", self.noted.name, again)

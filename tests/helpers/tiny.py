@@ -65,8 +65,9 @@ def fill(detector: nnx.Module) -> None:
     filled = []
     for path, variable in nnx.to_flat_state(nnx.state(detector)):
         shape = variable.shape
-        fan_in = np.prod(shape[:-1]) if path[-1] == "kernel" and len(shape) == 4 else np.prod(shape[-2:-1])
-        fan_in = fan_in if path[-1] in ("kernel", "embedding") else 100
+        # Kernels of convolutions are [h, w, in, out], others [..., in, out].
+        inputs = shape[:-1] if len(shape) == 4 else shape[-2:-1]
+        fan_in = np.prod(inputs) if path[-1] in ("kernel", "embedding") else 100
         value = rng.normal(size=shape) * fan_in**-0.5 + (path[-1] in ("scale", "weights"))
         value = np.abs(value) + 1 if path[-1] == "variance" else value
         filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
