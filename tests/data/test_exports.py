@@ -10,7 +10,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import accepted, changed_documents, examples, refused
+from mutations import accepted, changed_documents, evaluated_alike, examples, refused
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -330,9 +330,6 @@ def test_any_change_is_understood_or_gets_a_sentence(folder, clean, data):
         refused(error)
         return
     accepted()
-    ids, categories = dataset.records.image_ids, dataset.classes.category_ids
-    found = [{"image_id": i, "category_id": categories[0], "bbox": [1, 2, 20, 15], "score": 0.5} for i in ids]
-    slow, fast = (coco_average_precision(dataset, found, evaluator)[0] for evaluator in EVALUATORS)
-    assert fast == pytest.approx(slow, abs=1e-9)
+    evaluated_alike(dataset)
     assert all(record.boxes.shape == (len(record.labels), 4) for record in dataset.records)
     assert np.all(np.isfinite(dataset.records.boxes))

@@ -8,10 +8,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 
+from hpr_jax.data.dataset import Dataset
 from hpr_jax.errors import UserError
+from hpr_jax.evaluation.average_precision import coco_average_precision
 
 # Words of Python and its libraries, which no sentence for a user has.
 FOREIGN_WORDS = ("Error", "NoneType", "object is not", "invalid literal", "has no '", "Traceback", "not subscriptable")
@@ -57,6 +60,14 @@ def refused(error: UserError, *parts: str) -> None:
 def accepted() -> None:
     """Counts an example that was understood."""
     event("accepted")
+
+
+def evaluated_alike(dataset: Dataset) -> None:
+    """Checks that both evaluators count the same, for a detection in each image."""
+    ids, categories = dataset.records.image_ids, dataset.classes.category_ids
+    found = [{"image_id": i, "category_id": categories[0], "bbox": [1, 2, 20, 15], "score": 0.5} for i in ids]
+    slow, fast = (coco_average_precision(dataset, found, evaluator)[0] for evaluator in ("pycocotools", "hotcoco"))
+    assert fast == pytest.approx(slow, abs=1e-9)
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:

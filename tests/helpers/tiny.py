@@ -26,7 +26,7 @@ def config(directory: Path | None = None, model: str = "ddq"):
     """Config of the variant `demo` of a detector, made smaller still."""
     c = load_config(f"{ROOT}/configs/{model}.py:demo")
     shrink(c)
-    # Half as much to compile; test_compute.py, test_training.py and the stored run have it.
+    # Rematerialisation takes a third of the time of tracing; test_compute.py, test_training.py and the stored run have it.
     c.compute.remat = ()
     c.augmentation.update(sides=(SIDE,), max_side=SIDE)
     c.data.update(directory=str(directory), max_boxes=4, threads=1)
