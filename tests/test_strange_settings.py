@@ -88,7 +88,7 @@ def data(coco):
 @examples(40, 2000)
 @given(made=overrides())
 def test_what_is_taken_can_be_used(data, made):
-    """Detector, losses, optimizer, and the first batch of data can be made, or a sentence says why not."""
+    """Detector, losses, optimizer, and the plan of batches can be made, or a sentence says why not."""
     recipe, changes = made
     try:
         # The data set is small.
