@@ -8,6 +8,7 @@ examples:
 from argparse import Namespace
 
 from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, path
+from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.settings import check
@@ -32,7 +33,8 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     if arguments.to_torch:
         if arguments.config or arguments.annotations or overrides:
             raise UserError("--to-torch takes the config and the classes from the checkpoint; leave out the other options.")
-        from hpr_jax.training.convert import to_torch
+        start()
+        from hpr_jax.weights.convert import to_torch
 
         to_torch(arguments.source, arguments.target)
         return
@@ -40,6 +42,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
         raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch.")
     config = load_config(arguments.config, overrides)
     check(config)
-    from hpr_jax.training.convert import from_torch
+    start()
+    from hpr_jax.weights.convert import from_torch
 
     from_torch(config, arguments.source, arguments.target, arguments.annotations)

@@ -17,7 +17,6 @@ from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import DataLostError, RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
 from hpr_jax.training.resume import Progress
@@ -26,6 +25,7 @@ from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainStep
 from hpr_jax.training.stopping import StopRequests
 from hpr_jax.types import Targets
 from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 
 log = logging.getLogger("hpr_jax")
 progress_log = logging.getLogger("hpr_jax.progress")

@@ -17,9 +17,9 @@ from hpr_jax.config import differences
 from hpr_jax.data.dataset import Dataset
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.devices import gather
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
 from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 
 log = logging.getLogger("hpr_jax")
 

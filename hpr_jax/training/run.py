@@ -20,7 +20,6 @@ from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
 from hpr_jax.training.build import check_batch, in_steps, make_optimizer, warn_of_recipe
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
@@ -29,6 +28,7 @@ from hpr_jax.training.step import make_train_step
 from hpr_jax.training.stopping import StopRequests
 from hpr_jax.training.workdir_lock import owned
 from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 from hpr_jax.weights.find_checkpoint import LATEST, entries
 from hpr_jax.weights.pretrained import initial_weights
 

@@ -28,8 +28,8 @@ from hpr_jax.inference.detect import make_detect
 from hpr_jax.models.backbones.resnet import ResNet
 from hpr_jax.models.backbones.swin import SwinTransformer
 from hpr_jax.models.build import abstract_detector
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 
 SHAPE = (tiny.SIDE, tiny.SIDE)
 

@@ -3,14 +3,15 @@
 import json
 import shutil
 
+import jax
 import orbax.checkpoint as ocp
 import pytest
 import tiny
 
 from hpr_jax.errors import UserError
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.weights import find_checkpoint as finding
 from hpr_jax.weights.checkpoint import META_FILE, checkpoint_damage, open_reader, read_meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 from hpr_jax.weights.find_checkpoint import checkpoints_in, find_checkpoint
 
 STORED = tiny.ROOT / "tests/reference_values/unfinished_run/run"

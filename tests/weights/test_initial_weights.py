@@ -10,8 +10,8 @@ from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import build_detector
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 from hpr_jax.weights.initial import load_initial_weights
 from hpr_jax.weights.official import IGNORED, to_official
 from hpr_jax.weights.torch_file import write_checkpoint

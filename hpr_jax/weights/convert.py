@@ -13,8 +13,8 @@ from hpr_jax.data.sources.coco import COCO_CLASSES, read_categories, read_json
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check
-from hpr_jax.training.checkpoint_writer import Checkpoints
 from hpr_jax.weights.checkpoint import Meta, load_detector
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 from hpr_jax.weights.initial import check_numbers
 from hpr_jax.weights.official import load_official, official_buffers, to_official
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
