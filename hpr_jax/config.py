@@ -74,7 +74,7 @@ def _find(spec: str) -> tuple[Path, str]:
         return packaged, variant
     neighbours = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
     known = neighbours or [f"configs/{file.name}" for file in sorted(PACKAGED.glob("*.py")) if file.stem != "common"]
-    raise UserError(f"There is no config file {name}; {suggestion(name, known)}")
+    raise UserError(f"There is no config file {name}; {suggestion(name, known, lambda name: Path(name).stem)}")
 
 
 def load_module(path: Path) -> Any:
@@ -127,7 +127,10 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 def _key_suggestion(key: str, known: list[str]) -> str:
     """The known key that is nearest to an unknown one, else the known keys of its section, else all."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    # Last parts are compared first, since keys of one section are alike already by its name.
+    last_parts = {one.rpartition(".")[2] for one in known}
+    near_parts = difflib.get_close_matches(key.rpartition(".")[2], last_parts, cutoff=0.6)
+    near = difflib.get_close_matches(key, [one for one in known if one.rpartition(".")[2] in near_parts], n=1, cutoff=0)
     if near:
         return f"did you mean config.{near[0]}?"
     section = key.split(".")[0]

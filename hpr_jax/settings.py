@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from hpr_jax.errors import UserError
@@ -290,11 +290,16 @@ SECTIONS: dict[str, dict[str, Setting]] = {
 SETTINGS = {f"{section}.{key}": setting for section, settings in SECTIONS.items() for key, setting in settings.items()}
 
 
-def suggestion(word: str, known: Iterable[object]) -> str:
-    """The end of a sentence about an unknown word: `did you mean X?`, or all known words if none is near."""
-    names = [str(name) for name in known]
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}."
+def suggestion(word: str, known: Iterable[object], compared: Callable[[str], str] = str) -> str:
+    """The end of a sentence about an unknown word: `did you mean X?`, or all known words if none is near.
+
+    Args:
+      word, known: the unknown word, and the known ones.
+      compared: the part of a word that tells it from the others.
+    """
+    names = {compared(str(name)): str(name) for name in known}
+    near = difflib.get_close_matches(compared(word), names, n=1, cutoff=0.5)
+    return f"did you mean {names[near[0]]!r}?" if near else f"known are {', '.join(sorted(names.values()))}."
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

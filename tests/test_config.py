@@ -74,6 +74,10 @@ def test_overrides_keep_types_that_only_configs_of_ones_own_have():
     [
         ("optimizer.learningrate", "1", "config.optimizer.learning_rate"),
         ("optimiser.learning_rate", "1", "did you mean config.optimizer.learning_rate"),
+        ("trian.seed", "1", "did you mean config.train.seed"),
+        ("train.learning_rate", "1", "did you mean config.optimizer.learning_rate"),
+        ("batchsize", "1", "did you mean config.train.batch_size"),
+        ("train.zzzz", "1", "known are train.accumulation_steps, "),
         ("train", "1", "is a section"),
         ("train.steps", "many", "wants a whole number"),
         ("train.steps", "1.5", "wants a whole number"),
@@ -96,6 +100,9 @@ def test_wrong_files_and_variants(tmp_path):
         load_config(f"{tiny.ROOT}/configs/dqq.py")
     with pytest.raises(UserError, match=r"did you mean.*configs/ddq\.py"):
         load_config(f"{tiny.ROOT}/confgs/ddq.py")
+    # Names of files are alike already by their endings.
+    with pytest.raises(UserError, match=r"known are configs/ablations\.py, configs/align_detr\.py"):
+        load_config("nothing.py")
     (tmp_path / "broken.py").write_text("def get_config(:")
     (tmp_path / "wrong.py").write_text("def get_config():\n    return {}['lr']")
     with pytest.raises(UserError, match=r"get_config of .*wrong\.py ends with KeyError: 'lr' \(wrong\.py, line 2\)\."):

@@ -23,6 +23,26 @@ AXIS = "data"
 EVERYWHERE = PartitionSpec()
 
 
+def require_devices() -> None:
+    """Makes sure that JAX has a device to compute on.
+
+    Raises:
+      UserError: it has none of the platforms that it is told to use.
+    """
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        # JAX adds advice in brackets to what went wrong; where nothing but the name is wrong, it asserts without words.
+        why = str(error).partition(" (")[0].splitlines()
+        named = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise UserError(
+            "JAX has no device to compute on"
+            + (f" of the kind that JAX_PLATFORMS={named} asks for" if named else "")
+            + (f": {why[0]}. " if why else ". ")
+            + "Unset JAX_PLATFORMS to use what this machine has; GPUs need the extra cuda12 or cuda13 of this package."
+        ) from error
+
+
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the given devices, by default of all devices of all processes."""
     return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
@@ -82,7 +102,10 @@ def join_processes() -> None:
     """
 
     def number(name: str) -> int | None:
-        return int(os.environ[name]) if name in os.environ else None
+        text = os.environ.get(name)
+        if text is not None and not text.isdecimal():
+            raise UserError(f"The environment variable {name} is {text!r}; it must be a whole number.")
+        return None if text is None else int(text)
 
     # JAX's preemption service would swallow SIGTERM until training begins.
     jax.config.update("jax_enable_preemption_service", False)

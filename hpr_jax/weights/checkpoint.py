@@ -23,6 +23,7 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.detector import Detector
+from hpr_jax.runtime.devices import require_devices
 from hpr_jax.settings import check
 from hpr_jax.weights.find_checkpoint import ITEMS, find_checkpoint
 from hpr_jax.weights.manifest import NAME as MANIFEST
@@ -148,8 +149,9 @@ def open_reader(path: Path) -> Iterator[ocp.Checkpointer]:
     """A context in which the checkpoint at `path` is read, by the reader that it gives.
 
     Raises:
-      UserError: in place of whatever Orbax raises in the context.
+      UserError: in place of whatever Orbax raises in the context, or JAX has no device to read to.
     """
+    require_devices()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             yield reader

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -121,6 +122,21 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "hpr_jax: There is no command 'evalute'; did you mean 'evaluate'?\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "sentence"),
+    [
+        ("JAX_PLATFORMS", "abacus", "JAX has no device to compute on of the kind that JAX_PLATFORMS=abacus asks for: "),
+        ("JAX_ENABLE_X64", "maybe", "JAX cannot be used with this environment: invalid truth value 'maybe'"),
+    ],
+)
+def test_an_environment_that_jax_cannot_use(variable, text, sentence):
+    command = [sys.executable, "-m", "hpr_jax.main", "describe", "--config", f"{DDQ}:demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, variable: text})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"hpr_jax: {sentence}")
+    assert done.stderr.count("\n") == 1
 
 
 class TestHelp:

@@ -136,3 +136,12 @@ def test_every_error_of_the_library_is_a_sentence(workdir, error):
 
     with pytest.raises(UserError, match=r"cannot be read: it is damaged, or was written by another version of .*t\.$"):
         read()
+
+
+def test_a_machine_without_the_device_that_is_asked_for_is_no_damage(workdir, monkeypatch):
+    def no_devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", no_devices)
+    with pytest.raises(UserError, match="JAX has no device to compute on"):
+        read_meta(workdir)
