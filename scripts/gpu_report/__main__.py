@@ -3,7 +3,7 @@
     python scripts/gpu_report [--output DIR] [--seconds 480] [--only PART,...] [--rehearse]
 
 Parts run one after the other, the most valuable first, each in a process with a limit of time; the report is written anew
-after every part, so that whatever happens to one of them, and whenever the machine is taken away, the rest is there.
+after every part. So a part that fails, or a machine that is taken away, costs no results of other parts.
 --rehearse runs every part at small sizes on the CPU, where kernels are interpreted: it shows that the parts work, and its
 numbers mean nothing. It needs neither the packages that load data nor those that draw.
 """

@@ -13,17 +13,17 @@ from gpu_report import machine
 from gpu_report.recorder import Recorder
 from gpu_report.runner import Part, run_parts
 
-# For all parts together, and how much longer everything may take in a rehearsal: on a machine with few and busy cores.
+# The limit for all parts together; and by what it is multiplied in a rehearsal, since a CPU may have few and busy cores.
 SECONDS, REHEARSAL = 480, 4
 FOLDER = Path(__file__).resolve().parent
-# Name of the module in parts/, title, limit in seconds, share of the card's memory for JAX. Most valuable first. What one of
-# them does not need goes to those after it.
+# Name of the module in parts/, title, limit in seconds, share of the card's memory for JAX. The most valuable comes first.
+# Time that a part does not need goes to those after it.
 PARTS = (
     ("card", "Card", 35, 0.75),
     ("rates", "Rates of reductions and gathers", 20, 0.75),
-    # Little memory, which is all poisoned before each check.
+    # It takes little memory, since all of it is filled with NaN before each check.
     ("correctness", "Kernels against float64", 45, 0.1),
-    # The rest of the memory is for other libraries.
+    # It leaves memory to other libraries.
     ("operations", "Operations beside their peers", 70, 0.4),
     ("inference", "Inference at full size", 90, 0.9),
     ("training", "Training step of 4 views", 135, 0.9),
@@ -48,19 +48,20 @@ def programs_folder() -> Path:
 
 
 def environment(rehearse: bool, memory_share: float) -> dict[str, str]:
-    """Of a part's process. Compiled programs are kept, so that parts, and another call, share them."""
+    """Environment variables of a part's process. Compiled programs are kept on disk, so that other parts and later calls can
+    read them."""
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(programs_folder()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": str(memory_share),
-        # Without a GPU, a part fails at once.
+        # Where JAX finds no GPU, a part fails at once.
         "JAX_PLATFORMS": "cpu" if rehearse else "cuda,cpu",
     }
     if rehearse:
         # Compiling takes longer than running.
         flags = ["--xla_backend_optimization_level=0"]
         if version("jax").startswith("0.10."):
-            # Newer versions end at a flag that they do not know.
+            # Later versions do not know this flag, and end the process.
             flags.append("--xla_cpu_use_fusion_emitters=false")
         settings["XLA_FLAGS"] = " ".join(flags)
     return settings
@@ -83,7 +84,7 @@ def main(description: str) -> int:
     unknown = set(only or ()) - {name for name, *_ in PARTS}
     if unknown:
         parser.error(f"there are no parts {', '.join(sorted(unknown))}")
-    # So that the part in progress is ended, too.
+    # An exception, unlike a signal, also ends the part in progress.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds = arguments.seconds or SECONDS * (REHEARSAL if arguments.rehearse else 1)
     parts, facts = make_parts(arguments.rehearse, only), machine.describe(FOLDER.parent.parent)

@@ -17,8 +17,9 @@ class Program:
     """A compiled program.
 
     Attributes:
-      call: runs it, on arrays of the shapes that it was compiled for.
-      trace_seconds, compile_seconds: beside other programs; the latter is short if the program was kept from before.
+      call: runs the program on arrays of the shapes that it was compiled for.
+      trace_seconds, compile_seconds: what it took, while other programs were compiled. Compiling is short where the
+        program was on disk already.
     """
 
     call: Any
@@ -27,14 +28,14 @@ class Program:
 
     @property
     def gigabytes(self) -> dict[str, float | None]:
-        """What the compiler plans: arguments, results and inner values."""
+        """Memory that the compiler plans for arguments, results and inner values."""
         memory = self.call.memory_analysis()
         sizes = {"arguments": "argument", "results": "output", "inner values": "temp"}
         return {name: memory and getattr(memory, f"{key}_size_in_bytes") / 1e9 for name, key in sizes.items()}
 
 
 class Compiler:
-    """Compiles in threads; a context."""
+    """A context in which programs are compiled by threads."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(THREADS)
@@ -49,10 +50,10 @@ class Compiler:
         """Traces a jitted function now, and compiles it in a thread.
 
         Args:
-          arguments: arrays, or shapes.
+          function, arguments: the function, and arrays or shapes for it.
 
         Returns:
-          The program to come, and the shapes of its results.
+          The program, when it is compiled, and the shapes of its results.
         """
         begin = time.perf_counter()
         traced = function.trace(*arguments)
@@ -67,7 +68,7 @@ class Compiler:
 
 
 def compile_all(functions: Mapping[Any, tuple[Any, tuple[Any, ...]]]) -> dict[Any, Program]:
-    """Compiles jitted functions for their arguments."""
+    """The programs of jitted functions, each given with its arguments."""
     with Compiler() as compiler:
         started = {name: compiler.start(function, *inputs)[0] for name, (function, inputs) in functions.items()}
         return {name: program.result() for name, program in started.items()}
@@ -76,7 +77,7 @@ def compile_all(functions: Mapping[Any, tuple[Any, tuple[Any, ...]]]) -> dict[An
 def compile_what_can_be(
     functions: Mapping[Any, tuple[Any, tuple[Any, ...]]],
 ) -> tuple[dict[Any, Program], dict[Any, str]]:
-    """The same, and the errors of those that cannot be compiled."""
+    """As `compile_all`, but for functions that may fail to compile: the programs of the others, and the errors of these."""
     programs: dict[Any, Program] = {}
     failures: dict[Any, str] = {}
     started: dict[Any, Future[Program]] = {}

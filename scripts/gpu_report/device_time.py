@@ -1,4 +1,4 @@
-"""Time on the device alone, without what the host takes to start a call: for operations shorter than that."""
+"""Time that an operation takes on the device, without the time in which the host starts it, which may be longer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,20 @@ from gpu_report.compiled import on_gpu
 from gpu_report.kernel_profile import profile
 
 CALLS = 10
-# Passes over a gigabyte that keep the device busy while calls are queued behind them, some milliseconds.
+# Passes over a gigabyte. They keep the device busy for some milliseconds, in which calls are queued behind them.
 PASSES = 10
 
 
 def device_seconds(library: str, run: Callable[[], Any]) -> float | None:
-    """Of a call: for JAX out of a trace, for PyTorch and CuPy between two events with the device busy before the first; None
-    where neither is to be had."""
+    """Seconds that a call keeps the device busy; None if they cannot be measured.
+
+    For JAX they are read from a trace. For PyTorch and CuPy they lie between two events, before which the device is kept
+    busy.
+
+    Args:
+      library: jax, torch or cupy.
+      run: makes the call.
+    """
     if library == "jax":
         found = profile(run, CALLS)
         return found.busy / CALLS

@@ -1,4 +1,4 @@
-"""What ran on the device, kernel by kernel, out of a trace of JAX's profiler."""
+"""Which kernels ran on the device, and for how long, read from a trace of JAX's profiler."""
 
 import collections
 import dataclasses
@@ -16,9 +16,9 @@ class Kernel:
     """One kernel, or copy, and all of its runs in a trace.
 
     Attributes:
-      operation: of the compiled program, where the trace tells; else the kernel's own name.
-      name: the kernel's own.
-      seconds: of all runs together.
+      operation: the operation of the compiled program that it belongs to; where the trace does not tell, its own name.
+      name: its own name.
+      runs, seconds: how often it ran, and how long all runs took together.
     """
 
     operation: str
@@ -29,10 +29,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Of some calls of a program.
+    """What some calls of a program ran on the device.
 
     Attributes:
-      kernels: by time, the longest first.
+      kernels: the one that took longest comes first.
       busy: seconds in which something ran on the device.
       calls: how many were traced.
       raw: the trace as the profiler wrote it.
@@ -45,12 +45,12 @@ class Profile:
 
     @property
     def launches(self) -> float:
-        """Kernels and copies of a call."""
+        """Kernels and copies per call."""
         return sum(kernel.runs for kernel in self.kernels) / self.calls
 
 
 def profile(run: Callable[[], Any], calls: int) -> Profile:
-    """Traces calls of something that is compiled already.
+    """Traces some calls of a function that is compiled already.
 
     Raises:
       ValueError: the trace has nothing of a device in it.
@@ -79,18 +79,18 @@ def profile(run: Callable[[], Any], calls: int) -> Profile:
 
 
 def _device_events(data: Any) -> Iterator[tuple[str, str, float, float]]:
-    """Operation, kernel, start and end in seconds of all that the GPU's streams ran, or without a GPU XLA's threads."""
+    """Operation, kernel, start and end (seconds) of all that ran on the GPU's streams, or without a GPU on XLA's threads."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
     for plane in planes or data.planes:
         for line in plane.lines:
             if planes and not line.name.startswith("Stream"):
-                # Sums that the profiler makes of the streams' events.
+                # The profiler adds lines of sums over the streams' events.
                 continue
             for event in line.events:
                 operation = dict(event.stats).get("hlo_op")
                 if planes or operation:
                     start = event.start_ns / 1e9
-                    # Of nested operations the innermost.
+                    # The innermost of nested operations comes last in the name.
                     inner = str(operation or event.name).rpartition("/")[2]
                     yield inner, event.name, start, start + event.duration_ns / 1e9
 
@@ -105,8 +105,11 @@ def _covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def sources(program: str) -> dict[str, str]:
-    """From names of operations in the text of a compiled program to what they were in JAX: `op_name` without its first part.
-    Kernels are named like the operations, with underscores."""
+    """What the operations of a compiled program were in JAX, by their names in the program and by those of their kernels.
+
+    What they were is `op_name` in the program's text, without its first part. A kernel has the name of its operation, with
+    underscores in place of dots and hyphens.
+    """
     found: dict[str, str] = {}
     for name, source in re.findall(r"%?([\w.-]+) = [^\n]*?op_name=\"([^\"]*)\"", program):
         short = source.partition("/")[2] or source

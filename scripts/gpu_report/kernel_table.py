@@ -1,4 +1,4 @@
-"""Tables of what a program ran on the device."""
+"""Tables of the kernels that a program ran on the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ MOST_KERNELS = 20
 
 
 def summary_table(recorder: Recorder, title: str) -> Table:
-    """For the rows of `summarize`."""
+    """An empty table that `summarize` adds rows to."""
     measured = ("kernels and copies a call", "ms busy a call", "us each")
     return recorder.table(title, {"program": GIVEN, **dict.fromkeys(measured, MEASURED), "share of time busy": COMPUTED})
 
@@ -20,7 +20,13 @@ def summary_table(recorder: Recorder, title: str) -> Table:
 def summarize(
     recorder: Recorder, table: Table, name: str, run: Callable[[], Any], seconds: float, calls: int = CALLS
 ) -> Profile | None:
-    """Adds a program's row; `seconds` is the time of a call without a trace. None if there is no trace."""
+    """Traces a program and adds its row. Returns the profile, or None if no trace could be made.
+
+    Args:
+      run: calls the program.
+      seconds: how long a call takes without a trace.
+      calls: how many are traced.
+    """
     try:
         found = profile(run, calls)
     except Exception as error:
@@ -40,7 +46,7 @@ def summarize(
 
 
 def list_kernels(recorder: Recorder, title: str, found: Profile, program: Program) -> None:
-    """The kernels that took most of the time, and what of the model they compute."""
+    """Adds a table of the kernels that took most of the time, with what they compute of the model."""
     table = recorder.table(
         title,
         {

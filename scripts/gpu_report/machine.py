@@ -1,4 +1,4 @@
-"""Where the numbers come from: date, card, driver, versions, commit. Imports nothing that would start the GPU."""
+"""Where the numbers come from: date, card, driver, versions, commit. It imports nothing that would start the GPU."""
 
 import datetime
 import os

@@ -12,7 +12,12 @@ SIDES, SMALL_SIDES = (800, 1344), (64, 96)
 
 
 def make_bench(small: bool, **settings: Any) -> bench_model.Bench:
-    """HPR-DDQ R50 at full size, or the detector of rehearsals; settings are options of scripts/benchmarks/model.py."""
+    """The benchmark of HPR-DDQ R50 at full size, or of the rehearsal's detector.
+
+    Args:
+      small: takes the rehearsal's detector.
+      settings: options of scripts/benchmarks/model.py.
+    """
     return_memory_of_compiling()
     config = FOLDER / "rehearsal_config.py" if small else FOLDER.parent.parent / "configs/ddq.py:r50_1x"
     height, width = SMALL_SIDES if small else SIDES

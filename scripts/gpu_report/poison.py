@@ -1,4 +1,4 @@
-"""Fills the device's memory with NaN: what a kernel does not write is then seen in its results."""
+"""Fills the device's memory with NaN, so that numbers that a kernel forgets to write are seen in its results."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,19 +11,19 @@ from jax.experimental.pallas import triton as plt
 from gpu_report.compiled import on_gpu
 from hpr_jax.kernels.launch import Launch, pallas_call
 
-# Of the free memory.
+# The share of the free memory that is filled.
 SHARE = 0.7
-# Numbers that the kernel of `unwritten_numbers` leaves out.
+# How many numbers the kernel of `unwritten_numbers` leaves out.
 LEFT_OUT = 512
 
 
 def poison(shapes: Sequence[tuple[int, ...]]) -> None:
-    """Leaves NaN in most of the free memory, and in blocks for arrays of these shapes, which are the first to be taken."""
+    """Leaves NaN in most of the free memory, and in blocks of the sizes of these shapes, which JAX reuses first for them."""
     statistics = jax.devices()[0].memory_stats() or {}
     arrays = []
     if "bytes_limit" in statistics:
         free = statistics["bytes_limit"] - statistics["bytes_in_use"]
-        # In steps of a gigabyte, so that few programs are compiled.
+        # Whole gigabytes, so that few programs are compiled.
         arrays.append(_filler(int(SHARE * free / 2**30))())
     for shape in shapes:
         for dtype in (np.float32, jnp.bfloat16):

@@ -1,4 +1,4 @@
-"""What a part hands on: tables, row by row, as lines of JSON. What was handed on stays, even if the part is killed next.
+"""How a part hands on its results: tables, row by row, as lines of JSON, which stay when the part is killed.
 
 The columns of a table are given (settings and counts), measured here, or computed from what was measured in the same run.
 """
@@ -15,7 +15,7 @@ from timing import Timing
 GIVEN, MEASURED, COMPUTED = "given", "measured", "computed"
 # A folder with results may hold few and small files.
 MOST_BYTES = 16 * 2**20
-# Of the files beside a report.
+# Ending of the files beside a report.
 SUFFIX = ".report.gz"
 Cell = str | int | float | dict[str, float] | None
 
@@ -24,8 +24,8 @@ class Recorder:
     """Writes what a part finds to a file.
 
     Args:
-      path: of the lines.
-      folder: where the report goes, for files beside it.
+      path: the file for the lines.
+      folder: the report's folder, for files beside it.
     """
 
     def __init__(self, path: Path, folder: Path):
@@ -65,7 +65,7 @@ class Table:
         self._recorder, self._title, self._columns = recorder, title, columns
 
     def add(self, cells: Mapping[str, Cell]) -> None:
-        """A row; cells that are not given stay empty."""
+        """Adds a row; cells that are not given stay empty."""
         unknown = set(cells) - set(self._columns)
         if unknown:
             raise KeyError(f"Table {self._title!r} has no columns {sorted(unknown)}.")
@@ -89,7 +89,7 @@ def text(cell: Cell) -> str:
 
 
 def number(x: float) -> str:
-    """With three or four digits."""
+    """A number with three or four digits."""
     if x == 0:
         return "0"
     if x != x or x in (float("inf"), float("-inf")):
@@ -101,7 +101,7 @@ def number(x: float) -> str:
 
 
 def read(path: Path) -> dict[str, list[Any]]:
-    """Tables and notes out of the lines that a part wrote; a last line that was cut off is left out."""
+    """The tables and notes in the lines that a part wrote; a last line that was cut off is left out."""
     tables: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     for line in _lines(path):

@@ -15,10 +15,14 @@ Levels = Sequence[tuple[int, int]]
 def deformable_sampling(
     value: np.ndarray, levels: Levels, locations: np.ndarray, weights: np.ndarray, gradient: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Output, and the gradients of value, locations and weights.
+    """Deformable sampling: output, and gradients of value, locations and weights.
 
     Args:
-      value: `[B, S, H, D]`; locations: `[B, Q, H, L, P, 2]`; weights: `[B, Q, H, L, P]`; gradient: `[B, Q, H, D]`.
+      value: `[B, S, H, D]`.
+      levels: (height, width) of each of the L levels.
+      locations: `[B, Q, H, L, P, 2]`.
+      weights: `[B, Q, H, L, P]`.
+      gradient: of the output, `[B, Q, H, D]`.
     """
     value, locations, weights, gradient = (np.asarray(x, np.float64) for x in (value, locations, weights, gradient))
     out, of_value = np.zeros(gradient.shape), np.zeros(value.shape)
@@ -40,11 +44,11 @@ def deformable_sampling(
 def _head(
     value: np.ndarray, levels: Levels, locations: np.ndarray, weights: np.ndarray, gradient: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of one head of one image: `[S, D]`, `[Q, L, P, 2]`, `[Q, L, P]`, `[Q, D]`."""
+    """The same for one head of one image: `[S, D]`, `[Q, L, P, 2]`, `[Q, L, P]`, `[Q, D]`."""
     sizes = np.array([(width, height) for height, width in levels], np.float64)[:, None]
     starts = np.cumsum([0, *(height * width for height, width in levels)])[:-1, None]
     query = np.broadcast_to(np.arange(len(weights))[:, None, None], weights.shape)
-    # What is not finite is outside.
+    # Locations that are not finite count as outside.
     pixels = np.nan_to_num(locations * sizes - 0.5, nan=-9.0, posinf=-9.0, neginf=-9.0)
     base = np.floor(pixels)
     fraction = pixels - base
@@ -76,10 +80,15 @@ def roi_align(
     ratio: int,
     finest_scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output `[B, Q, bins ** 2, C]`, and the gradient of the features.
+    """RoIAlign: output `[B, Q, bins ** 2, C]`, and the gradient of the features.
 
     Args:
-      features: `[B, S, C]`; valid: (height, width) `[B, L, 2]`; boxes: xyxy `[B, Q, 4]`; gradient: as the output.
+      features: `[B, S, C]`.
+      levels: (height, width) of each of the L levels.
+      valid: (height, width) without padding, `[B, L, 2]`.
+      boxes: xyxy in pixels of the image, `[B, Q, 4]`.
+      gradient: of the output, in its shape.
+      strides, bins, ratio, finest_scale: as `hpr_jax.ops.roi_align.roi_align` takes them.
     """
     features, gradient = np.asarray(features, np.float64), np.asarray(gradient, np.float64)
     found = [

@@ -1,4 +1,4 @@
-"""RoIAlign at the sizes of a detector: arrays, and what computes it."""
+"""RoIAlign at the sizes of a detector: the arrays, and the implementations that are compared."""
 
 import dataclasses
 import functools
@@ -75,8 +75,10 @@ def jax_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str, implementati
 
 
 def torch_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Runs:
-    """torchvision's operator, on each level the boxes that belong there; it knows no valid sizes, and its maps have channels
-    first."""
+    """torchvision's operator, called for each level with the boxes that belong there.
+
+    It knows no valid sizes, and takes maps with channels first.
+    """
     import torch
     from torchvision.ops import roi_align as operator
 
@@ -111,11 +113,11 @@ def torch_runs(case: Case, arrays: dict[str, np.ndarray], dtype: str) -> Runs:
 
 
 def contestants(case: Case, arrays: dict[str, np.ndarray], dtype: str, *, interpret: bool) -> Iterator[Contestant]:
-    """As of scripts/benchmarks/sampling.py."""
+    """The implementations, as `contestants` of scripts/benchmarks/sampling.py gives them."""
     implementation = "pallas_interpret" if interpret else "pallas"
     yield Contestant("Pallas kernel", make=functools.partial(jax_runs, case, arrays, dtype, implementation))
     if importlib.util.find_spec("torch") and importlib.util.find_spec("torchvision"):
-        # It has no bfloat16.
+        # The operator has no bfloat16.
         kind = "float16" if dtype == "bfloat16" else dtype
         yield Contestant(f"torchvision's operator ({kind})", "torch", functools.partial(torch_runs, case, arrays, kind))
     else:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def get_config() -> Any:
-    """HPR-DDQ's smallest variant, smaller still, and of what is compiled twice or in two ways, one."""
+    """HPR-DDQ's smallest variant, made smaller still, with one auxiliary refiner and no rematerialisation."""
     config = load_config(str(ROOT / "configs/ddq.py:demo"))
     model = config.model
     model.update(channels=16, heads=2, hidden=24, points=2)
@@ -19,8 +19,6 @@ def get_config() -> Any:
     model.neck.groups = 4
     model.queries.update(count=8, dense_ratio=1.5)
     model.denoising.queries = 4
-    model.refiner.auxiliaries = ("dynamic_conv",)
-    config.compute.remat = ()
     model.refiner.region.output_size = 3
     model.refiner.dynamic_conv.hidden = 4
     model.refiner.auxiliaries = ("dynamic_conv",)

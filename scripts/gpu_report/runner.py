@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, each as a process with a limit of time, and keeps the report complete throughout."""
+"""Runs the parts one after the other, each as a process with a limit of time, and writes the report after each."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,10 @@ class Part:
     """A part of the report.
 
     Attributes:
-      seconds: its limit. It gets more where earlier parts left some and later ones do not need it.
-      command: the process; the path of its records and the folder of the report are added to it.
-      environment: what its environment has besides that of this process.
+      name, title: its name in commands, and its heading in the report.
+      seconds: its limit. It gets what earlier parts left over as well, unless later ones need it.
+      command: its process; the path of its records and the folder of the report are added as arguments.
+      environment: variables that its process gets besides those of this one.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Ceilings of the card: copies, products, launches."""
+"""What the card can do at best: copies, launches, matrix products, transfers."""
 
 import functools
 from collections.abc import Callable
@@ -38,12 +38,12 @@ def copies(recorder: Recorder, megabytes: tuple[int, ...]) -> None:
 
 
 def launches(recorder: Recorder, count: int) -> None:
-    """What it costs to start a program, a small kernel in a program, and to wait for a result."""
+    """Times to start a program, to start a small kernel in a program, and to wait for a result."""
     table = recorder.table("Launches", {"what": GIVEN, "ms": MEASURED, "us each": COMPUTED})
 
     def steps(number: int) -> Callable[[jax.Array], jax.Array]:
         def chain(x: jax.Array) -> jax.Array:
-            # Small products, of which the compiler joins no two in one kernel.
+            # The compiler joins no two matrix products in one kernel.
             for _ in range(number):
                 x = jnp.matmul(x, matrix)
             return x
@@ -96,7 +96,7 @@ def products(recorder: Recorder, size: int) -> None:
 
 
 def transfers(recorder: Recorder, megabytes: int) -> None:
-    """Between host and device, as matching and loading make them."""
+    """Transfers between host and device, as matching and loading make them."""
     if not on_gpu():
         recorder.note("Transfers are left out: without a GPU, there are none.")
         return
@@ -104,7 +104,7 @@ def transfers(recorder: Recorder, megabytes: int) -> None:
     add = jax.jit(lambda x: x + 1.0)
 
     def fetched(x: jax.Array) -> np.ndarray:
-        # A device array keeps its first copy on the host; another array has to be fetched.
+        # A device array that was fetched keeps its copy on the host, so that a new one is needed each time.
         return jax.device_get(add(x))
 
     for what, size in (("4 kB", 1024), (f"{megabytes} MB", megabytes * 250_000)):

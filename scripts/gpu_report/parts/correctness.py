@@ -1,6 +1,6 @@
 """The kernels against float64, on random inputs of 12 seeds and at the sizes of a detector.
 
-Memory is poisoned before each run, and every kernel runs twice: results that move between runs are those of a race.
+Memory is poisoned before each run, and every kernel runs twice: results that differ between the runs tell of a race.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from hpr_jax.ops.deformable_sampling import deformable_sampling
 from hpr_jax.ops.roi_align import roi_align
 
 SEEDS = 12
-# ‖computed - exact‖ / ‖exact‖: inside all is float32, and results of narrower types are rounded once.
+# Limits of ‖computed - exact‖ / ‖exact‖. All is computed in float32, and results of narrower types are rounded once.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
-# The same between two runs in float32: they may add in another order.
+# The limit of the same between two runs in float32, which may add in different orders.
 MOVED = 1e-6
 FIELDS = ("output", "of value", "of locations", "of weights")
 TYPES = ("float32", "bfloat16", "float16")
@@ -34,9 +34,11 @@ class Check:
     """One comparison.
 
     Attributes:
-      function: to be jitted: inputs -> output and gradients, as in `FIELDS`.
-      exact: the same in float64.
-      peer: the same by the CUDA operator, if it can.
+      name, dtype, shape: what the report says of it.
+      function: from the inputs to output and gradients, in the order of `FIELDS`; it is jitted.
+      inputs: its arguments.
+      exact: computes the same in float64.
+      peer: computes the same with the CUDA operator; None if that cannot.
     """
 
     name: str
@@ -89,7 +91,7 @@ def run(recorder: Recorder, small: bool) -> None:
 def compare(
     compute: Callable[[], Sequence[Any]], exact: Sequence[np.ndarray], dtype: str
 ) -> tuple[dict[str, float | int], bool]:
-    """Runs something twice on poisoned memory: errors, and whether they are small enough."""
+    """Runs something twice on poisoned memory; returns its errors, and whether they are small enough."""
     runs = []
     for _ in range(2):
         poison.poison([x.shape for x in exact])
@@ -106,8 +108,8 @@ def compare(
 def may_move(dtype: str) -> float:
     """How far a result may be from that of another run, ‖difference‖ / ‖result‖.
 
-    A sum that moved by m, relatively, is rounded to another number of a narrower type with the chance m / eps, and is then
-    eps away: the root of the mean square is the root of m * eps.
+    A sum that differs by m, relatively, is rounded to another number of a narrower type with probability m / eps, and is
+    then eps away. The root of the mean square is the root of m * eps.
     """
     return MOVED if dtype == "float32" else float(np.sqrt(MOVED * float(jnp.finfo(dtype).eps)))
 
@@ -156,7 +158,7 @@ def sampling_of_seed(seed: int) -> Check:
 
 
 def sampling_check(name: str, dtype: str, levels: Any, arrays: dict[str, np.ndarray]) -> Check:
-    """Of arrays as `sampling.make_arrays` makes them."""
+    """A check of sampling on arrays like those of `sampling.make_arrays`."""
     value, gradient = (jnp.asarray(arrays[key], dtype) for key in ("value", "gradient"))
     gradient = gradient.reshape(*arrays["weights"].shape[:3], -1)
     locations, weights = off_edges(arrays["locations"], levels), arrays["weights"].astype(np.float32)
@@ -176,7 +178,7 @@ def sampling_check(name: str, dtype: str, levels: Any, arrays: dict[str, np.ndar
 
 
 def off_edges(locations: np.ndarray, levels: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Locations that are not next to the middle of a pixel, where their gradient jumps: float32 and float64 would differ."""
+    """Moves locations away from the middles of pixels, where their gradient jumps, and float32 and float64 would differ."""
     sizes = np.array([(width, height) for height, width in levels], np.float64)[:, None]
     pixels = locations * sizes - 0.5
     base = np.floor(pixels)

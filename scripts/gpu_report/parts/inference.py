@@ -1,4 +1,4 @@
-"""Inference of a full-size detector: time, memory, and the kernels that take it."""
+"""Inference of a full-size detector: time, memory, and the kernels that take most of the time."""
 
 import functools
 from typing import Any
@@ -35,7 +35,7 @@ def run(recorder: Recorder, small: bool, dtype: str = "bfloat16") -> None:
 
 
 def measure(recorder: Recorder, table: Table, profiles: Table, dtype: str, small: bool) -> None:
-    """All batch sizes of one type; their programs are compiled side by side."""
+    """Adds rows for all batch sizes of one type. Their programs are compiled side by side."""
     batches = BATCHES[:1] if small else BATCHES
     bench = make_bench(small, dtype=dtype, batch=max(batches))
     graph, state = nnx.split(bench.detector)
@@ -70,7 +70,7 @@ def measure(recorder: Recorder, table: Table, profiles: Table, dtype: str, small
 
 
 def costs(program: Program) -> dict[str, Any]:
-    """Cells that every program has."""
+    """The cells of the columns `COSTS`."""
     return {
         "trace s": program.trace_seconds,
         "compile s": program.compile_seconds,

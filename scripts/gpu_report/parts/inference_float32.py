@@ -1,4 +1,4 @@
-"""Inference in float32, whose products are TF32 on a GPU unless one asks for more."""
+"""Inference in float32. Its matrix products are in TF32 on a GPU, unless JAX is told otherwise."""
 
 from gpu_report.parts import inference
 from gpu_report.recorder import Recorder

@@ -16,7 +16,7 @@ from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, millisecond
 
 DIRECTIONS = ("forward", "backward")
 REPEATS, MOST_SECONDS = 15, 1.0
-# The most valuable first.
+# The most valuable case comes first.
 SAMPLING = (
     ("encoder_2", "bfloat16"),
     ("decoder_900", "bfloat16"),
@@ -50,14 +50,14 @@ def roi_align(recorder: Recorder, name: str, case: regions.Case, dtype: str) -> 
         case.images * case.tokens * case.channels,
         case.images * case.boxes * case.bins**2 * case.channels,
     )
-    # Backward, sums are float32: cleared, written, and rounded.
+    # The backward pass adds in float32: sums are cleared, written, and rounded.
     floor = {"forward": (features + results) * size, "backward": (features + results) * size + 2 * features * 4}
     arrays = regions.make_arrays(case)
     race(recorder, title, regions.contestants(case, arrays, dtype, interpret=not on_gpu()), floor)
 
 
 def race(recorder: Recorder, title: str, entrants: Iterable[Contestant], floor: dict[str, int]) -> None:
-    """A table with a row for each; ratios are to the first one, the kernel."""
+    """Adds a table with a row for each implementation. Ratios are to the first one, the kernel."""
     kinds = {"ms": MEASURED, "/ kernel": COMPUTED, "GB/s": COMPUTED, "ms on device": MEASURED}
     columns = {f"{way} {name}": kind for way in DIRECTIONS for name, kind in kinds.items()}
     table = recorder.table(title, {"implementation": GIVEN, **columns})
@@ -78,7 +78,7 @@ def race(recorder: Recorder, title: str, entrants: Iterable[Contestant], floor: 
 
 
 def measure(recorder: Recorder, entrant: Contestant, floor: dict[str, int], first: dict[str, float]) -> dict[str, Any]:
-    """Cells of one implementation; `first` has the times of the first one."""
+    """The cells of one implementation; `first` holds the times of the first one, by direction."""
     runs = entrant.make()
     if entrant.library == "jax":
         # Compiles both directions side by side.
@@ -92,14 +92,14 @@ def measure(recorder: Recorder, entrant: Contestant, floor: dict[str, int], firs
             f"{way} / kernel": timing.median / first.setdefault(way, timing.median),
             f"{way} GB/s": floor[way] / timing.median / 1e9,
         }
-        # XLA's forms are loops of thousands of kernels, which would make long traces.
+        # The XLA implementations are loops of thousands of kernels, whose traces would be long.
         if entrant.name != "XLA":
             cells[f"{way} ms on device"] = milliseconds_on_device(recorder, entrant, call)
     return cells
 
 
 def milliseconds_on_device(recorder: Recorder, entrant: Contestant, call: Callable[[], Any]) -> float | None:
-    """None, and a note, where it is not to be had."""
+    """Time of a call on the device; None, with a note, if it cannot be measured."""
     try:
         seconds = device_seconds(entrant.library, call)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How fast rows are gathered from a table, and added to one: what bounds sampling and RoIAlign.
+"""How fast rows are gathered from a table, and added to one, which bounds sampling and RoIAlign.
 
 The kernels add weighted rows to random rows of a table, or sum random rows of one. Small tables fit the L2 cache, and
 in very small ones many additions go to the same row.
@@ -31,7 +31,7 @@ class Table:
     channels: int
 
 
-# Of 800x1333 images.
+# Their sizes are those of 800x1333 images.
 TABLES = (
     Table("encoder's values, 1 image", 22_223 * 8, 32),
     Table("encoder's values, 2 images", 2 * 22_223 * 8, 32),
@@ -48,9 +48,9 @@ def run(recorder: Recorder, small: bool) -> None:
 
 
 def measure(recorder: Recorder, tables: Any, rows: int) -> None:
-    """Additions and gathers of `rows * TERMS` rows of 32 channels, or as many bytes in wider ones.
+    """Measures additions and gathers of `rows * TERMS` rows of 32 channels, or of as many bytes in wider rows.
 
-    Additions begin with clearing the table, which is in their time, but not in their rate.
+    Additions begin by clearing the table, which counts in their time, but not in their rate.
     """
     given = ("operation", "table", "MB", "type", "MB moved", "MB cleared")
     columns = {"kernel ms": MEASURED, "kernel GB/s": COMPUTED, "XLA ms": MEASURED, "XLA GB/s": COMPUTED}

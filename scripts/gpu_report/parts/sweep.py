@@ -1,4 +1,4 @@
-"""The kernels under other launch settings: warps of a program and channels of a thread, which make the rows of a program."""
+"""The kernels under other launch settings: warps of a program and channels of a thread."""
 
 import functools
 from typing import Any
@@ -36,7 +36,7 @@ def run(recorder: Recorder, small: bool) -> None:
 
 
 def compare(recorder: Recorder, title: str, calls: dict[Launch, Any], defaults: dict[str, Launch], width: int) -> None:
-    """A table with a row for each launch setting and direction; ratios are to the default setting of the direction."""
+    """Adds a table with a row for each launch setting and direction. Ratios are to the direction's default setting."""
     table = recorder.table(
         title,
         {
@@ -71,8 +71,10 @@ def compare(recorder: Recorder, title: str, calls: dict[Launch, Any], defaults: 
 
 
 def region_calls(case: regions.Case) -> Any:
-    """Takes a launch setting; returns by direction the kernel and its arguments, as many and as near to one another as
-    RoIAlign's."""
+    """A function of a launch setting that gives, by direction, the kernel and its arguments.
+
+    The rows that are summed are as many as RoIAlign's, and as near to one another.
+    """
     terms, rows, table = 4 * case.ratio**2, case.images * case.boxes * case.bins**2, case.images * case.tokens
     start = jax.random.randint(jax.random.key(0, impl="rbg"), (rows, 1), 0, max(table - 200, 1))
     index = jnp.minimum(start + jnp.arange(terms) % 4 + jnp.arange(terms) // 4 * case.levels[0][1], table - 1).astype(

@@ -1,4 +1,4 @@
-"""A training step of 4 views, two of each of two images: each of its programs apart, with few and with many objects."""
+"""A training step of 4 views, two of each of two images: each of its programs by itself, with few and with many objects."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def run(recorder: Recorder, small: bool) -> None:
     profiles = summary_table(recorder, f"Kernels of a training step with {objects[-1]} objects")
     for name, (call, timing) in run_of.items():
         if name not in programs or name == "update":
-            # The host solves; an update takes its state away, so that it runs once.
+            # Solving is the host's work, and an update gives its state away, so that it cannot run again.
             continue
         found = summarize(recorder, profiles, name, call, timing.median, calls=2)
         if found is not None:
@@ -56,7 +56,7 @@ def run(recorder: Recorder, small: bool) -> None:
 
 
 def compile_step(recorder: Recorder, step: Any, state: Any, batch: Any) -> dict[str, Program]:
-    """The programs of a step, compiled side by side for what they get from one another."""
+    """Compiles the programs of a step side by side, each for the shapes of what it gets from the others."""
     table = recorder.table(
         "Programs of a training step",
         {"program": GIVEN, **COSTS, "GB of results": COMPUTED},
@@ -119,7 +119,7 @@ class Apart:
 
 
 def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Callable[[], Any], Timing]], Any]:
-    """Adds rows of a step and its programs; returns what can be run again, with its time, and the last state."""
+    """Adds rows for a step and its programs. Returns calls that can be made again, with their times, and the last state."""
     runs: dict[str, tuple[Callable[[], Any], Timing]] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -130,7 +130,7 @@ def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Cal
 
     peaks: dict[str, float] = {}
     forward = timed("forward", apart.forward)
-    # A device array keeps its first copy on the host; other ones have to be fetched.
+    # A device array that was fetched keeps its copy on the host, so that each call needs a new one.
     fresh = [
         jax.block_until_ready([request.replace(cost=request.cost + 0.0) for request in forward.requests])
         for _ in range(REPEATS + 3)
@@ -151,7 +151,7 @@ def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Cal
 
 
 def timed_solve(apart: Apart, forward: Any, fresh: list[Any], runs: dict[str, Any]) -> list[jax.Array]:
-    """Fetching the costs and solving; without queueing, for it is the host that works."""
+    """Times fetching the costs and solving. Calls are not queued, since it is the host that works."""
     remaining = iter(fresh)
 
     def call() -> list[jax.Array]:
