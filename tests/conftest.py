@@ -67,6 +67,7 @@ COMPILING_FILES = (
     "test_chunks.py",
     "test_compute.py",
     "test_convert.py",
+    "test_costs.py",
     "test_describe.py",
     "test_detector.py",
     "test_initial_weights.py",
