@@ -14,6 +14,7 @@ from hpr_jax.config import config_name, load_config
 from hpr_jax.data.presence import missing_data
 from hpr_jax.errors import UserError
 from hpr_jax.settings import check
+from hpr_jax.weights.find_checkpoint import has_begun
 from hpr_jax.weights.pretrained import missing_weights
 
 log = logging.getLogger("hpr_jax")
@@ -58,7 +59,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     check_folder(workdir, "workdir")
     check(config)
     # A run that has begun goes on from its checkpoints, and needs no initial weights.
-    begun = any((workdir / "checkpoints").glob("*"))
+    begun = has_begun(workdir)
     missing = [missing_data(config.data), None if begun else missing_weights(config)]
     if any(missing):
         raise UserError(f"Training cannot begin: {', and '.join(filter(None, missing))}. {MEND}.")

@@ -29,7 +29,7 @@ from hpr_jax.training.stopping import StopRequests
 from hpr_jax.training.workdir_lock import owned
 from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.checkpoint_writer import Checkpoints
-from hpr_jax.weights.find_checkpoint import LATEST, entries
+from hpr_jax.weights.find_checkpoint import has_begun
 from hpr_jax.weights.pretrained import initial_weights
 
 log = logging.getLogger("hpr_jax")
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
                 log.warning("%s", sentence)
         views = make_views(config, train_set)
         max_boxes = room_for_boxes(config, train_set, views)
-        begun = bool(entries(workdir / LATEST))
+        begun = has_begun(workdir)
         weights = None if begun else initial_weights(config)
         if weights is not None:
             log.info("The run begins with the weights %s.", weights)

@@ -29,6 +29,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
+def has_begun(workdir: Path) -> bool:
+    """Whether a run in a workdir has saved anything to go on from, damaged checkpoints included. What a killed run left half
+    written does not count.
+
+    Raises:
+      OSError: the folder cannot be read.
+    """
+    folder = workdir / LATEST
+    return bool(checkpoints_in(folder)) or any(path.suffix == DAMAGED for path in entries(folder))
+
+
 def entries(folder: Path) -> list[Path]:
     """What is in a folder; nothing if there is no such folder. A folder that is there and cannot be read is an OSError, and
     must not be taken for an empty one."""

@@ -303,6 +303,12 @@ class TestWhatTrainingNeeds:
         with pytest.raises(UserError, match="wants pre-trained weights"):
             called("--config", "ddq", "--workdir", "other")
 
+    def test_a_run_that_was_killed_while_it_saved_for_the_first_time_needs_weights(self, called, elsewhere):
+        (elsewhere / "data/coco").mkdir(parents=True)
+        (elsewhere / "w/checkpoints/2.partial").mkdir(parents=True)
+        with pytest.raises(UserError, match="wants pre-trained weights"):
+            called("--config", "ddq", "--workdir", "w")
+
 
 class TestPretrainedWeights:
     """Where the weights of a backbone are found."""

@@ -18,7 +18,7 @@ from flax import nnx
 from scripted_run import script
 from workdirs import events, lines
 
-from hpr_jax.errors import UserError
+from hpr_jax.errors import StoppedError, UserError
 from hpr_jax.runtime.devices import data_mesh
 from hpr_jax.runtime.logs import log_to_console
 from hpr_jax.training import run
@@ -276,6 +276,22 @@ class TestInitialStates:
         assert isinstance(nnx.merge(graph, state.params, state.frozen), Module)
         moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.size == 3]
         assert [moment.tolist() for moment in moments] == [[0, 0, 0]] * 2
+
+    @pytest.mark.parametrize(("left", "begins"), [("", True), ("2.partial", True), ("2", False), ("2.damaged", False)])
+    def test_initial_weights_are_for_runs_that_have_saved_nothing(self, coco, tmp_path, monkeypatch, left, begins):
+        """What a run that was killed while it saved has left counts as nothing."""
+        (tmp_path / "run/checkpoints" / left).mkdir(parents=True)
+        (tmp_path / "weights.npz").write_bytes(b"")
+        given = []
+
+        def begin(config, num_classes, mesh, weights):
+            given.append(weights)
+            raise StoppedError("It has begun.", 130)
+
+        monkeypatch.setattr(run, "initial_state", begin)
+        with pytest.raises(StoppedError):
+            train(settings(coco, initial_weights=str(tmp_path / "weights.npz")), tmp_path / "run")
+        assert given == [tmp_path / "weights.npz" if begins else None]
 
     def test_initial_weights_are_those_of_the_given_file(self, monkeypatch):
         *_, calls = self.made(monkeypatch, weights=Path("weights.pth"))

@@ -17,9 +17,9 @@ from check_resume import differences, read_run
 from workdirs import lines, numbers, weights
 
 from hpr_jax.errors import RunError, StoppedError, UserError
-from hpr_jax.training import checkpoint_writer
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.run import train
+from hpr_jax.weights import checkpoint_writer
 from hpr_jax.weights.checkpoint import load_detector
 from hpr_jax.weights.find_checkpoint import find_checkpoint
 
