@@ -20,7 +20,8 @@ def find_images(inputs: Sequence[Path], *, recursive: bool = False) -> list[Path
     files = []
     for path in inputs:
         if path.is_dir():
-            inside = sorted(file for file in path.glob("**/*" if recursive else "*") if file.suffix.lower() in SUFFIXES)
+            below = path.glob("**/*" if recursive else "*")
+            inside = sorted(file for file in below if file.suffix.lower() in SUFFIXES and not file.is_dir())
             if not inside:
                 raise UserError(
                     f"The folder {path} holds no images ({', '.join(SUFFIXES)})"

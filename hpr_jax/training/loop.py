@@ -173,7 +173,14 @@ class TrainingLoop:
                 self.write_log(step, numbers, interval, loaded_ahead=step > first + 1)
                 interval = Interval()
             if evaluates:
-                metrics = self.evaluate(step, state)
+                try:
+                    metrics = self.evaluate(step, state)
+                except DataLostError as error:
+                    if jax.process_count() > 1:
+                        raise
+                    log.warning("step %d is not evaluated: %s", step, error)
+                    # Training needs no evaluation; without the last one, the run has no result yet.
+                    lost = error if last else lost
                 interval = Interval()
             # Saved after the log and the evaluation: a run that goes on from this step does not write them again.
             if saves or stops or lost:
@@ -288,15 +295,12 @@ class TrainingLoop:
         self.checkpoints.save(step, evaluation_variables(state), training_arrays(state), self._meta(step, {}))
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """Evaluates a state, writes the metrics, and saves the state if it is the best so far; returns the metrics. If
-        images can no longer be read, the log says so, and there are no metrics; training goes on."""
-        try:
-            result = self.evaluator.run(evaluation_variables(state))
-        except DataLostError as error:
-            if jax.process_count() > 1:
-                raise
-            log.warning("step %d is not evaluated: %s", step, error)
-            return {}
+        """Evaluates a state, writes the metrics, and saves the state if it is the best so far; returns the metrics.
+
+        Raises:
+          DataLostError: images can no longer be read.
+        """
+        result = self.evaluator.run(evaluation_variables(state))
         by_class = {f"val/class/{name}/AP": numbers["AP"] for name, numbers in result.per_class.items()}
         self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
         self.writer.write_board(step, by_class)

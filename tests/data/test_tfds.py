@@ -143,7 +143,15 @@ class TestOwnDirectories:
         with pytest.raises(UserError, match="are XYXY; detection wants"):
             load_dataset(settings(directory), "train")
 
-    def test_images_that_cannot_be_read(self, tmp_path):
+    @pytest.mark.parametrize("error", [None, ValueError, SyntaxError, ZeroDivisionError])
+    def test_images_that_cannot_be_read(self, tmp_path, monkeypatch, error):
+        """Pillow raises errors of many types for damaged headers."""
+
+        def open_image(file):
+            raise error("broken")
+
+        if error:
+            monkeypatch.setattr("hpr_jax.data.sources.tfds.Image.open", open_image)
         (tmp_path / "x.jpg").write_bytes(b"broken")
         pen = {"bbox": np.array([0.0, 0.0, 0.5, 0.5]), "label": 0}
         directory = build(tmp_path / "tfds", plain_features, [{"image": str(tmp_path / "x.jpg"), "objects": [pen]}])

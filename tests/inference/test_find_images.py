@@ -13,6 +13,7 @@ def test_images_of_a_folder_in_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "below").mkdir()
     (tmp_path / "below/f.jpg").write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
     assert [path.name for path in find_images([tmp_path])] == ["a.jpeg", "b.JPG", "c.Png", "d.webp", "e.tif"]
     assert [path.name for path in find_images([tmp_path], recursive=True)][2:] == ["f.jpg", "c.Png", "d.webp", "e.tif"]
 

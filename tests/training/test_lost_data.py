@@ -128,9 +128,10 @@ class TestAFolderThatIsGone:
         monkeypatch.setattr("hpr_jax.training.run.Evaluator.run", lose)
         made = config(data)
         made.train.evaluate_every = 5
-        with pytest.raises(DataLostError):
+        with pytest.raises(DataLostError, match=r"cannot be reached\. Step 20 is saved, and the same command goes"):
             # Without an evaluation at the end there are no metrics to return, but the run is saved.
             train(made, tmp_path / "run")
+        # The last one is not tried again, which would mean to wait once more.
         assert [text for text in caplog.messages if "not evaluated" in text] == [
             f"step {step} is not evaluated: The folder cannot be reached." for step in (5, 10, 15, 20)
         ]

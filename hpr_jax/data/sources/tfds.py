@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes, Dataset, Id
@@ -176,10 +176,12 @@ def _plain_entry(features: Features, index: int, first_id: int, *, ids: Sequence
     name = _bytes(features, "image/filename").decode() if "image/filename" in features else f"record {index}"
     numbers = _numbers(features, "image/id")
     image_id = int(numbers[0]) if len(numbers) else index + 1
+    encoded = _bytes(features, "image")
     try:
-        width, height = Image.open(io.BytesIO(_bytes(features, "image"))).size
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-        # The image has a record with an arbitrary size; it is left out, and named, when it is to be decoded.
+        width, height = Image.open(io.BytesIO(encoded)).size
+    except Exception:
+        # Pillow raises errors of any type for damaged headers. The image gets an arbitrary size; it is left out, and named,
+        # when it is to be decoded.
         width = height = 1
     relative = _numbers(features, "objects/bbox").reshape(-1, 4).astype(np.float64)
     top, left, bottom, right = (relative * [height, width, height, width]).T
