@@ -13,9 +13,9 @@ from hpr_jax.settings import leaves
 
 
 def overrides(directory):
-    """Options that make the packaged demo the run of the fixture `trained`, whose compiled programs are there already."""
-    plain, tiny_one = dict(leaves(load_config("ddq:demo"))), dict(leaves(tiny.config(directory)))
-    return [f"--config.{key}={value}" for key, value in tiny_one.items() if value != plain.get(key)]
+    """Options that make the packaged demo a run of `tiny.small`, whose programs other tests have compiled already."""
+    plain, small = dict(leaves(load_config("deformable_detr:demo"))), dict(leaves(tiny.small(directory)))
+    return [f"--config.{key}={value}" for key, value in small.items() if value != plain.get(key)]
 
 
 @pytest.mark.slow
@@ -38,12 +38,13 @@ def test_a_wheel_trains_evaluates_and_predicts(tmp_path):
     assert where.startswith(str(tmp_path)), where
     run("env/bin/hpr_jax", "make-shapes", "shapes", "--train", 4, "--val", 2)
     settings = overrides(tiny.write_coco(tmp_path / "data"))
-    described = run("env/bin/hpr_jax", "describe", "--config", "configs/ddq.py:demo", "--classes", tiny.CLASSES, *settings)
+    packaged = ("--config", "configs/deformable_detr.py:demo")
+    described = run("env/bin/hpr_jax", "describe", *packaged, "--classes", tiny.CLASSES, *settings)
     assert "backbone" in described
-    trained = run("env/bin/hpr_jax", "--config", "ddq:demo", *settings)
-    assert trained.splitlines()[0] == "The run ddq:demo is in runs/ddq_demo."
-    run("env/bin/hpr_jax", "evaluate", "--workdir", "runs/ddq_demo")
-    assert "AP" in json.loads((tmp_path / "runs/ddq_demo/evaluation/metrics.json").read_text())
-    run("env/bin/hpr_jax", "predict", "--workdir", "runs/ddq_demo", "shapes/val2017", "--threshold", 0)
-    predictions = json.loads((tmp_path / "runs/ddq_demo/predictions/predictions.json").read_text())
+    trained = run("env/bin/hpr_jax", "--config", "deformable_detr:demo", *settings)
+    assert trained.splitlines()[0] == "The run deformable_detr:demo is in runs/deformable_detr_demo."
+    run("env/bin/hpr_jax", "evaluate", "--workdir", "runs/deformable_detr_demo")
+    assert "AP" in json.loads((tmp_path / "runs/deformable_detr_demo/evaluation/metrics.json").read_text())
+    run("env/bin/hpr_jax", "predict", "--workdir", "runs/deformable_detr_demo", "shapes/val2017", "--threshold", 0)
+    predictions = json.loads((tmp_path / "runs/deformable_detr_demo/predictions/predictions.json").read_text())
     assert len(predictions["images"]) == 2

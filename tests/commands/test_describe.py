@@ -1,5 +1,7 @@
 """The command that tells what a detector costs."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,14 +17,6 @@ from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.checkpoint_writer import Checkpoints
 
 
-def config_file(tmp_path, text=""):
-    path = tmp_path / "config.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(tiny.ROOT / 'tests/helpers')!r})\nimport tiny\n\n")
-    with path.open("a") as file:
-        file.write(f"def get_config():\n    c = tiny.config()\n    {text or 'pass'}\n    return c\n")
-    return path
-
-
 def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatch):
     def lowered(function, *inputs):
         # Lowers only: compiling the training step takes half a minute, and would show no more.
@@ -32,7 +26,7 @@ def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lowered)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    file = config_file(tmp_path, "c.data.directory = 'nowhere'")
+    file = tiny.write_config(tmp_path / "config.py", Path("nowhere"))
     command.run(["describe", "--config", str(file), "--classes", str(tiny.CLASSES)])
     printed = capsys.readouterr().out
     detector = abstract_detector(tiny.config().model, tiny.CLASSES)
@@ -56,7 +50,8 @@ def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatc
 @pytest.mark.slow
 def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
-    file = config_file(tmp_path, "c.augmentation.update(kind='lsj', strong_views=True)")
+    larger = "augmentation.update(kind='lsj', strong_views=True)"
+    file = tiny.write_config(tmp_path / "config.py", tmp_path, larger, function="small")
     command.run(["describe", "--config", str(file)])
     printed = capsys.readouterr().out
     assert "does not tell the size of activations" in printed
@@ -67,11 +62,12 @@ def test_other_augmentations_and_silent_backends(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lambda *_: {})
-    state = nnx.state(abstract_detector(tiny.config().model, tiny.CLASSES))
+    config = tiny.small()
+    state = nnx.state(abstract_detector(config.model, tiny.CLASSES))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     checkpoints = Checkpoints(tmp_path, 1)
     classes = Classes(("cup", "pen", "hat"), (2, 5, 9))
-    checkpoints.save_best(1, state, Meta(to_plain(tiny.config()), classes, 1, {}))
+    checkpoints.save_best(1, state, Meta(to_plain(config), classes, 1, {}))
     arguments = ["describe", "--workdir", str(tmp_path), "--classes", "7", "--config.evaluate.side=32"]
     command.run([*arguments, "--config.evaluate.max_side=32"])
     printed = capsys.readouterr().out
@@ -95,6 +91,6 @@ def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_mistakes(tmp_path, arguments, sentence):
-    file = str(config_file(tmp_path))
+    file = str(tiny.write_config(tmp_path / "config.py", tmp_path))
     with pytest.raises(UserError, match=sentence):
         command.run(["describe", *(file if a == "FILE" else a for a in arguments)])

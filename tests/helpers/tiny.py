@@ -35,6 +35,15 @@ def config(directory: Path | None = None, model: str = "ddq"):
     return c
 
 
+def small(directory: Path | None = None):
+    """The config with the least to compile, where it does not matter what is trained: one refiner, and a frozen backbone."""
+    c = config(directory, "deformable_detr")
+    c.model.refiner.auxiliaries = ()
+    c.model.backbone.update(norm="frozen_batch", frozen_stages=4)
+    c.train.initial_weights = "random"
+    return c
+
+
 def shrink(c):
     """Makes the model of a config tiny."""
     c.model.update(channels=16, heads=2, hidden=24, points=2)
@@ -70,7 +79,8 @@ def fill(detector: nnx.Module) -> None:
         fan_in = np.prod(inputs) if path[-1] in ("kernel", "embedding") else 100
         value = rng.normal(size=shape) * fan_in**-0.5 + (path[-1] in ("scale", "weights"))
         value = np.abs(value) + 1 if path[-1] == "variance" else value
-        filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
+        # Rounded by NumPy: JAX would compile a program for each shape.
+        filled.append((path, variable.replace(jnp.asarray(value.astype(np.float32)))))
     nnx.update(detector, nnx.from_flat_state(filled))
 
 
@@ -106,17 +116,18 @@ import tiny
 
 
 def get_config():
-    config = tiny.config(Path({directory!r}), {model!r})
+    config = {made}
     {settings}
     return config
 """
 
 
-def write_config(path: Path, directory: Path, model: str = "ddq", *settings: str) -> Path:
-    """A config file of `config(directory, model)`, for the command line; settings are like `train.steps = 3`."""
+def write_config(path: Path, directory: Path, *settings: str, function: str = "config") -> Path:
+    """A config file of `config(directory)`, or of another function, for the command line; settings are like
+    `train.steps = 3`."""
     lines = "\n    ".join(f"config.{setting}" for setting in settings)
-    helpers = str(ROOT / "tests/helpers")
-    path.write_text(CONFIG_FILE.format(tests=helpers, directory=str(directory), model=model, settings=lines))
+    made = f"tiny.{function}(Path({str(directory)!r}))"
+    path.write_text(CONFIG_FILE.format(tests=str(ROOT / "tests/helpers"), made=made, settings=lines))
     return path
 
 

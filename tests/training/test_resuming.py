@@ -58,14 +58,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained, coco, tmp_path, mon
     assert all(name.startswith(("names in checkpoints", "checkpoints/2:", "checkpoints/3:")) for name in different)
 
 
+@pytest.fixture(scope="module")
+def alone(coco, tmp_path_factory):
+    """The workdir of a run of `tiny.small` that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train(tiny.small(coco), workdir)
+    return workdir
+
+
 @pytest.mark.slow
-def test_kills_do_not_change_the_end(trained, coco, tmp_path):
+def test_kills_do_not_change_the_end(alone, coco, tmp_path):
     """SIGKILL comes three times, once while a checkpoint is written."""
-    config = tiny.write_config(tmp_path / "tiny_config.py", coco)
+    config = tiny.write_config(tmp_path / "tiny_config.py", coco, function="small")
     command = [sys.executable, str(tiny.ROOT / "scripts/check_resume.py"), "--kills", "3", "--config", str(config)]
     # With this seed the kills come before a run of so many seconds ends.
-    command += ["--seconds", "25", "--seed", "75"]
-    command += ["--workdir", str(tmp_path / "runs"), "--reference", str(trained[0])]
+    command += ["--seconds", "12", "--seed", "75"]
+    command += ["--workdir", str(tmp_path / "runs"), "--reference", str(alone)]
     done = subprocess.run(command, env=tiny.process_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 kills" in done.stdout
@@ -186,15 +194,9 @@ def test_a_moving_average_is_what_is_evaluated(trained, coco, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(coco, tmp_path):
-    """Two processes on this machine each load, train on and evaluate one half. One process goes on from their checkpoint.
-
-    Each of them compiles, so there is little to compile: one refiner, and no denoising.
-    """
-    alone = tiny.config(coco, model="deformable_detr")
-    alone.model.refiner.auxiliaries = ()
-    train(alone, tmp_path / "alone")
-    config = tiny.write_config(tmp_path / "tiny_config.py", coco, "deformable_detr", "model.refiner.auxiliaries = ()")
+def test_two_processes_do_what_one_does(alone, coco, tmp_path):
+    """Two processes on this machine each load, train on and evaluate one half. One process goes on from their checkpoint."""
+    config = tiny.write_config(tmp_path / "tiny_config.py", coco, function="small")
     workdir = tmp_path / "run"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -205,15 +207,16 @@ def test_two_processes_do_what_one_does(coco, tmp_path):
     pair = [subprocess.Popen(command, cwd=tiny.ROOT, env=environment) for environment in environments]
     assert [process.wait(timeout=600) for process in pair] == [0, 0]
 
-    two, one = numbers(workdir), numbers(tmp_path / "alone")
+    two, one = numbers(workdir), numbers(alone)
     assert [row["step"] for row in two] == [1, 2, 4, 4]
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    ours, theirs = weights(workdir / "checkpoints"), weights(tmp_path / "alone/checkpoints")
+    ours, theirs = weights(workdir / "checkpoints"), weights(alone / "checkpoints")
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)
     assert (workdir / "train.1.log").is_file()
 
-    alone.train.steps = 5
-    train(alone, workdir, accept_changes=True)
+    longer = tiny.small(coco)
+    longer.train.steps = 5
+    train(longer, workdir, accept_changes=True)
     assert [row["step"] for row in numbers(workdir)] == [1, 2, 4, 4, 5, 5]
