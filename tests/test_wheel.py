@@ -31,8 +31,8 @@ def test_a_wheel_trains_evaluates_and_predicts(tmp_path):
     shutil.copytree(tiny.ROOT, tmp_path / "source", symlinks=True, ignore=unwanted)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "wheels", tmp_path / "source")
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
-    run(sys.executable, "-m", "venv", "env")
-    run("env/bin/python", "-m", "pip", "install", "--quiet", "--no-compile", wheel)
+    run(sys.executable, "-m", "venv", "--without-pip", "env")
+    run(sys.executable, "-m", "pip", "--python", "env/bin/python", "install", "--quiet", "--no-compile", wheel)
 
     where = run("env/bin/python", "-c", "import hpr_jax; print(hpr_jax.__file__)")
     assert where.startswith(str(tmp_path)), where
