@@ -61,8 +61,9 @@ def run(config, devices, parts):
 def main(directory):
     config = tiny.config(Path(directory))
     config.train.ema_decay = 0.5
-    # Auxiliary branches are split like the primary one, and take long to compile.
+    # Auxiliary branches are split like the primary one, and gradients of a backbone like others: they take long to compile.
     config.model.refiner.auxiliaries = ()
+    config.model.backbone.update(norm="frozen_batch", frozen_stages=4)
     found: dict[str, Any] = {}
     first = None
     for devices, parts in WAYS:

@@ -80,19 +80,16 @@ def assert_learns(c, without_gradient=()):
     """Asserts that steps on one batch lower the loss, that all parts of the refiner but these have gradients, and that boxes
     are detected."""
     graph, params, frozen = random_weights(c)
-    criterion, targets = make_criterion(c), tiny.targets([2, 1], 4, [[64, 64], [48, 40]])
+    sizes = jnp.array([[64, 64], [48, 40]])
 
     def loss_of(params):
         detector = nnx.merge(graph, params, frozen)
-        outputs = detector(detector.normalize(IMAGES, targets.sizes), targets.sizes, train=True)
-        # Box n belongs to query n: a program that asks the host for a solution could not be kept for the next run.
-        box = jnp.arange(c.model.queries.count)
-        mine = jnp.where(box < jnp.sum(targets.valid, axis=1, keepdims=True), box, -1).astype(jnp.int32)
-        requests = criterion.requests(outputs, targets)
-        assigned = [jnp.broadcast_to(mine, request.query_valid.shape) for request in requests]
-        terms = criterion.terms(outputs, targets, None, assigned)
-        found = top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), targets.sizes, 10)
-        return sum(jnp.sum(term) for term in terms.values()), found
+        outputs = detector(detector.normalize(IMAGES, sizes), sizes, train=True)
+        # How far all boxes are from one box, and all logits from one number: the losses of training take long to compile.
+        branches = (outputs.primary, *outputs.branches.values())
+        boxes = [jnp.mean(jnp.square(branch.matching.boxes - 0.3)) for branch in branches]
+        logits = [jnp.mean(jnp.square(branch.matching.logits - 1.0)) for branch in branches]
+        return sum(boxes + logits), top_detections(jax.tree.map(lambda x: x[-1], outputs.primary.matching), sizes, 10)
 
     learn, steps = jax.jit(jax.value_and_grad(loss_of, has_aux=True)), []
     for _ in range(4):
@@ -169,15 +166,10 @@ def test_every_row_learns(variant):
 
 
 @pytest.mark.slow
-def test_a_row_trains_and_evaluates(dataset):
-    assert_trains_and_evaluates(row("table7_vector_2_1_1"), dataset)
-
-
-@pytest.mark.slow
 def test_all_refiners_at_once_in_another_order(dataset):
     """Each refiner but one is an auxiliary one of another primary refiner, with a branch of its own."""
     auxiliaries = ("point", "deformable", "region_fc", "regional_attention", "global_attention")
-    assert_trains_and_evaluates(shallow(primary="dynamic_conv", auxiliaries=auxiliaries, merge="fixed"), dataset)
+    assert_trains_and_evaluates(shallow(primary="dynamic_conv", auxiliaries=auxiliaries), dataset)
 
 
 class Scale(nnx.Module):

@@ -41,8 +41,7 @@ def clean(folder):
 
 
 def config(directory):
-    made = tiny.config(directory, model="deformable_detr")
-    made.model.refiner.auxiliaries = ()
+    made = tiny.small(directory)
     made.augmentation.update(kind="lsj")
     made.augmentation.lsj.update(side=tiny.SIDE)
     return made
