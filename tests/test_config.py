@@ -114,6 +114,18 @@ def test_wrong_files_and_variants(tmp_path):
         load_config(str(tmp_path / "empty.py"))
 
 
+def test_files_beside_a_config_file_are_its_own(tmp_path):
+    """Config files of two folders each import a file of the same name."""
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "beside.py").write_text(f"NUMBER = {number}")
+        text = "from beside import NUMBER\nfrom ml_collections import ConfigDict\n\ndef get_config():\n"
+        (folder / "config.py").write_text(text + '    return ConfigDict({"number": NUMBER})')
+    for number in (1, 2, 1):
+        assert load_config(str(tmp_path / str(number) / "config.py")).number == number
+
+
 def test_differences_name_keys():
     a = {"x": 1, "y": {"z": [1, 2], "same": 0}}
     assert differences(a, {"x": 1, "y": {"z": [1, 3], "same": 0}}) == ["y.z ([1, 2] and [1, 3])"]

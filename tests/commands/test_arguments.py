@@ -67,3 +67,14 @@ def test_paths_may_begin_at_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path("~/x") == tmp_path / "x"
     assert str(path("a/~b")) == "a/~b"
+
+
+@pytest.mark.parametrize(("error", "leaves"), [(UserError("x"), [2]), (RunError("x"), [1]), (StoppedError("x", 75), [])])
+def test_one_of_several_processes_does_not_wait_for_the_others(monkeypatch, error, leaves):
+    """They wait for it. Those that stop have agreed to."""
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    run_command(raising(error), leave_at_once=True)
+    assert codes == leaves
+    run_command(raising(error))
+    assert codes == leaves

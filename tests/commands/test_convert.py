@@ -70,6 +70,8 @@ def test_classes_of_an_annotation_file(tmp_path, config_file):
 
 def test_coco_is_the_default_of_eighty_classes():
     assert guess_classes({}, 80) == COCO_CLASSES
+    for key in ("classes", "CLASSES"):
+        assert guess_classes({"dataset_meta": {key: ("cup", "pen")}}, 2).names == ("cup", "pen")
     assert COCO_CLASSES.category_ids[-1] == 90
     assert len(set(COCO_CLASSES.names)) == len(set(COCO_CLASSES.category_ids)) == 80
     assert dict(zip(COCO_CLASSES.names, COCO_CLASSES.category_ids))["stop sign"] == 13

@@ -1,5 +1,7 @@
 """Images with samples of 16 bits: the rule, by which way they come, and that dark ones are told."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hpr_jax.analysis.dataset import open_images
 from hpr_jax.data import images
 from hpr_jax.data.build import load_dataset, load_training_data
 from hpr_jax.data.decoding import bits_if_dark, to_eight_bits
-from hpr_jax.data.images import read_annotated_image, read_image
+from hpr_jax.data.images import ImageOfFewerBits, read_annotated_image, read_image
 from hpr_jax.data.suitability import check_evaluation_data
 
 
@@ -166,3 +168,10 @@ def test_check_data_doubts_them(coco):
     verdict = Verdict()
     verdict.judge_images("train", opened)
     assert any(doubt.startswith("6 of 6 images of the training split have samples of 16 bits") for doubt in verdict.doubts)
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_fewer_bits_change_nothing_else_of_an_image(exif):
+    whole = SimpleNamespace(name="x.png", exif=exif, bits=16, read=lambda: b"pixels")
+    image = ImageOfFewerBits(whole, 12)
+    assert (image.name, image.exif, image.bits, image.read()) == ("x.png", exif, 12, b"pixels")

@@ -143,6 +143,13 @@ class TestOwnDirectories:
         with pytest.raises(UserError, match="are XYXY; detection wants"):
             load_dataset(settings(directory), "train")
 
+    def test_an_object_without_a_class(self, picture, tmp_path):
+        """TFDS has the label -1 for it."""
+        objects = [{"bbox": np.array([0.0, 0.0, 0.5, 0.5]), "label": -1}]
+        directory = build(tmp_path / "tfds", plain_features, [{"image": str(picture), "objects": objects}])
+        with pytest.raises(UserError, match="has an object with the label -1, and there are 3 classes"):
+            load_dataset(settings(directory), "train")
+
     @pytest.mark.parametrize("error", [None, ValueError, SyntaxError, ZeroDivisionError])
     def test_images_that_cannot_be_read(self, tmp_path, monkeypatch, error):
         """Pillow raises errors of many types for damaged headers."""
@@ -270,6 +277,16 @@ class TestMakeTfds:
     def test_what_is_there_stays(self, folder, tfds_directory):
         with pytest.raises(UserError, match="exists; delete it"):
             make_tfds(settings(folder), tfds_directory.parent.parent)
+
+    def test_other_categories_of_the_validation_split(self, tmp_path):
+        directory = tiny.write_coco(tmp_path / "data")
+        path = directory / "annotations/instances_val2017.json"
+        content = json.loads(path.read_text())
+        content["categories"][0]["name"] = "spoon"
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="spoon"):
+            make_tfds(settings(directory), tmp_path / "tfds")
+        assert not (tmp_path / "tfds").exists()
 
     def test_missing_images(self, tmp_path):
         directory = tiny.write_coco(tmp_path / "data")

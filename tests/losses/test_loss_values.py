@@ -324,6 +324,15 @@ class TestAlignedMatchedLoss:
         terms = matched(AlignedMatchedLoss(), found, np.array([[True]]), np.zeros((1, 1), np.int32), goal)
         assert terms["class"] == pytest.approx(cross_entropy(0.8, 0.01), rel=1e-5)
 
+    @pytest.mark.parametrize("denoising", [False, True])
+    def test_the_divisor_is_at_least_one(self, denoising):
+        """There are no boxes at all."""
+        goal = self.GOAL.replace(valid=np.zeros((2, 2), bool))
+        terms = matched(AlignedMatchedLoss(), self.found(), np.zeros((2, 3), bool), self.INDEX, goal, denoising=denoising)
+        p = sigmoid(self.LOGITS)
+        assert terms["class"] == pytest.approx(np.sum(p**2 * -np.log(1 - p)), rel=1e-4)
+        assert terms["l1"] == terms["giou"] == 0
+
     def test_gradients(self):
         """The target is a constant, as are boxes to the class term; the weight p^2 of negatives is none."""
         p = sigmoid(self.LOGITS)
@@ -343,13 +352,13 @@ class TestAlignedMatchedLoss:
         assert not np.any(of_boxes)
 
     def test_ranks_are_within_a_box_and_ties_go_to_the_lower_index(self):
-        """Queries 0, 2 and 3 stand for box 0, which 0 and 3 do not touch: both have the least blend. Query 1 stands for box
-        1."""
+        """Queries 1, 3 and 4 stand for box 0, which 1 and 4 do not touch: both have the least blend. Query 2 stands for box
+        1. Query 0 stands for none, and comes before nobody."""
         left, corner = (0.1, 0.5, 0.1, 0.4), (0.1, 0.1, 0.1, 0.1)
-        found = predictions([[[HALF]] * 4], [[left, BOX, BOX, corner]])
+        found = predictions([[[HALF]] * 5], [[left, left, BOX, BOX, corner]])
         goal = targets([[BOX, BOX]], [[0, 0]], [[True, True]])
-        index = np.array([[0, 1, 0, 0]], np.int32)
-        terms = matched(AlignedMatchedLoss(), found, np.ones((1, 4), bool), index, goal)
+        index, positive = np.array([[0, 0, 1, 0, 0]], np.int32), np.arange(5)[None] > 0
+        terms = matched(AlignedMatchedLoss(), found, positive, index, goal)
         ranked = (0.4 + 0.3) * np.exp(-1 / 1.5) + 2 * (0.4 + 0.3) * np.exp(-2 / 1.5)
         assert terms["l1"] == pytest.approx(5 * ranked / 2, rel=1e-4)
 

@@ -4,7 +4,9 @@ Steps and precisions are scripted. There is no detector: a state is a single par
 """
 
 import json
+import os
 import re
+import signal
 import sys
 import types
 from pathlib import Path
@@ -106,6 +108,15 @@ class TestWhatIsWritten:
         assert metrics == {"AP": 0.375, "AP50": 0.625}
         assert "step 2: AP 0.2500, AP50 0.7500" in caplog.messages
         assert len(scripted.evaluated_on) == 3
+
+    def test_a_signal_in_the_last_step_comes_too_late(self, scripted, coco, tmp_path, monkeypatch):
+        def interrupt(loop, step, *_):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(run.TrainingLoop, "watch_compilation", interrupt)
+        assert train(settings(coco), tmp_path)["AP"] == 0.5
+        assert (tmp_path / "checkpoints/4").is_dir()
 
     def test_a_workdir_has_one_run_at_a_time(self, scripted, coco, tmp_path):
         with owned(tmp_path / "run"), pytest.raises(UserError, match="belongs to a run that is at work"):

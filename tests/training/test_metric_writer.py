@@ -14,6 +14,13 @@ def test_numbers_are_written_to_both_files(tmp_path):
     assert list(tmp_path.glob("events.*"))
 
 
+def test_a_line_is_there_when_it_is_written(tmp_path):
+    """Whatever ends the process next."""
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 1.5})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5}
+
+
 def test_a_run_goes_on_behind_its_checkpoint(tmp_path):
     """Lines behind the checkpoint are dropped, as their steps are made again, and so is half a line that a kill left."""
     path = tmp_path / "metrics.jsonl"

@@ -138,6 +138,23 @@ def test_what_all_recipes_have_in_common(row):
         assert (dense.alpha, dense.beta, dense.positives, dense.giou_weight) == (1.0, 6.0, 4, 2.0)
 
 
+def test_settings_of_losses_reach_them():
+    config = load("align_detr", "r50_1x")
+    config.loss.branch_weight = 0.25
+    config.loss.aligned.update(alpha=0.5, gamma=3.0, tau=4.0, repeats=(3, 3, 3, 3, 3, 2), proposal_repeats=5)
+    criterion = make_criterion(config)
+    matched = criterion.matched
+    assert isinstance(matched, AlignedMatchedLoss)
+    assert (matched.alpha, matched.gamma, matched.tau) == (0.5, 3.0, 4.0)
+    assert (criterion.repeats, criterion.proposal_repeats) == ((3, 3, 3, 3, 3, 2), 5)
+    assert dict(criterion.branch_weights) == {"regional_attention": 0.25, "dynamic_conv": 0.25}
+    config = load("ddq", "r50_1x")
+    config.loss.dense.update(alpha=2.0, beta=3.0, giou_weight=4.0, positives=5)
+    dense = make_criterion(config).dense
+    assert dense is not None
+    assert (dense.alpha, dense.beta, dense.giou_weight, dense.positives) == (2.0, 3.0, 4.0, 5)
+
+
 def test_lengths_in_epochs_become_steps():
     config = in_steps(load("dino", "r50_2x"), 100)
     assert (config.train.steps, config.train.evaluate_every) == (2400, 100)

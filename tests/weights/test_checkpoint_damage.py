@@ -145,3 +145,11 @@ def test_a_machine_without_the_device_that_is_asked_for_is_no_damage(workdir, mo
     monkeypatch.setattr(jax, "devices", no_devices)
     with pytest.raises(UserError, match="JAX has no device to compute on"):
         read_meta(workdir)
+
+
+def test_of_two_best_checkpoints_the_newer_one_stays(workdir):
+    """A kill between saving the one and deleting the other leaves two."""
+    for step in ("9", "10"):
+        (workdir / "best" / step).mkdir(parents=True, exist_ok=True)
+    Checkpoints(workdir, keep=1)
+    assert [path.name for path in (workdir / "best").iterdir()] == ["10"]
