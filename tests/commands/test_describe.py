@@ -17,6 +17,7 @@ from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.checkpoint_writer import Checkpoints
 
 
+@pytest.mark.slow
 def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatch):
     def lowered(function, *inputs):
         # Lowers only: compiling the training step takes half a minute, and would show no more.

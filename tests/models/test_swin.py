@@ -213,6 +213,7 @@ def gradients(model, images, sizes, keys):
     return jax.grad(loss)(params)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient():
     batch, keys = padded([IMAGES[0][:37, :30]], (40, 40)), jax.random.split(jax.random.key(0), 1)
     stored = gradients(model(**SHALLOW), *batch, keys)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 from loss_terms import loss_terms
@@ -50,6 +51,7 @@ def state_and_batch():
     return replicate(step().mesh, state), shard(step().mesh, batch, axis=1)
 
 
+@pytest.mark.slow
 def test_the_programs_do_what_one_does():
     state, batch = state_and_batch()
     only_view = jax.tree.map(lambda x: x[0], batch)

@@ -80,6 +80,7 @@ def with_strong_views(coco):
     return config
 
 
+@pytest.mark.slow
 def test_training_on_weak_and_strong_views(coco, tmp_path):
     config = with_strong_views(coco)
     config.train.steps = 2

@@ -10,7 +10,7 @@ from hpr_jax.weights.checkpoint import Meta
 def test_configs_without_the_section_compute():
     """They had rematerialisation in the model, and no strong views."""
     made = tiny.config()
-    made.compute.remat = ("encoder", "refiner")
+    made.compute.update(remat=("encoder", "refiner"), operations="auto")
     config = to_plain(made)
     now = dict(config)
     config.pop("compute")
