@@ -180,10 +180,19 @@ class TestLoaders:
             return read_annotated_image(image, height, width)
 
         monkeypatch.setattr(views, "read_annotated_image", read_once)
-        loader = TrainLoader(make_plan(made, train_set), make, 8)
+        plan, lost = make_plan(made, train_set), 0
+        for slot in plan[0].slots + plan[1].slots:
+            seen.clear()
+            try:
+                make(slot)
+            except UnreachableError:
+                lost += 1
+            else:
+                # Nothing of another image was to be pasted.
+                assert len(seen) == 1
+        assert lost
         with pytest.raises(DataLostError, match="The folder x cannot be reached"):
-            loader[0]
-        assert len(seen) > 1
+            TrainLoader(plan, make, 8)[0]
 
 
 def test_patience_ends_when_nobody_waits(monkeypatch):
