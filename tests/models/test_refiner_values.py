@@ -404,9 +404,13 @@ def norm(module, x):
     return normed(x) * np.asarray(module.scale) + np.asarray(module.bias)
 
 
+# Not the default.
+TEMPERATURE = 7.0
+
+
 def encoded(height, width):
     """The encodings of positions in a map whose valid area is 2 x 2."""
-    encode = jax.jit(functools.partial(map_encoding, height=height, width=width, channels=8, temperature=20.0))
+    encode = jax.jit(functools.partial(map_encoding, height=height, width=width, channels=8, temperature=TEMPERATURE))
     return np.asarray(encode(np.full((1, 2), 2)))
 
 
@@ -434,7 +438,7 @@ class TestInteractions:
 
     def test_regional_attention(self):
         """Keys contain encodings of positions within the region; queries and values do not."""
-        module = filled(lambda rngs: RegionalAttention(SHARED, heads=2, samples=3, temperature=20.0, rngs=rngs))
+        module = filled(lambda rngs: RegionalAttention(SHARED, heads=2, samples=3, temperature=TEMPERATURE, rngs=rngs))
         encoding = encoded(2, 2).reshape(4, 8)
         parts = (
             np.split(np.asarray(module.attention.input.kernel), 3, axis=1),
@@ -449,7 +453,7 @@ class TestInteractions:
 
     def test_global_attention(self):
         """It reads the second of two levels, without its padding. Keys contain encodings of positions; values do not."""
-        module = filled(lambda rngs: GlobalAttention(SHARED, heads=2, level=1, temperature=20.0, rngs=rngs))
+        module = filled(lambda rngs: GlobalAttention(SHARED, heads=2, level=1, temperature=TEMPERATURE, rngs=rngs))
         valid = np.array([True] * 4 + [True, True, False] * 2)
         memory = pyramid(array(10, 8), ((2, 2), (2, 3)), [(2, 2), (2, 2)], valid=valid)
         encoding = encoded(2, 3).reshape(6, 8)[valid[4:]]

@@ -26,3 +26,11 @@ def test_duplicate_queries_break_ties_by_index():
     duplicates = jnp.array([False, True, True, True])
     selected = select_distinct(scores, boxes, jnp.ones(4, bool), duplicates, 0.8)
     assert selected.tolist() == [False, True, False, False]
+
+
+def test_duplicates_that_were_selected_differently_are_no_longer_alike():
+    """Query 2 keeps its own score and box, not those of query 1, which would suppress query 3."""
+    here, there = [0.3, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]
+    boxes, scores = jnp.array([there, here, there, here]), jnp.array([0.1, 0.9, 0.5, 0.7])
+    selected, duplicates = jnp.array([False, False, True, True]), jnp.array([False, True, True, False])
+    assert select_distinct(scores, boxes, selected, duplicates, 0.8).tolist() == [False, False, True, True]
