@@ -14,12 +14,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hpr_jax.errors import UserError
-from hpr_jax.settings import leaves, suggestion
+from hpr_jax.settings import SETTINGS, leaves, suggestion
 
 # The folder of the config files that come with the package; in a checkout it is a link to configs/.
 PACKAGED = Path(__file__).parent / "configs"
-# The settings that are lists of names; all other lists are of numbers. An empty list does not tell which it is.
-NAME_LISTS = ("model.refiner.auxiliaries", "model.refiner.merge_points", "compute.remat")
+# The settings that are lists of names. An empty list does not tell that it is one.
+NAME_LISTS = tuple(key for key, setting in SETTINGS.items() if setting.many and setting.kind is str)
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:

@@ -7,6 +7,7 @@ values are in configs/common.py and the config files beside it.
 import dataclasses
 import difflib
 import math
+import numbers
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ class Setting:
 
     Attributes:
       meaning: one or two sentences for `--help-config`.
+      kind: type of the value, or of each item of a list: float (any number), int (whole numbers), bool or str.
+      many: whether the value is a list.
       at_least, above, at_most, below: bounds of a number, or of each number in a list; None where there is no bound.
       choices: the words that a text, or each text in a list, may be; () where it may be any.
       length: how many items a list must have; None where it may have any number of them.
@@ -27,6 +30,8 @@ class Setting:
     """
 
     meaning: str
+    kind: type = float
+    many: bool = False
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -48,6 +53,22 @@ class Setting:
             if bound is not None
         ]
         return " and ".join(parts)
+
+    def wanted(self) -> str:
+        """What values are, in words, like `a list of whole numbers`."""
+        one, some = {
+            float: ("a number", "numbers"),
+            int: ("a whole number", "whole numbers"),
+            bool: ("True or False", "truths"),
+            str: ("a text", "names"),
+        }[self.kind]
+        return f"a list of {some}" if self.many else one
+
+    def is_of_type(self, item: Any) -> bool:
+        """Whether the value, or an item of a list, has the right type."""
+        if self.kind in (bool, str):
+            return isinstance(item, self.kind)
+        return isinstance(item, numbers.Integral if self.kind is int else numbers.Real) and not isinstance(item, bool)
 
     def allows(self, number: float) -> bool:
         """Whether a number is finite and within the bounds."""
@@ -71,17 +92,17 @@ MOST, MOST_STEPS = 1_000_000, 1_000_000_000
 
 def _count(meaning: str) -> Setting:
     """A number of things, of which there must be at least one."""
-    return Setting(meaning, at_least=1, at_most=MOST)
+    return Setting(meaning, int, at_least=1, at_most=MOST)
 
 
 def _steps(meaning: str, at_least: int = 1) -> Setting:
     """A number of steps or epochs."""
-    return Setting(meaning, at_least=at_least, at_most=MOST_STEPS)
+    return Setting(meaning, int, at_least=at_least, at_most=MOST_STEPS)
 
 
 def _counts(meaning: str, length: int | None = None) -> Setting:
     """A list of such numbers, which must not be empty."""
-    return Setting(meaning, at_least=1, at_most=MOST, length=length, nonempty=True)
+    return Setting(meaning, int, many=True, at_least=1, at_most=MOST, length=length, nonempty=True)
 
 
 def _probability(meaning: str) -> Setting:
@@ -110,17 +131,23 @@ MODEL = {
     "levels": _count("Levels of the feature pyramid."),
     "points": _count("Sampling points of each head on each level, in deformable attention."),
     "hidden": _count("Hidden channels of the feed-forward networks."),
-    "pixel_mean": Setting("Mean of red, green and blue, from 0 to 255, that is subtracted from images.", length=3),
-    "pixel_std": Setting("Standard deviation of red, green and blue by which images are divided.", above=0, length=3),
-    "backbone.kind": Setting("Kind of backbone.", choices=("resnet", "swin")),
+    "pixel_mean": Setting(
+        "Mean of red, green and blue, from 0 to 255, that is subtracted from images.", many=True, length=3
+    ),
+    "pixel_std": Setting(
+        "Standard deviation of red, green and blue by which images are divided.", many=True, above=0, length=3
+    ),
+    "backbone.kind": Setting("Kind of backbone.", str, choices=("resnet", "swin")),
     "backbone.blocks": _counts("Residual blocks in each stage (resnet)."),
-    "backbone.base_channels": Setting("Channels of the stem (resnet).", at_least=4),
+    "backbone.base_channels": Setting("Channels of the stem (resnet).", int, at_least=4),
     "backbone.norm": Setting(
         "Norms: frozen_batch for pre-trained weights, group to train from scratch (resnet).",
+        str,
         choices=("frozen_batch", "group"),
     ),
     "backbone.frozen_stages": Setting(
         "Stages that are not trained: -1 none, 0 the stem or patch embedding, 1 also the first stage, ...",
+        int,
         at_least=-1,
         at_most=4,
     ),
@@ -130,32 +157,37 @@ MODEL = {
     "backbone.window": _count("Side of the attention windows in tokens (swin)."),
     "backbone.drop_path": Setting("Rate of stochastic depth in the last block (swin).", at_least=0, below=1),
     "neck.groups": _count("Groups of the norms behind the backbone."),
-    "neck.bias": Setting("Whether the convolutions behind the backbone have a bias."),
+    "neck.bias": Setting("Whether the convolutions behind the backbone have a bias.", bool),
     "encoder.layers": _count("Layers of the encoder."),
     "encoder.position_temperature": Setting("Temperature of the sine position encoding.", above=0),
     "encoder.position_offset": Setting("Offset of pixel numbers in the sine position encoding."),
     "queries.kind": Setting(
         "top: the proposals of the best score, with learned content; distinct: those that survive NMS (DDQ).",
+        str,
         choices=("top", "distinct"),
     ),
     "queries.count": _count("Matching queries."),
     "queries.dense_ratio": Setting("Dense queries in training, as a multiple of the matching queries (distinct).", above=0),
     "queries.nms_threshold": _probability("IoU above which a query suppresses another (distinct)."),
-    "denoising.queries": Setting("Most positive denoising queries in training; 0: no denoising.", at_least=0, at_most=MOST),
+    "denoising.queries": Setting(
+        "Most positive denoising queries in training; 0: no denoising.", int, at_least=0, at_most=MOST
+    ),
     "denoising.label_noise": _probability("Twice the probability that a denoising query has a random label."),
     "denoising.box_noise": Setting("Scale of the noise on boxes of denoising queries.", at_least=0),
     "denoising.views_per_chunk": _count(
         "Views whose fullest one decides the number of denoising groups: those on one GPU of the official run."
     ),
     "refiner.layers": _count("Layers of the decoder."),
-    "refiner.primary": Setting("The refiner whose result goes on to the next layer.", choices=REFINERS),
-    "refiner.auxiliaries": Setting("Refiners beside the primary one; () is the plain detector.", choices=REFINERS),
-    "refiner.merge": Setting(
-        "Weights of the merge: fixed, or one learned per path, or per channel and path.", choices=MERGES
+    "refiner.primary": Setting("The refiner whose result goes on to the next layer.", str, choices=REFINERS),
+    "refiner.auxiliaries": Setting(
+        "Refiners beside the primary one; () is the plain detector.", str, many=True, choices=REFINERS
     ),
-    "refiner.merge_points": Setting("Parts of a path behind which paths are merged.", choices=MERGE_POINTS),
-    "refiner.merge_initial": Setting("Initial weight of each path, the primary one first; (): 1 for all."),
-    "refiner.merge_xavier": Setting("Draw the initial merge weights at random, as the published DDQ models do."),
+    "refiner.merge": Setting(
+        "Weights of the merge: fixed, or one learned per path, or per channel and path.", str, choices=MERGES
+    ),
+    "refiner.merge_points": Setting("Parts of a path behind which paths are merged.", str, many=True, choices=MERGE_POINTS),
+    "refiner.merge_initial": Setting("Initial weight of each path, the primary one first; (): 1 for all.", many=True),
+    "refiner.merge_xavier": Setting("Draw the initial merge weights at random, as the published DDQ models do.", bool),
     "refiner.region.strides": _counts("Stride of each level in pixels, as RoIAlign assumes it."),
     "refiner.region.output_size": _count("Bins of a region along each side."),
     "refiner.region.sampling_ratio": _count("Samples of a bin along each side."),
@@ -167,19 +199,24 @@ MODEL = {
     "refiner.regional_attention.samples": _count("Queries that each query spawns for its region."),
     "refiner.regional_attention.temperature": Setting("Temperature of the position encoding of regions.", above=0),
     "refiner.global_attention.heads": _count("Attention heads of global attention; they divide the channels."),
-    "refiner.global_attention.level": Setting("Level that global attention reads, 0 the finest.", at_least=0),
+    "refiner.global_attention.level": Setting("Level that global attention reads, 0 the finest.", int, at_least=0),
     "refiner.global_attention.temperature": Setting("Temperature of its position encoding.", above=0),
     "refiner.region_fc.hidden": _count("Hidden channels of the fully connected layers on regions."),
 }
 COMPUTE = {
     "dtype": Setting(
-        "Type of activations; bfloat16 is for GPUs. Parameters, boxes, predictions and losses are float32.", choices=DTYPES
+        "Type of activations; bfloat16 is for GPUs. Parameters, boxes, predictions and losses are float32.",
+        str,
+        choices=DTYPES,
     ),
     "operations": Setting(
-        "Sampling and RoIAlign: auto takes Pallas kernels on NVIDIA GPUs and XLA elsewhere.", choices=OPERATIONS
+        "Sampling and RoIAlign: auto takes Pallas kernels on NVIDIA GPUs and XLA elsewhere.", str, choices=OPERATIONS
     ),
     "remat": Setting(
-        "Parts whose layers compute their inner values again in the backward pass, to save memory.", choices=REMAT
+        "Parts whose layers compute their inner values again in the backward pass, to save memory.",
+        str,
+        many=True,
+        choices=REMAT,
     ),
 }
 LOSS = {
@@ -195,24 +232,27 @@ LOSS = {
     "aligned.tau": Setting("Ranks after which the weight of a query falls to 1/e.", above=0),
 }
 DATA = {
-    "directory": Setting("A folder in COCO layout, or the directory of one version of a TFDS data set."),
-    "train_images": Setting("Folder of the training images, below the directory."),
-    "train_annotations": Setting("COCO annotations of the training images, below the directory."),
-    "val_images": Setting("Folder of the validation images, below the directory."),
-    "val_annotations": Setting("COCO annotations of the validation images, below the directory."),
-    "train_split": Setting("Training split of a TFDS directory; a part is written train[:90%]."),
-    "val_split": Setting("Validation split of a TFDS directory."),
+    "directory": Setting("A folder in COCO layout, or the directory of one version of a TFDS data set.", str),
+    "train_images": Setting("Folder of the training images, below the directory.", str),
+    "train_annotations": Setting("COCO annotations of the training images, below the directory.", str),
+    "val_images": Setting("Folder of the validation images, below the directory.", str),
+    "val_annotations": Setting("COCO annotations of the validation images, below the directory.", str),
+    "train_split": Setting("Training split of a TFDS directory; a part is written train[:90%].", str),
+    "val_split": Setting("Validation split of a TFDS directory.", str),
     "image_bits": Setting(
-        "Bits that samples use where images store them in 16; the upper 8 of these are kept.", at_least=8, at_most=16
+        "Bits that samples use where images store them in 16; the upper 8 of these are kept.", int, at_least=8, at_most=16
     ),
-    "keep_empty": Setting("Whether images without objects are trained on."),
+    "keep_empty": Setting("Whether images without objects are trained on.", bool),
     "min_side": Setting("Shortest side in pixels of images that are trained on.", at_least=0, at_most=MOST),
     "max_boxes": Setting(
-        "Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", at_least=0, at_most=MOST
+        "Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", int, at_least=0, at_most=MOST
     ),
     "buckets": _count("Static shapes to which training images are padded; each is compiled once."),
     "workers": Setting(
-        "Processes that load training batches, which stay the same; 0: threads of this process.", at_least=0, at_most=1000
+        "Processes that load training batches, which stay the same; 0: threads of this process.",
+        int,
+        at_least=0,
+        at_most=1000,
     ),
     "threads": _count("Threads that load images, of this process or of each worker."),
     "patience": Setting(
@@ -222,9 +262,13 @@ DATA = {
     ),
 }
 AUGMENTATION = {
-    "kind": Setting("detr: flip, resize, crop; lsj: large-scale jitter and copy-paste.", choices=AUGMENTATIONS),
-    "strong_views": Setting("Whether a batch has a strong view beside each weak one (the paper's data re-augmentation)."),
-    "drop_vanished": Setting("Whether objects that a strong view moves out of sight are dropped; as published they stay."),
+    "kind": Setting("detr: flip, resize, crop; lsj: large-scale jitter and copy-paste.", str, choices=AUGMENTATIONS),
+    "strong_views": Setting(
+        "Whether a batch has a strong view beside each weak one (the paper's data re-augmentation).", bool
+    ),
+    "drop_vanished": Setting(
+        "Whether objects that a strong view moves out of sight are dropped; as published they stay.", bool
+    ),
     "flip": _probability("Probability of a flip."),
     "sides": _counts("Shorter sides in pixels, one of which is drawn for each image (detr)."),
     "max_side": _count("Longest side in pixels (detr)."),
@@ -232,8 +276,8 @@ AUGMENTATION = {
     "crop_sides": _counts("Shorter sides in pixels, one of which an image has when it is cropped (detr)."),
     "crop_range": _counts("Smallest and largest side of a crop in pixels (detr).", 2),
     "lsj.side": _count("Side of the square grey canvas in pixels (lsj)."),
-    "lsj.scale_range": Setting("Smallest and largest scale (lsj).", above=0, length=2),
-    "lsj.copy_paste": Setting("Whether objects of other images are pasted, which needs masks (lsj)."),
+    "lsj.scale_range": Setting("Smallest and largest scale (lsj).", many=True, above=0, length=2),
+    "lsj.copy_paste": Setting("Whether objects of other images are pasted, which needs masks (lsj).", bool),
 }
 TRAIN = {
     "batch_size": _count("Images of a batch, on all devices together."),
@@ -241,14 +285,15 @@ TRAIN = {
     "ema_decay": Setting("Decay of a moving average of the weights, which is then evaluated; 0: none.", at_least=0, below=1),
     "steps": _steps("Length in steps; 0: the length is in epochs.", 0),
     "epochs": _steps("Length in epochs; 0: the length is in steps.", 0),
-    "seed": Setting("Seed of weights, data and noise.", at_least=0, below=2**31),
+    "seed": Setting("Seed of weights, data and noise.", int, at_least=0, below=2**31),
     "log_every": _steps("Steps between two lines of the log."),
     "checkpoint_every": _steps("Steps between two checkpoints."),
     "keep_checkpoints": _count("Checkpoints that are kept, beside the best one."),
     "evaluate_every": _steps("Steps, or epochs where the length is in epochs, between two evaluations."),
     "initial_weights": Setting(
         "Weights to start from: a checkpoint or workdir, or a .pth or .npz file of a detector or a backbone; random: none; "
-        "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them."
+        "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them.",
+        str,
     ),
 }
 OPTIMIZER = {
@@ -259,7 +304,11 @@ OPTIMIZER = {
     "warmup_steps": _steps("Steps of the linear warm-up.", 0),
     "warmup_factor": _probability("Factor of the learning rate at the first step of the warm-up."),
     "milestones": Setting(
-        "Steps, or epochs where the length is in epochs, at which the learning rate falls.", at_least=1, at_most=MOST_STEPS
+        "Steps, or epochs where the length is in epochs, at which the learning rate falls.",
+        int,
+        many=True,
+        at_least=1,
+        at_most=MOST_STEPS,
     ),
     "gamma": Setting("Factor by which the learning rate falls.", above=0, at_most=1),
 }
@@ -270,10 +319,10 @@ EVALUATE = {
     "detections": _count("Detections of an image."),
     "buckets": _count("Static shapes to which images are padded."),
     "canvas": Setting(
-        "Side of a square grey canvas that images lie on and that counts as image; 0: none.", at_least=0, at_most=MOST
+        "Side of a square grey canvas that images lie on and that counts as image; 0: none.", int, at_least=0, at_most=MOST
     ),
     "evaluator": Setting(
-        "What counts AP: pycocotools, hotcoco (faster), or auto: the faster one there is.", choices=EVALUATORS
+        "What counts AP: pycocotools, hotcoco (faster), or auto: the faster one there is.", str, choices=EVALUATORS
     ),
 }
 SECTIONS: dict[str, dict[str, Setting]] = {
@@ -328,19 +377,18 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def _check_value(key: str, value: Any, setting: Setting) -> None:
-    if isinstance(value, tuple | list):
-        items = list(value)
-        if setting.length is not None and len(items) != setting.length:
-            raise UserError(f"config.{key} is {value}; it must list {setting.length} values.")
-        if setting.nonempty and not items:
-            raise UserError(f"config.{key} is {value}; it must list one value at least.")
-    else:
-        items = [value]
+    items = list(value) if isinstance(value, tuple | list) else [value]
+    if isinstance(value, tuple | list) != setting.many or not all(map(setting.is_of_type, items)):
+        raise UserError(f"config.{key} is {_shown(value)}; it must be {setting.wanted()}.")
+    if setting.length is not None and len(items) != setting.length:
+        raise UserError(f"config.{key} is {value}; it must list {setting.length} values.")
+    if setting.nonempty and not items:
+        raise UserError(f"config.{key} is {value}; it must list one value at least.")
     for item in items:
         if isinstance(item, str):
             if setting.choices and item not in setting.choices:
                 raise UserError(f"config.{key} names {item!r}; {suggestion(item, setting.choices)}")
-        elif isinstance(item, int | float) and not isinstance(item, bool) and not setting.allows(item):
+        elif not isinstance(item, bool) and not setting.allows(item):
             what = "each" if isinstance(value, tuple | list) else "it"
             raise UserError(f"config.{key} is {_shown(value)}; {what} must be {setting.bounds() or 'a finite number'}.")
 

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -79,6 +80,51 @@ class TestTable:
         assert {"train.batch_size", "optimizer.gamma", "model.pixel_mean", "loss.aligned.repeats"} <= tried
 
 
+WRONG: dict[type, tuple] = {float: ("high", None), int: (1.5, "high", None), bool: (2, "true", None), str: (1, None, True)}
+
+
+class TestTypes:
+    """Configs of one's own may have values of any type."""
+
+    @pytest.mark.parametrize("key", SETTINGS)
+    def test_values_of_another_type_are_refused_by_name(self, key):
+        setting, old = SETTINGS[key], dict(leaves(recipe(key)))[key]
+        assert setting.many == isinstance(old, tuple)
+        for wrong in WRONG[setting.kind]:
+            rest = old[1:] if setting.many else ()
+            values = [(wrong, *rest), wrong] if setting.many else [wrong, (old,)]
+            for value in values:
+                assert refusal(changed(key, value)).startswith(f"config.{key} is {str(value)[:20]}"), key
+
+    @pytest.mark.parametrize(
+        ("key", "value", "sentence"),
+        [
+            ("train.batch_size", 2.5, "config.train.batch_size is 2.5; it must be a whole number."),
+            (
+                "loss.aligned.repeats",
+                (1.5, 2),
+                "config.loss.aligned.repeats is (1.5, 2); it must be a list of whole numbers.",
+            ),
+            ("model.pixel_mean", 3.0, "config.model.pixel_mean is 3.0; it must be a list of numbers."),
+            ("model.neck.bias", 1, "config.model.neck.bias is 1; it must be True or False."),
+            ("compute.remat", "encoder", "config.compute.remat is encoder; it must be a list of names."),
+            ("data.directory", None, "config.data.directory is None; it must be a text."),
+            ("optimizer.gamma", "0.1", "config.optimizer.gamma is 0.1; it must be a number."),
+        ],
+    )
+    def test_each_kind(self, key, value, sentence):
+        assert refusal(changed(key, value)) == sentence
+
+    def test_truths_are_no_numbers(self):
+        assert not Setting("", int).is_of_type(True)
+        assert not Setting("").is_of_type(False)
+
+    def test_numbers_of_numpy_are_numbers(self):
+        check(changed("train.batch_size", np.int64(4)))
+        check(changed("optimizer.learning_rate", np.float32(1e-3)))
+        check(changed("optimizer.learning_rate", 1))
+
+
 class TestBounds:
     @pytest.mark.parametrize(
         ("setting", "allowed", "refused", "words"),
@@ -127,7 +173,7 @@ class TestBounds:
             (
                 "optimizer.milestones",
                 (5, math.nan),
-                "config.optimizer.milestones is (5, nan); each must be at least 1 and at most 1000000000.",
+                "config.optimizer.milestones is (5, nan); it must be a list of whole numbers.",
             ),
         ],
     )

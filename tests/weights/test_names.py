@@ -7,6 +7,7 @@ import tiny
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.weights.backbone_names import as_official_backbone
 from hpr_jax.weights.official import entries
+from hpr_jax.weights.official_names import official_name
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,17 @@ def test_columns_of_merges(auxiliaries, columns):
     config.model.refiner.auxiliaries = auxiliaries
     found = {entry.merge_columns for entry in entries(abstract_detector(config.model, tiny.CLASSES))}
     assert found == {None, columns}
+
+
+@pytest.mark.parametrize("auxiliaries", [("dynamic_conv", "regional_attention"), ("regional_attention", "dynamic_conv")])
+def test_numbers_of_branches_are_those_of_their_refiners(auxiliaries):
+    """Whatever their order in the config: regional attention is 0, dynamic convolution 1."""
+    for index, name in enumerate(auxiliaries):
+        number = ("regional_attention", "dynamic_conv").index(name)
+        found = official_name(f"refiner.branch_norms.{index}.scale", auxiliaries, swin=False)
+        assert found == f"decoder.norm_aux.{number}.weight"
+        found = official_name(f"branch_heads.{index}.matching.classes.kernel", auxiliaries, swin=False)
+        assert found.startswith(f"bbox_head_aux.{number}.")
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder."])
