@@ -63,7 +63,7 @@ def why_no_objects(dataset: Dataset, min_side: int = 0) -> str:
             f"{small.sum():,} objects are in images with a side below {min_side} pixels, as config.data.min_side asks for"
         )
     if dataset.truth is not None and dataset.truth.crowd.any():
-        reasons.append(f"{dataset.truth.crowd.sum():,} annotations are crowds")
+        reasons.append(f"annotations that are crowds: {dataset.truth.crowd.sum():,}")
     if _relative(dataset):
         reasons.append("no box reaches beyond 1: are they relative to the image? COCO's boxes are in pixels")
     return "; ".join(reasons) or "none of its images has an annotation"

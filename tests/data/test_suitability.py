@@ -38,7 +38,7 @@ def check(directory, min_side=1, keep_empty=True):
             relative,
             ["11 boxes are left out, each of which is less than a pixel", "relative to the image? COCO's boxes are in"],
         ),
-        (crowds, ["12 annotations are crowds"]),
+        (crowds, ["annotations that are crowds: 12"]),
         (lambda c: c.update(annotations=[]), ["none of its images has an annotation"]),
         (lambda c: c.update(annotations=[], images=[]), ["it lists no images"]),
         (

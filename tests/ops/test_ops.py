@@ -9,6 +9,7 @@ import pytest
 from stubs import floats
 
 from hpr_jax.ops import attention as attention_module
+from hpr_jax.ops import nms
 from hpr_jax.ops.attention import attention
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, iou, xyxy_to_cxcywh
 from hpr_jax.ops.convolution import convolution
@@ -264,6 +265,15 @@ def test_nms_is_greedy(threshold):
     assert few.tolist() == expected[:3]
 
 
+def test_nms_of_boxes_in_several_blocks(monkeypatch):
+    """A survivor of the first block suppresses a box of the second one."""
+    monkeypatch.setattr(nms, "BLOCK", 2)
+    box, other, far = [0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 3.0, 3.0], [5.0, 5.0, 6.0, 6.0]
+    boxes, scores = jnp.array([box, other, box, far, other]), jnp.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    index, found = nms_first(boxes, scores, jnp.ones(5, bool), 4, 0.5)
+    assert index[found].tolist() == [0, 1, 3]
+
+
 def test_nms_suppresses_above_the_threshold_alone():
     """The second box has IoU 0.5 with the first; among equal scores the lower index survives."""
     boxes, everything = floats([[0, 0, 1, 1], [0, 0, 2, 1], [0, 0, 1, 1]]), np.ones(3, bool)
@@ -321,6 +331,16 @@ def test_gradients_of_linear_layers(inputs, outputs, with_bias):
     _, (of_x, *of_parameters) = run(affine, x.astype(jnp.bfloat16))
     assert of_x.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(of_parameters))
+
+
+def test_layer_normalisation_computes_in_float32():
+    """The mean of these numbers is so large that bfloat16 would lose what they differ by."""
+    x = jnp.asarray(256.0 + 2.0 * np.arange(8), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean()) / exact.std()
+    found = normalized(x, jnp.ones(8), jnp.zeros(8), 1e-5)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8)
 
 
 def test_gradients_of_layer_normalisation():
