@@ -90,6 +90,16 @@ class TestImagesOfAnEpoch:
         assert counts.keys() == set(range(7))
         assert max(counts.values()) <= 22
 
+    def test_images_that_find_no_place_are_of_all_sizes(self):
+        """Six each of three sizes, in buckets that hold one another: four of each become batches, and two of each are left
+        over, of which two find no place."""
+        plan = make(*[32] * 6, *[64] * 6, *[96] * 6, buckets=NESTED)
+        left_out = Counter()
+        for epoch in range(300):
+            left_out.update({index // 6 for index in set(range(18)) - set(indices(plan, epoch))})
+        assert min(left_out.values()) > 0.7 * max(left_out.values())
+        assert len(left_out) == 3
+
     def test_geometries_are_those_of_their_images_and_fit(self):
         plan = make(*[32] * 5, *[64] * 5, *[96] * 7, buckets=NESTED)
         sides = [32] * 5 + [64] * 5 + [96] * 7

@@ -82,9 +82,9 @@ class TrainPlan:
     """An endless sequence of batches. Every epoch has a new order of the images and new geometries.
 
     An epoch shuffles the images and collects them by their smallest bucket; when a bucket has a batch of images, they become
-    one. The images that are left over in the end are put together in the bucket that holds most of them; a batch that is
-    still short is filled up with images that the epoch had already, or else with its own again. So each epoch has
-    `count // batch_size` batches. A few images may find no place in an epoch, others in each.
+    one. The images that are left over in the end are put together, in a random order, in the bucket that holds most of them.
+    A batch that is still short is filled up with images that the epoch had already, or else with its own again. So each epoch
+    has `count // batch_size` batches. A few images may find no place in an epoch, others in each.
 
     Args:
       draw: draws the geometry of every image of the data set.
@@ -138,7 +138,9 @@ class TrainPlan:
             if len(queue) == self.batch_size:
                 batches.append(PlannedBatch(shape, tuple(queue)))
                 queue.clear()
-        left = [slot for shape in sorted(waiting) for slot in waiting[shape]]
+        # In a random order: in that of their sizes, it would always be large images that find no place.
+        waited = [slot for shape in sorted(waiting) for slot in waiting[shape]]
+        left = [waited[place] for place in rng.permutation(len(waited))]
         while len(batches) < self.steps_per_epoch:
             shape = max(self.buckets, key=lambda shape: sum(fits(slot.geometry.size, shape) for slot in left))
             chosen = [slot for slot in left if fits(slot.geometry.size, shape)][: self.batch_size]
