@@ -212,7 +212,7 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
         # Right would be config.model.refiner.region.strides=(4,8,16,32).
     if lsj:
         config.augmentation.kind = "lsj"
-        config.data.update(keep_empty=True, min_side=0)
+        config.data.keep_empty = True
         # As published, whether or not a recipe sets `use_lsj`: trained and tested on grey canvases that count as image.
         config.evaluate.update(side=1024, max_side=1024, canvas=1024)
     if lsj or backbone == "swin_l":

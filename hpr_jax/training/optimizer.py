@@ -11,9 +11,12 @@ from jax.flatten_util import ravel_pytree
 
 
 def learning_rate(settings: Mapping[str, Any], step: int) -> float:
-    """Linear warm-up from `warmup_factor`, then a factor `gamma` at each milestone; `step` counts from 0."""
+    """Linear warm-up from `warmup_factor`, then a factor `gamma` at each milestone; `step` counts from 0.
+
+    Of the `warmup_steps` the first has the factor, and the last the full rate, as in the official schedule.
+    """
     warmup, factor = settings["warmup_steps"], settings["warmup_factor"]
-    ramp = factor + (1 - factor) * min(step / warmup, 1.0) if warmup else 1.0
+    ramp = factor + (1 - factor) * min(step / max(warmup - 1, 1), 1.0) if warmup else 1.0
     passed = sum(step >= milestone for milestone in settings["milestones"])
     return settings["learning_rate"] * ramp * settings["gamma"] ** passed
 

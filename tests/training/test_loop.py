@@ -29,7 +29,7 @@ from hpr_jax.training.state import initial_state
 from hpr_jax.training.workdir_lock import owned
 from hpr_jax.weights.checkpoint import read_meta
 
-SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 4, "warmup_factor": 0.5, "milestones": (3,), "gamma": 0.1}
+SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 5, "warmup_factor": 0.5, "milestones": (3,), "gamma": 0.1}
 RATES = (0.5, 0.625, 0.75, 0.0875)
 
 

@@ -13,13 +13,18 @@ from hpr_jax.training.optimizer import Optimizer, learning_rate, moving_average
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import TrainStep
 
-SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 4, "warmup_factor": 0.5, "milestones": (6, 8, 10), "gamma": 0.1}
+SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 5, "warmup_factor": 0.5, "milestones": (6, 8, 10), "gamma": 0.1}
 
 
 class TestLearningRate:
     def test_the_warm_up_ends_at_the_full_rate(self):
         rates = [learning_rate(SCHEDULE, step) for step in range(6)]
         assert rates == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0, 1.0])
+
+    def test_a_warm_up_of_one_or_two_steps(self):
+        for steps in (1, 2):
+            rates = [learning_rate({**SCHEDULE, "warmup_steps": steps}, step) for step in range(3)]
+            assert rates == pytest.approx([0.5, 1.0, 1.0])
 
     def test_each_milestone_multiplies_by_gamma(self):
         rates = [learning_rate(SCHEDULE, step) for step in range(5, 12)]

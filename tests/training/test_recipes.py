@@ -52,7 +52,7 @@ def test_recipes_hold_the_official_values(row):
     assert use_lsj == "no" or lsj or images_per_gpu == "1"
     assert config.evaluate.canvas == (1024 if lsj else 0)
     assert config.data.keep_empty == lsj
-    assert config.data.min_side == (0 if lsj else 32)
+    assert config.data.min_side == 32
     assert config.train.evaluate_every == (1 if unit == "epochs" else 8000)
     denoises = model != "deformable_detr"
     assert config.model.denoising.queries == (100 if denoises else 0)

@@ -83,8 +83,8 @@ class TrainPlan:
 
     An epoch shuffles the images and collects them by their smallest bucket; when a bucket has a batch of images, they become
     one. The images that are left over in the end are put together, in a random order, in the bucket that holds most of them.
-    A batch that is still short is filled up with images that the epoch had already, or else with its own again. So each epoch
-    has `count // batch_size` batches. A few images may find no place in an epoch, others in each.
+    A batch that is still short is filled up with images that the epoch had already, or else with its own again. So each
+    epoch has `count // batch_size` batches. A few images may find no place in an epoch, others in each.
 
     Args:
       draw: draws the geometry of every image of the data set.
