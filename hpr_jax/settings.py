@@ -321,6 +321,11 @@ EVALUATE = {
     "canvas": Setting(
         "Side of a square grey canvas that images lie on and that counts as image; 0: none.", int, at_least=0, at_most=MOST
     ),
+    "max_detections": _counts(
+        "Detections of an image and a class that AP and AR take, three numbers: AP takes 100 if it is among them, AR each, "
+        "and other numbers the last; (100, 300, 1000) gives those of mmdetection.",
+        3,
+    ),
     "evaluator": Setting(
         "What counts AP: pycocotools, hotcoco (faster), or auto: the faster one there is.", str, choices=EVALUATORS
     ),
@@ -408,6 +413,9 @@ def _one_length(config: Mapping[str, Any]) -> None:
 
 
 def _ordered_ranges(config: Mapping[str, Any]) -> None:
+    limits = tuple(config["evaluate"]["max_detections"])
+    if list(limits) != sorted(set(limits)):
+        raise UserError(f"config.evaluate.max_detections is {limits}; each must be larger than the one before.")
     for key in ("crop_range", "lsj.scale_range"):
         low, high = dict(leaves(config["augmentation"]))[key]
         if low > high:

@@ -225,6 +225,11 @@ class TestConditions:
     def test_ranges_are_in_order(self):
         expected = "config.augmentation.crop_range is (600, 384); the smallest comes first."
         assert refusal(changed("augmentation.crop_range", (600, 384))) == expected
+
+    @pytest.mark.parametrize("limits", [(1, 100, 10), (1, 1, 10)])
+    def test_numbers_of_detections_rise(self, limits):
+        expected = f"config.evaluate.max_detections is {limits}; each must be larger than the one before."
+        assert refusal(changed("evaluate.max_detections", limits)) == expected
         expected = "config.augmentation.lsj.scale_range is (2.0, 0.1); the smallest comes first."
         assert refusal(changed("augmentation.lsj.scale_range", (2.0, 0.1))) == expected
         check(changed("augmentation.crop_range", (500, 500)))

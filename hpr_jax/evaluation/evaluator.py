@@ -55,7 +55,7 @@ class Evaluator:
         self.loader = EvaluationLoader(dataset, plan, batch_size, share, patience)
         self.dataset, self.threads = dataset, config.data.threads
         find_evaluator(settings.evaluator)
-        self.evaluator = settings.evaluator
+        self.evaluator, self.limits = settings.evaluator, tuple(settings.max_detections)
         self.detect = make_detect(graph, settings.detections, self.mesh)
 
     @property
@@ -95,7 +95,7 @@ class Evaluator:
         found = sorted(itertools.chain(*gather(found)), key=lambda one: id_order(one["image_id"]))
 
         def average_precision():
-            metrics, per_category = coco_average_precision(self.dataset, found, self.evaluator)
+            metrics, per_category = coco_average_precision(self.dataset, found, self.evaluator, self.limits)
             # Pairs, since the result goes to other processes as JSON, where keys are text.
             return metrics, list(per_category.items())
 

@@ -1,15 +1,18 @@
 """Average precision: both evaluators give the same numbers, also for unusual annotations and detections."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.images import ImageFolder
 from hpr_jax.data.sources.coco import group_annotations, parse_entries
-from hpr_jax.evaluation.average_precision import NAMES, coco_average_precision
+from hpr_jax.evaluation.average_precision import LIMITS, coco_average_precision, names
 
 # Sides of squares, in pixels, that COCO counts as small, medium and large objects.
 SIDES = {"small": 20, "medium": 60, "large": 120}
@@ -38,12 +41,12 @@ def annotations():
     return {"images": images, "annotations": objects, "categories": categories}, objects
 
 
-def average_precision(content, detections, evaluator="auto", classes=None):
+def average_precision(content, detections, evaluator="auto", classes=None, limits=LIMITS):
     """Average precision on the annotations of a file."""
     entries = group_annotations(content, Path("file"))
     images = ImageFolder(Path(), [image["file_name"] for image, _ in entries])
     dataset = Dataset("file", "", *parse_entries(entries, content["categories"], "file", images, classes, masks=False))
-    return coco_average_precision(dataset, detections, evaluator)
+    return coco_average_precision(dataset, detections, evaluator, limits)
 
 
 def noisy(objects):
@@ -66,13 +69,31 @@ def test_fast_evaluator_gives_the_same_numbers(annotations):
     found = noisy(objects)
     slow, slow_classes = average_precision(truth, found, "pycocotools")
     fast, fast_classes = average_precision(truth, found, "hotcoco")
-    assert list(slow) == list(NAMES)
+    assert list(slow) == list(names())
     assert 0.1 < slow["AP"] < 0.9
-    for name in NAMES:
+    for name in names():
         assert fast[name] == pytest.approx(slow[name], abs=1e-9), name
     for category in (3, 8, 11):
         assert fast_classes[category] == pytest.approx(slow_classes[category], abs=1e-9)
     assert slow_classes[11] == {"AP": -1.0, "AP50": -1.0}
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
+@pytest.mark.parametrize("limits", [(1, 10, 100), (100, 300, 1000)])
+def test_numbers_are_those_of_pycocotools(annotations, tmp_path, evaluator, limits):
+    """With its own summary, which mmdetection takes, too."""
+    truth, objects = annotations
+    found = noisy(objects)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    loaded = COCO(str(tmp_path / "truth.json"))
+    evaluation = COCOeval(loaded, loaded.loadRes(found), "bbox")
+    evaluation.params.maxDets = list(limits)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    metrics, _ = average_precision(truth, found, evaluator, limits=limits)
+    assert list(metrics) == names(limits)
+    assert list(metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-12)
 
 
 def test_perfect_detections(annotations):
@@ -181,6 +202,18 @@ class TestHandMadeValues:
         boxes = [(90 * (number % 10), 90 * (number // 10), 80, 80) for number in range(20)]
         metrics, _ = average_precision(self.truth(boxes), self.found(boxes), evaluator)
         assert (metrics["AR1"], metrics["AR10"], metrics["AR100"]) == pytest.approx((0.05, 0.5, 1.0))
+
+    @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+    def test_other_numbers_of_detections(self, evaluator):
+        """Of 150 objects, 100 detections find two thirds, and 300 all."""
+        boxes = [(30 * (number % 15), 30 * (number // 15), 20, 20) for number in range(150)]
+        limits = (100, 300, 1000)
+        metrics, per_class = average_precision(self.truth(boxes), self.found(boxes), evaluator, limits=limits)
+        assert list(metrics)[6:9] == ["AR100", "AR300", "AR1000"]
+        assert (metrics["AR100"], metrics["AR300"], metrics["AR1000"]) == pytest.approx((2 / 3, 1, 1))
+        # Precision is 1 at the 67 of 101 recalls up to two thirds.
+        assert (metrics["AP"], metrics["AP50"], metrics["AP75"]) == pytest.approx((67 / 101, 1, 1))
+        assert per_class[3]["AP"] == pytest.approx(67 / 101)
 
     @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
     @pytest.mark.parametrize(("category", "other"), [(3, 8), (8, 3)])

@@ -30,6 +30,7 @@ def test_settings_of_a_checkpoint_are_not_overwritten():
     made = tiny.config()
     made.data.update(workers=3, image_bits=12, train_split="other")
     made.train.update(accumulation_steps=2, ema_decay=0.5)
+    made.evaluate.max_detections = (100, 300, 1000)
     config = to_plain(made)
     read = Meta.from_json(Meta(config, Classes(("cup",), (1,)), 3, {}).to_json()).config
     assert read == config
@@ -37,6 +38,8 @@ def test_settings_of_a_checkpoint_are_not_overwritten():
         del config["data"][name]
     for name in ("accumulation_steps", "ema_decay"):
         del config["train"][name]
+    del config["evaluate"]["max_detections"]
     read = Meta.from_json(Meta(config, Classes(("cup",), (1,)), 3, {}).to_json()).config
     assert (read["data"]["workers"], read["data"]["image_bits"], read["data"]["train_split"]) == (0, 16, "train")
     assert (read["train"]["accumulation_steps"], read["train"]["ema_decay"]) == (1, 0.0)
+    assert read["evaluate"]["max_detections"] == [1, 10, 100]
