@@ -140,7 +140,7 @@ def base() -> ConfigDict:
     config.evaluate.canvas = 0
     # What computes AP: pycocotools (the reference), hotcoco (the same numbers, faster), or auto: hotcoco if it is installed.
     config.evaluate.evaluator = "auto"
-    # Detections of an image and a class that AP and AR take; mmdetection's numbers but AP are those of (100, 300, 1000).
+    # How many detections of an image and a class AP and AR take; with (100, 300, 1000) their numbers are mmdetection's.
     config.evaluate.max_detections = (1, 10, 100)
     return config
 

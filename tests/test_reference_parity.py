@@ -251,10 +251,10 @@ def official_term(name):
 
 
 # DINO is Deformable DETR with denoising queries; crowded images are other numbers for the same detector.
-REST = ("deformable_detr", "ddq_crowded")
+SLOW_MODELS = ("deformable_detr", "ddq_crowded")
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.slow) if m in REST else m for m in MODELS])
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW_MODELS else m for m in MODELS])
 class TestTraining:
     def test_decoder(self, model):
         expected, (_, outputs, _, _) = arrays(f"{model}_train"), training(model)

@@ -80,7 +80,12 @@ class TestTable:
         assert {"train.batch_size", "optimizer.gamma", "model.pixel_mean", "loss.aligned.repeats"} <= tried
 
 
-WRONG: dict[type, tuple] = {float: ("high", None), int: (1.5, "high", None), bool: (2, "true", None), str: (1, None, True)}
+OF_OTHER_TYPES: dict[type, tuple] = {
+    float: ("high", None),
+    int: (1.5, "high", None),
+    bool: (2, "true", None),
+    str: (1, None, True),
+}
 
 
 class TestTypes:
@@ -90,7 +95,7 @@ class TestTypes:
     def test_values_of_another_type_are_refused_by_name(self, key):
         setting, old = SETTINGS[key], dict(leaves(recipe(key)))[key]
         assert setting.many == isinstance(old, tuple)
-        for wrong in WRONG[setting.kind]:
+        for wrong in OF_OTHER_TYPES[setting.kind]:
             rest = old[1:] if setting.many else ()
             values = [(wrong, *rest), wrong] if setting.many else [wrong, (old,)]
             for value in values:

@@ -15,11 +15,11 @@ from hpr_jax.errors import UserError
 
 # How many detections of an image and a class are taken, as COCO defines it.
 LIMITS = (1, 10, 100)
-# Sizes of objects, in the evaluators' order, in which all come first.
+# The sizes of objects with numbers of their own. In the evaluators' arrays they have the places 1 to 3; 0 is for all sizes.
 SIZES = ("small", "medium", "large")
 
 
-def names(limits: Sequence[int] = LIMITS) -> list[str]:
+def metric_names(limits: Sequence[int] = LIMITS) -> list[str]:
     """Names of the twelve COCO numbers: AP, also at two overlaps and by size; AR by numbers of detections and by size."""
     by_size = [[f"{number}_{size}" for size in SIZES] for number in ("AP", "AR")]
     return ["AP", "AP50", "AP75", *by_size[0], *(f"AR{limit}" for limit in limits), *by_size[1]]
@@ -30,14 +30,14 @@ def coco_average_precision(
 ) -> tuple[dict[str, float], dict[Id, dict[str, float]]]:
     """Average precision of boxes, as COCO defines it.
 
-    AP is that of 100 detections where this is among the limits, and the other precisions are those of the last limit, as
-    pycocotools has it. With the limits 100, 300 and 1000 the numbers are mmdetection's.
+    As in pycocotools, AP takes the limit 100 if it is there, and all other numbers but AR by limits take the last limit. With
+    the limits 100, 300 and 1000 the numbers are mmdetection's.
 
     Args:
       dataset: a whole split.
       detections: COCO results: `image_id`, `category_id`, `bbox` (left, top, width, height in pixels), `score`.
       evaluator: `pycocotools`, the reference; `hotcoco`, the same numbers much faster; `auto`: the latter if installed.
-      limits: three numbers, rising, of detections of an image and a class that are taken, the best ones.
+      limits: how many detections of an image and a class are taken, the best ones; three numbers, the smallest first.
 
     Returns:
       The twelve COCO numbers as fractions, and `AP` and `AP50` by category id. Numbers that no object defines are -1.
@@ -49,7 +49,7 @@ def coco_average_precision(
     images = _numbers(dataset.records.image_ids)
     categories = _numbers(dataset.classes.category_ids)
     if not images:
-        return dict.fromkeys(names(limits), -1.0), {category: {"AP": -1.0, "AP50": -1.0} for category in categories}
+        return dict.fromkeys(metric_names(limits), -1.0), {category: {"AP": -1.0, "AP50": -1.0} for category in categories}
     results = [
         {**one, "image_id": images[one["image_id"]], "category_id": categories[one["category_id"]]} for one in detections
     ]
@@ -65,18 +65,17 @@ def coco_average_precision(
         evaluation.accumulate()
     # [thresholds from 0.5 to 0.95, recalls, categories, sizes, limits], and the same without recalls
     precisions, recalls = (np.asarray(evaluation.eval[name]) for name in ("precision", "recall"))
-    hundred = limits.index(100) if 100 in limits else -1
-    precision, last = precisions[:, :, :, 0, hundred], precisions[..., -1]
+    precision, last = precisions[:, :, :, 0, limits.index(100) if 100 in limits else -1], precisions[..., -1]
     numbers = [_mean(precision), _mean(last[0, ..., 0]), _mean(last[5, ..., 0])]
     numbers += [_mean(last[..., size]) for size in (1, 2, 3)]
-    numbers += [_mean(recalls[:, :, 0, limit]) for limit in range(3)]
+    numbers += [_mean(recalls[:, :, 0, place]) for place in range(len(limits))]
     numbers += [_mean(recalls[:, :, size, -1]) for size in (1, 2, 3)]
     place = {number: place for place, number in enumerate(evaluation.params.catIds)}
     per_category = {
         category: {"AP": _mean(precision[:, :, place[number]]), "AP50": _mean(precision[0, :, place[number]])}
         for category, number in categories.items()
     }
-    return dict(zip(names(limits), numbers)), per_category
+    return dict(zip(metric_names(limits), numbers)), per_category
 
 
 def _numbers(ids: Sequence[Id]) -> dict[Id, int]:

@@ -33,13 +33,12 @@ def require_devices() -> None:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
         # JAX adds advice in brackets to what went wrong; where nothing but the name is wrong, it asserts without words.
-        why = str(error).partition(" (")[0].splitlines()
+        why = "".join(f": {line}" for line in str(error).partition(" (")[0].splitlines()[:1])
         named = jax.config.jax_platforms  # type: ignore[attr-defined]
+        kind = f" of the kind that JAX_PLATFORMS={named} asks for" if named else ""
         raise UserError(
-            "JAX has no device to compute on"
-            + (f" of the kind that JAX_PLATFORMS={named} asks for" if named else "")
-            + (f": {why[0]}. " if why else ". ")
-            + "Unset JAX_PLATFORMS to use what this machine has; GPUs need the extra cuda12 or cuda13 of this package."
+            f"JAX has no device to compute on{kind}{why}. Unset JAX_PLATFORMS to use what this machine has; GPUs need the "
+            "extra cuda12 or cuda13 of this package."
         ) from error
 
 

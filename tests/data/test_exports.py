@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from hpr_jax.data.build import load_training_data
 from hpr_jax.data.sources.coco import load_coco
 from hpr_jax.errors import UserError
-from hpr_jax.evaluation.average_precision import coco_average_precision, names
+from hpr_jax.evaluation.average_precision import coco_average_precision, metric_names
 
 ANNOTATIONS = "annotations/instances_val2017.json"
 EVALUATORS = ("pycocotools", "hotcoco")
@@ -196,7 +196,7 @@ def test_ids_may_be_any(folder, clean, expected, evaluator, make, kind):
     for entry in (*content["annotations"], *found):
         entry[key] = new[entry[key]]
     metrics, per_class = numbers(folder, content, found, evaluator)
-    for name in names():
+    for name in metric_names():
         assert metrics[name] == pytest.approx(expected[evaluator][0][name], abs=1e-12)
     assert per_class == expected[evaluator][1]
     dataset = load(folder, content)

@@ -28,7 +28,7 @@ def config(directory: Path | None = None, model: str = "ddq"):
     shrink(c)
     # Rematerialisation takes a third of the time of tracing; test_compute.py, test_training.py and the stored run have it.
     c.compute.remat = ()
-    # On CPUs this is what is chosen by default, too, after the kernels were traced in vain.
+    # A CPU takes these operations by default, too, but traces the kernels first.
     c.compute.operations = "xla"
     c.augmentation.update(sides=(SIDE,), max_side=SIDE)
     c.data.update(directory=str(directory), max_boxes=4, threads=1)

@@ -33,7 +33,6 @@ def shallow(**refiner):
     c = tiny.config(model="deformable_detr")
     c.model.refiner.update(refiner)
     c.model.refiner.layers = 1
-    c.compute.remat = ()
     return c
 
 
