@@ -14,12 +14,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hpr_jax.errors import UserError
-from hpr_jax.settings import SETTINGS, leaves, suggestion
+from hpr_jax.settings import SETTINGS, Setting, leaves, suggestion
 
 # The folder of the config files that come with the package; in a checkout it is a link to configs/.
 PACKAGED = Path(__file__).parent / "configs"
-# The settings that are lists of names. An empty list does not tell that it is one.
-NAME_LISTS = tuple(key for key, setting in SETTINGS.items() if setting.many and setting.kind is str)
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
@@ -122,7 +120,9 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         parent, node = node, node[part]
     if isinstance(node, ConfigDict):
         raise UserError(f"config.{key} is a section; set one of {', '.join(f'config.{key}.{k}' for k in node)}.")
-    parent[last] = _parse(key, text, node)
+    # What the table says counts, and not the type of a value, which may be a whole number where any number may be.
+    with parent.ignore_type():
+        parent[last] = _parse(key, text, node)
 
 
 def _key_suggestion(key: str, known: list[str]) -> str:
@@ -138,38 +138,36 @@ def _key_suggestion(key: str, known: list[str]) -> str:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-    """The value that a text means, in the type of the old value, if there is one; raises as `override` does."""
-    if isinstance(old, str):
+    """The value that a text means for a setting that has the value `old`; raises as `override` does."""
+    setting = SETTINGS.get(key) or _like(old)
+    if setting is not None and setting.kind is str and not setting.many:
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if old is None:
+    if setting is None:
         return value
-    names = key in NAME_LISTS or (isinstance(old, tuple | list) and any(isinstance(item, str) for item in old))
-    if isinstance(old, tuple | list):
+    if setting.many:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
         items = value if isinstance(value, tuple | list) else (value,)
-        wanted = str if names else int | float
-        if all(isinstance(item, wanted) and not isinstance(item, bool) for item in items):
+        if all(map(setting.is_of_type, items)):
             return type(old)(items)
-    elif isinstance(old, bool):
-        if isinstance(value, bool):
-            return value
-    elif isinstance(old, int):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
+    elif setting.is_of_type(value):
         try:
-            return float(value)
+            return setting.kind(value)
         except OverflowError:
             # A whole number that no float can hold; `hpr_jax.settings.check` refuses infinity.
             return math.inf if value > 0 else -math.inf
-    kind = {bool: "True or False", int: "a whole number", float: "a number"}.get(type(old), "a list of numbers")
-    kind = "a list of names" if names else kind
-    raise UserError(f"config.{key} wants {kind}, like {old!r}, and got {text!r}.")
+    raise UserError(f"config.{key} wants {setting.wanted()}, like {old!r}, and got {text!r}.")
+
+
+def _like(old: Any) -> Setting | None:
+    """What a setting that the table does not know may be, by the value that it has; None if that does not tell."""
+    if isinstance(old, tuple | list):
+        return Setting("", str if any(isinstance(item, str) for item in old) else float, many=True)
+    return next((Setting("", kind) for kind in (bool, int, float, str) if isinstance(old, kind)), None)
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:

@@ -243,7 +243,7 @@ DATA = {
         "Bits that samples use where images store them in 16; the upper 8 of these are kept.", int, at_least=8, at_most=16
     ),
     "keep_empty": Setting("Whether images without objects are trained on.", bool),
-    "min_side": Setting("Shortest side in pixels of images that are trained on.", at_least=0, at_most=MOST),
+    "min_side": Setting("Shortest side in pixels of images that are trained on.", int, at_least=0, at_most=MOST),
     "max_boxes": Setting(
         "Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", int, at_least=0, at_most=MOST
     ),

@@ -69,6 +69,12 @@ def test_overrides_keep_types_that_only_configs_of_ones_own_have():
         override(config, "sides", "wide")
 
 
+def test_a_number_of_a_config_of_ones_own_may_be_a_whole_one():
+    config = ConfigDict({"optimizer": {"learning_rate": 1}})
+    override(config, "optimizer.learning_rate", "0.5")
+    assert config.optimizer.learning_rate == 0.5
+
+
 @pytest.mark.parametrize(
     ("key", "text", "sentence"),
     [
@@ -84,8 +90,11 @@ def test_overrides_keep_types_that_only_configs_of_ones_own_have():
         ("train.steps", "True", "wants a whole number"),
         ("optimizer.learning_rate", "fast", "wants a number"),
         ("data.keep_empty", "maybe", "True or False"),
-        ("augmentation.sides", "wide", "a list of numbers"),
-        ("optimizer.milestones", "None", "a list of numbers"),
+        ("augmentation.sides", "wide", "a list of whole numbers, like"),
+        ("augmentation.sides", "(480, 1.5)", "a list of whole numbers, like"),
+        ("model.pixel_mean", "grey", "a list of numbers, like"),
+        ("compute.remat", "(1, 2)", "a list of names, like"),
+        ("optimizer.milestones", "None", "a list of whole numbers, like"),
     ],
 )
 def test_wrong_overrides(key, text, sentence):

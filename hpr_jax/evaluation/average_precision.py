@@ -30,8 +30,8 @@ def coco_average_precision(
 ) -> tuple[dict[str, float], dict[Id, dict[str, float]]]:
     """Average precision of boxes, as COCO defines it.
 
-    As in pycocotools, AP takes the limit 100 if it is there, and all other numbers but AR by limits take the last limit. With
-    the limits 100, 300 and 1000 the numbers are mmdetection's.
+    As in pycocotools, AP takes the limit 100 if it is there, and all other numbers but AR by limits take the last limit.
+    With the limits 100, 300 and 1000 the numbers are mmdetection's.
 
     Args:
       dataset: a whole split.
