@@ -72,6 +72,7 @@ COMPILING_FILES = (
     "test_detector.py",
     "test_initial_weights.py",
     "test_initialisation.py",
+    "test_interaction_values.py",
     "test_kernel_lowering.py",
     "test_manual_axes.py",
     "test_old_checkpoints.py",

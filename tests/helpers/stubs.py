@@ -8,6 +8,8 @@ import numpy as np
 
 from hpr_jax.models.pyramid import Pyramid
 
+RNG = np.random.default_rng(0)
+
 
 def stub(**attributes: Any) -> Any:
     """An object with these attributes alone, which can stand in for any other."""
@@ -34,3 +36,8 @@ def pyramid(
     valid = np.ones(len(tokens), bool) if valid is None else np.asarray(valid)
     tokens, sizes, image_size = floats(tokens), np.asarray(sizes, np.int32), np.asarray(image_size, np.int32)
     return Pyramid(tokens[None], valid[None], sizes[None], image_size[None], tuple(shapes))
+
+
+def array(*shape: int) -> Any:
+    """Random numbers, others at every call."""
+    return RNG.normal(size=shape).astype(np.float32)
