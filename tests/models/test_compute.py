@@ -27,9 +27,9 @@ def computing(**compute):
 
 @functools.cache
 def gradients(**compute):
-    """A sum over the predictions of a detector with one refiner and these settings, and its gradients."""
+    """A sum over the predictions of a detector with two refiners and these settings, and its gradients."""
     config = tiny.config(model="deformable_detr")
-    config.model.refiner.auxiliaries = ()
+    config.model.refiner.auxiliaries = ("dynamic_conv",)
     detector = abstract_detector(config.model, tiny.CLASSES, {**config.compute, **compute})
     tiny.fill(detector)
     graph, params, rest = tiny.split_parameters(detector)
