@@ -110,6 +110,9 @@ def base() -> ConfigDict:
         # costs a second forward pass of all parts but the last. The result is the same, as losses have the normalisers of
         # the whole batch.
         "accumulation_steps": 1,
+        # What solves the matching problems: scipy on the host, a pallas kernel, or auto: the kernel on NVIDIA GPUs, else
+        # SciPy. The result is the same.
+        "matching": "auto",
         # Decay of an exponential moving average of the weights, e.g. 0.9997, which is then evaluated; 0: no average.
         "ema_decay": 0.0,
         # Length in steps, or if that is 0 in epochs. evaluate_every and the optimizer's milestones count the same.

@@ -119,6 +119,7 @@ MERGES = ("fixed", "learned_scalar", "learned_vector")
 MERGE_POINTS = ("attention", "interaction", "ffn")
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = ("auto", "xla", "pallas")
+MATCHING = ("auto", "scipy", "pallas")
 REMAT = ("backbone", "encoder", "refiner")
 AUGMENTATIONS = ("detr", "lsj")
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
@@ -281,6 +282,11 @@ AUGMENTATION = {
 }
 TRAIN = {
     "batch_size": _count("Images of a batch, on all devices together."),
+    "matching": Setting(
+        "What solves the matching problems: auto takes a Pallas kernel on NVIDIA GPUs, and SciPy elsewhere.",
+        str,
+        choices=MATCHING,
+    ),
     "accumulation_steps": _count("Parts of a batch that a device computes one after the other, to save memory."),
     "ema_decay": Setting("Decay of a moving average of the weights, which is then evaluated; 0: none.", at_least=0, below=1),
     "steps": _steps("Length in steps; 0: the length is in epochs.", 0),

@@ -3,10 +3,13 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
 log = logging.getLogger("hpr_jax")
+
+Result = TypeVar("Result")
 
 # Names of the implementations. `pallas_interpret` is for tests: it computes what the kernel computes, slowly, on any
 # platform.
@@ -16,11 +19,11 @@ IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
 def dispatch(
     operation: str,
     implementation: str | None,
-    xla: Callable[..., jax.Array],
-    kernel: Callable[..., jax.Array],
+    xla: Callable[..., Result],
+    kernel: Callable[..., Result],
     *arguments: jax.Array,
     obstacle: str | None = None,
-) -> jax.Array:
+) -> Result:
     """Calls one implementation of an operation, and logs once which one, where it chooses by itself.
 
     Args:

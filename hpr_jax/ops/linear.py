@@ -10,8 +10,8 @@ from hpr_jax.ops.order import compute_after
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`x @ kernel + bias` in the type of x: x `[..., in]`, kernel `[in, out]`, bias `[out]` or None -> `[..., out]`.
 
-    Differentiable in reverse mode. The gradient is fast on CPUs, too: the sum over rows for the bias is a matrix product,
-    and the kernel's gradient is ordered so that XLA transposes the narrower of its two factors.
+    Differentiable in reverse mode. The gradient is fast on CPUs, too: the kernel's is ordered so that XLA transposes the
+    narrower of its two factors, and for the bias's see `sum_rows`.
     """
     return _affine(*vary_alike(x, kernel, bias))
 
@@ -35,9 +35,23 @@ def _affine_backward(residuals, gradient):
 
     narrow = inputs.shape[1] <= outputs.shape[1]
     kernel_gradient = sum_over_rows(inputs, outputs) if narrow else sum_over_rows(outputs, inputs).T
-    bias_gradient = None if bias is None else sum_over_rows(jnp.ones((len(outputs), 1), outputs.dtype), outputs)[0]
+    bias_gradient = None if bias is None else sum_rows(outputs, kernel.dtype)
     x_gradient = gradient @ kernel.T.astype(gradient.dtype)
     return compute_after(kernel_gradient, x_gradient), kernel_gradient, bias_gradient
+
+
+def sum_rows(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The sum of all rows, in a type of at least the precision of theirs: `[N, C]` -> `[C]`.
+
+    XLA's sums over the first axis are slow on CPUs, where a product with ones takes their place. On GPUs XLA would write a
+    converted copy of x for that product, which its sum does without.
+    """
+
+    def product(x):
+        ones = jnp.ones((len(x), 1), x.dtype)
+        return jax.lax.dot_general(ones, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)[0]
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=0, dtype=dtype))
 
 
 _affine.defvjp(_affine_forward, _affine_backward)

@@ -4,10 +4,15 @@ Boxes are visited by falling score, and by rising index among equal scores. A bo
 if its IoU with every survivor visited before is at most the threshold.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from hpr_jax.kernels import nms as kernel
 from hpr_jax.ops.boxes import intersection_and_union
+from hpr_jax.ops.dispatch import dispatch
 
 # Number of boxes that `nms_first` compares at a time.
 BLOCK = 512
@@ -21,28 +26,56 @@ def _overlaps_more(a: jax.Array, b: jax.Array, threshold: float) -> jax.Array:
 
 
 def nms_first(
-    boxes: jax.Array, scores: jax.Array, candidates: jax.Array, count: int, threshold: float
+    boxes: jax.Array,
+    scores: jax.Array,
+    candidates: jax.Array,
+    count: int,
+    threshold: float,
+    *,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The best `count` survivors among many boxes.
-
-    The boxes are sorted, and then compared block by block until there are enough survivors. That takes a few rounds of wide
-    operations, where `count` rounds would find one survivor each, and the full matrix has `M * M` overlaps.
 
     Args:
       boxes: xyxy `[M, 4]`.
       scores: `[M]`, finite.
       candidates: bool `[M]`; other boxes neither survive nor suppress.
       count: how many survivors are wanted, static.
-      threshold: IoU above which a box suppresses a worse one.
+      threshold: IoU above which a box suppresses a worse one, static.
+      implementation: see `dispatch`.
 
     Returns:
       Indices of the survivors, int32 `[count]`, by falling score, and bool `[count]`, false where there were no more (the
       index is 0 there).
     """
-    total = jnp.sum(candidates)
+    order = _by_falling_score(scores, candidates)
+    index, number = _sorted_survivors(boxes[order], jnp.sum(candidates, dtype=jnp.int32), count, threshold, implementation)
+    found = jnp.arange(count) < number
+    return jnp.where(found, order[jnp.where(found, index, 0)], 0), found
+
+
+def _by_falling_score(scores: jax.Array, candidates: jax.Array) -> jax.Array:
+    """Indices of the candidates by falling score, and by rising index among equals; then those of the other boxes."""
     numbers = jnp.arange(len(scores), dtype=jnp.int32)
-    _, order = jax.lax.sort((jnp.where(candidates, -scores, jnp.inf), numbers), num_keys=1, is_stable=True)
-    order = jnp.pad(order, (0, -len(scores) % BLOCK))
+    return jax.lax.sort((jnp.where(candidates, -scores, jnp.inf), numbers), num_keys=1, is_stable=True)[1]
+
+
+def _sorted_survivors(
+    boxes: jax.Array, total: jax.Array, count: int, threshold: float, implementation: str | None
+) -> Sequence[jax.Array]:
+    """The first `count` survivors of sorted boxes, as `kernels.nms.survivors` returns them."""
+    xla = partial(_survivors_by_blocks, count=count, threshold=threshold)
+    pallas = partial(kernel.survivors, count=count, threshold=threshold)
+    return dispatch("NMS", implementation, xla, pallas, boxes, total)
+
+
+def _survivors_by_blocks(boxes: jax.Array, total: jax.Array, *, count: int, threshold: float) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.nms.survivors`.
+
+    The boxes are compared block by block until there are enough survivors. That takes a few rounds of wide operations, where
+    `count` rounds would find one survivor each, and the full matrix has `M * M` overlaps.
+    """
+    boxes = jnp.pad(boxes, ((0, -len(boxes) % BLOCK), (0, 0)))
 
     def more(state):
         start, _, found, _ = state
@@ -50,8 +83,7 @@ def nms_first(
 
     def next_block(state):
         start, chosen, found, chosen_boxes = state
-        index = jax.lax.dynamic_slice(order, (start,), (BLOCK,))
-        block = boxes[index]
+        block = jax.lax.dynamic_slice(boxes, (start, 0), (BLOCK, 4))
         before = jnp.arange(count) < found
         suppressed = jnp.any(_overlaps_more(chosen_boxes[:, None], block, threshold) & before[:, None], axis=0)
         candidates = (start + jnp.arange(BLOCK) < total) & ~suppressed
@@ -61,28 +93,46 @@ def nms_first(
         place = jnp.where(survivors, found + jnp.cumsum(survivors) - 1, count)
         return (
             start + BLOCK,
-            chosen.at[place].set(index, mode="drop"),
+            chosen.at[place].set(start + jnp.arange(BLOCK, dtype=jnp.int32), mode="drop"),
             found + jnp.sum(survivors),
             chosen_boxes.at[place].set(block, mode="drop"),
         )
 
-    nothing = (0, jnp.zeros(count, jnp.int32), 0, jnp.zeros((count, 4), boxes.dtype))
+    nothing = (0, jnp.zeros(count, jnp.int32), jnp.int32(0), jnp.zeros((count, 4), boxes.dtype))
     _, chosen, found, _ = jax.lax.while_loop(more, next_block, nothing)
-    return chosen, jnp.arange(count) < found
+    return chosen, found
 
 
-def nms_mask(boxes: jax.Array, scores: jax.Array, candidates: jax.Array, threshold: float) -> jax.Array:
-    """Which boxes survive, computed from the overlaps of all pairs: for few boxes.
+def nms_mask(
+    boxes: jax.Array, scores: jax.Array, candidates: jax.Array, threshold: float, *, implementation: str | None = None
+) -> jax.Array:
+    """Which boxes survive. As XLA operations it is computed from the overlaps of all pairs: for few boxes.
 
     Args:
       boxes: xyxy `[M, 4]`.
       scores: `[M]`.
       candidates: bool `[M]`; other boxes neither survive nor suppress.
-      threshold: IoU above which a box suppresses a worse one.
+      threshold: IoU above which a box suppresses a worse one, static.
+      implementation: see `dispatch`.
 
     Returns:
       bool `[M]`.
     """
+    xla, pallas = partial(_mask_by_pairs, threshold=threshold), partial(_mask_by_kernel, threshold=threshold)
+    return dispatch("NMS", implementation, xla, pallas, boxes, scores, candidates)
+
+
+def _mask_by_kernel(
+    boxes: jax.Array, scores: jax.Array, candidates: jax.Array, *, threshold: float, interpret: bool
+) -> jax.Array:
+    order, total, count = _by_falling_score(scores, candidates), jnp.sum(candidates, dtype=jnp.int32), len(scores)
+    index, number = kernel.survivors(boxes[order], total, count, threshold, interpret=interpret)
+    # Places behind the last survivor lie outside of the mask, and are dropped.
+    place = jnp.where(jnp.arange(count) < number, order[jnp.clip(index, 0, count - 1)], count)
+    return jnp.zeros(count, bool).at[place].set(True, mode="drop")
+
+
+def _mask_by_pairs(boxes: jax.Array, scores: jax.Array, candidates: jax.Array, *, threshold: float) -> jax.Array:
     index = jnp.arange(len(scores))
     better = scores[:, None] > scores[None, :]
     first = (scores[:, None] == scores[None, :]) & (index[:, None] < index[None, :])

@@ -34,6 +34,7 @@ FREE = (
     "train.accumulation_steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.matching",
 )
 
 

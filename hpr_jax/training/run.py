@@ -115,7 +115,14 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
         evaluator = Evaluator(config, val_set, graph)
         settings = config.train
         step_function = make_train_step(
-            graph, criterion, make_optimizer(config), settings.seed, settings.ema_decay, settings.accumulation_steps, mesh
+            graph,
+            criterion,
+            make_optimizer(config),
+            settings.seed,
+            settings.ema_decay,
+            settings.accumulation_steps,
+            mesh,
+            settings.matching,
         )
         with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
             loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)

@@ -1,7 +1,7 @@
-"""One optimisation step: four compiled programs, and between the first two a solver of the matching problems on the host.
+"""One optimisation step: four compiled programs, and between the first two a solver of the matching problems.
 
     forward   every device, for its images: outputs, matching costs, and what the backward pass needs
-    solve     every process, on the host, for its images: solves the matching problems
+    solve     solves the matching problems: every process, on the host, for its images; or a kernel on every device
     loss      for all images: loss terms, and the gradients of the outputs
     backward  every device, for its images: gradients of the parameters
     update    sums the gradients over the devices, clips them, and changes the parameters
@@ -10,8 +10,8 @@ Only `loss` and the drawing of denoising queries look at several images at once,
 batch has the same normalisers and the same gradient however it is split, over devices or over parts that a device computes
 one after the other.
 
-The solver is no callback of a program: programs with callbacks are never kept in the compilation cache, and with several
-devices on few cores their callbacks can block one another forever.
+The host's solver is no callback of a program: programs with callbacks are never kept in the compilation cache, and with
+several devices on few cores their callbacks can block one another forever.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from hpr_jax.losses.criterion import Criterion
-from hpr_jax.losses.matching import Request, solve_on_host
+from hpr_jax.losses.matching import Request, solve_on_device, solve_on_host
 from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, local_part, replicate, shard, split_at
 from hpr_jax.runtime.host_memory import return_freed_memory
 from hpr_jax.training.optimizer import Optimizer, global_norm, moving_average
@@ -103,6 +103,8 @@ class TrainStep:
       parts: number of parts of a batch, which are computed one after the other. It saves memory, and costs a second forward
         pass of all parts but the last.
       mesh: the devices; by default the first one.
+      matching: what solves the matching problems: `scipy` on the host, a `pallas` kernel, or `auto`: the kernel on NVIDIA
+        GPUs, else SciPy.
     """
 
     def __init__(
@@ -115,15 +117,21 @@ class TrainStep:
         average_decay: float = 0.0,
         parts: int = 1,
         mesh: Mesh | None = None,
+        matching: str = "auto",
     ):
         self.graph, self.criterion, self.optimizer, self.seed = graph, criterion, optimizer, seed
         self.average_decay, self.parts = average_decay, parts
         self.mesh = data_mesh(jax.devices()[:1]) if mesh is None else mesh
+        platform = self.mesh.devices.flat[0].platform
+        self.on_cpu = platform == "cpu"
+        self.solves_on_device = matching == "pallas" or (matching == "auto" and platform == "gpu")
         everywhere = NamedSharding(self.mesh, EVERYWHERE)
         self.forward = jax.jit(self._forward)
         self.outputs = jax.jit(lambda *arguments: dataclasses.replace(self._forward(*arguments), pullback=None))
+        # A kernel runs on GPUs; elsewhere it is interpreted, which is for tests.
+        solver = partial(solve_on_device, interpret=platform != "gpu")
+        self.solve_on_device = jax.jit(self._on_each_device(solver, (split_at(1), split_at(0)), split_at(1)))
         self.loss = jax.jit(self._loss)
-        self.on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self.backward = jax.jit(self._backward, compiler_options=CPU_OPTIONS if self.on_cpu else None)
         self.add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=everywhere)
@@ -131,7 +139,7 @@ class TrainStep:
     @property
     def compilations(self) -> int:
         """How many programs were compiled so far."""
-        programs = (self.forward, self.outputs, self.loss, self.backward, self.add, self.update)
+        programs = (self.forward, self.outputs, self.solve_on_device, self.loss, self.backward, self.add, self.update)
         # The number of compiled programs of a jitted function has no public name, nor a type.
         return sum(cast(Any, program)._cache_size() for program in programs)
 
@@ -150,7 +158,7 @@ class TrainStep:
         *others, last = [replicate(self.mesh, np.int32(part)) for part in range(self.parts)]
         passes = [self.outputs(variables, batch, part) for part in others] + [self.forward(variables, batch, last)]
         # While the host solves the matching problems of one part, the devices compute the next part.
-        assigned = [solve(self.mesh, one.requests, one.target_valid) for one in passes]
+        assigned = [self.solve(one.requests, one.target_valid) for one in passes]
         numbers, cotangents = self.loss(batch, [one.outputs for one in passes], passes[-1].denoising, assigned)
         if self.on_cpu:
             # The backward pass needs most of the memory, and the forward pass has left unused gaps in it.
@@ -203,6 +211,26 @@ class TrainStep:
         outputs = join_floats(floats, others)
         requests = self.criterion.requests(outputs, targets)
         return ForwardPass(outputs, requests, targets.valid, without_variables(pullback, state))
+
+    def solve(self, requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Array]:
+        """Solves matching problems; on the host, it waits for the costs of this process's images.
+
+        Args:
+          requests: each has P problems of every image, split over the devices at the axis of images.
+          target_valid: bool `[B, N]`, split alike.
+
+        Returns:
+          For each request the index of the box that a query is matched with, or -1: int32 `[P, B, Q]`, split alike.
+        """
+        if self.solves_on_device:
+            return self.solve_on_device(requests, target_valid)
+        solved = solve_on_host(
+            [local_part(request.cost, axis=1) for request in requests],
+            [local_part(request.query_valid, axis=1) for request in requests],
+            local_part(target_valid),
+            [request.repeats for request in requests],
+        )
+        return shard(self.mesh, solved, axis=1)
 
     def _loss(
         self,
@@ -266,28 +294,17 @@ class TrainStep:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def solve(mesh: Mesh, requests: Sequence[Request], target_valid: jax.Array) -> list[jax.Array]:
-    """Waits for the matching costs of this process's images, and solves their matching problems.
-
-    Args:
-      requests: each has P problems of every image, costs `[P, B, Q, N]`, split over the devices at B.
-      target_valid: bool `[B, N]`, split alike.
-
-    Returns:
-      For each request the index of the box that a query is matched with, or -1: int32 `[P, B, Q]`, split alike.
-    """
-    solved = solve_on_host(
-        [local_part(request.cost, axis=1) for request in requests],
-        [local_part(request.query_valid, axis=1) for request in requests],
-        local_part(target_valid),
-        [request.repeats for request in requests],
-    )
-    return shard(mesh, solved, axis=1)
-
-
 @functools.lru_cache(maxsize=8)
 def make_train_step(
-    graph: nnx.GraphDef, criterion: Criterion, optimizer: Optimizer, seed: int, average_decay: float, parts: int, mesh: Mesh
+    graph: nnx.GraphDef,
+    criterion: Criterion,
+    optimizer: Optimizer,
+    seed: int,
+    average_decay: float,
+    parts: int,
+    mesh: Mesh,
+    matching: str = "auto",
 ) -> TrainStep:
     """A `TrainStep`; the same one for the same arguments, so that a run resumed in one process does not compile again."""
-    return TrainStep(graph, criterion, optimizer, seed, average_decay=average_decay, parts=parts, mesh=mesh)
+    step = partial(TrainStep, average_decay=average_decay, parts=parts, mesh=mesh, matching=matching)
+    return step(graph, criterion, optimizer, seed)

@@ -166,13 +166,13 @@ def training_step(bench: Bench) -> dict[str, float]:
 
 def matching(bench: Bench) -> dict[str, float]:
     """Transfer to the host and solution of the matching problems of a step: all layers, branches and kinds of queries."""
-    import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     from hpr_jax.losses.build import make_criterion
     from hpr_jax.losses.matching import Request
-    from hpr_jax.runtime.devices import data_mesh
-    from hpr_jax.training.step import solve
+    from hpr_jax.training.build import make_optimizer
+    from hpr_jax.training.step import TrainStep
 
     model, criterion = bench.config.model, make_criterion(bench.config)
     layers, branches = model.refiner.layers, 1 + len(model.refiner.auxiliaries)
@@ -180,17 +180,17 @@ def matching(bench: Bench) -> dict[str, float]:
     if model.queries.kind == "distinct":
         dense = int(model.queries.count * model.queries.dense_ratio)
         shapes.append((dense, (criterion.dense.positives,) * (1 + layers * branches)))
-    mesh = data_mesh(jax.local_devices()[:1])
+    step = TrainStep(nnx.graphdef(bench.detector), criterion, make_optimizer(bench.config), 0, matching="scipy")
     rng, (batch, objects) = np.random.default_rng(0), bench.targets.valid.shape
     requests = []
     for queries, repeats in shapes:
-        cost = jnp.asarray(rng.normal(size=(len(repeats), batch, queries, objects)), jnp.float32)
-        requests.append(Request(cost, jnp.ones(cost.shape[:3], bool), repeats))
+        cost = jnp.asarray(rng.normal(size=(len(repeats), batch, objects, queries)), jnp.float32)
+        requests.append(Request(cost, jnp.ones((len(repeats), batch, queries), bool), repeats))
 
     def run():
         # New arrays, since an array whose values were fetched once keeps them on the host.
         fresh = [dataclasses.replace(request, cost=request.cost + 0.0) for request in requests]
-        return solve(mesh, fresh, bench.targets.valid)
+        return step.solve(fresh, bench.targets.valid)
 
     return bench.timed(run) | {"problems": sum(len(repeats) for _, repeats in shapes) * batch}
 

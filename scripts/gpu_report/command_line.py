@@ -26,6 +26,7 @@ PARTS = (
     # It leaves memory to other libraries.
     ("operations", "Operations beside their peers", 70, 0.4),
     ("inference", "Inference at full size", 90, 0.9),
+    ("selection", "Matching and suppression beside the host's loops", 30, 0.4),
     ("training", "Training step of 4 views", 135, 0.9),
     ("sweep", "Launch settings of the kernels", 30, 0.75),
     ("inference_float32", "Inference at full size in float32", 55, 0.9),

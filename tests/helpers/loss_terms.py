@@ -18,7 +18,7 @@ def loss_terms(criterion: Criterion, outputs: Outputs, targets: Targets, denoisi
     requests = criterion.requests(outputs, targets)
     repeats = [request.repeats for request in requests]
     costs = [jax.lax.stop_gradient(request.cost) for request in requests]
-    shapes = [jax.ShapeDtypeStruct(cost.shape[:3], jnp.int32) for cost in costs]
+    shapes = [jax.ShapeDtypeStruct(request.query_valid.shape, jnp.int32) for request in requests]
 
     def solve(*arrays):
         costs, query_valid, target_valid = jax.tree.map(np.asarray, arrays)

@@ -81,7 +81,7 @@ class TestCosts:
         dear = 0.25 * 0.64 * -np.log(0.2) + 0.75 * 0.04 * np.log(0.8)
         cheap = 0.25 * 0.04 * -np.log(0.8) + 0.75 * 0.64 * np.log(0.2)
         expected = [2 * focal + 5 * 0.1 - 2 * 0.6 for focal in (dear, cheap)]
-        np.testing.assert_allclose(cost[0, 0, 0], expected, rtol=1e-4)
+        np.testing.assert_allclose(cost[0, 0, :, 0], expected, rtol=1e-4)
 
     def test_dense_cost_applies_the_sigmoid_twice_and_l1_to_corners(self):
         """Two of the corners' coordinates are 0.1 off."""
@@ -89,7 +89,7 @@ class TestCosts:
         cost = self.dense(self.query((HALF, HALF), (0.6, 0.5, 0.4, 0.4)), targets(boxes, [[0, 1]], [[True, True]]))
         p = sigmoid(0.5)
         focal = -0.25 * (1 - p) ** 2 * np.log(p) + 0.75 * p**2 * np.log(1 - p)
-        np.testing.assert_allclose(cost[0, 0, 0], [2 * focal + 5 * 0.2 - 2 * 0.6] * 2, rtol=1e-4)
+        np.testing.assert_allclose(cost[0, 0, :, 0], [2 * focal + 5 * 0.2 - 2 * 0.6] * 2, rtol=1e-4)
 
     @pytest.mark.parametrize("kind", ["matching", "dense"])
     def test_overlaps_are_taken_in_pixels(self, kind):
@@ -99,21 +99,21 @@ class TestCosts:
         goal = targets([[half_a_pixel, elsewhere]], [[0, 0]], [[True, True]], sizes=(1000, 1000))
         cost = getattr(self, kind)
         exact = float(cost(self.query((HALF, HALF), half_a_pixel), goal)[0, 0, 0, 0])
-        large = float(cost(self.query((HALF, HALF), elsewhere), goal)[0, 0, 0, 1])
+        large = float(cost(self.query((HALF, HALF), elsewhere), goal)[0, 0, 1, 0])
         assert exact == pytest.approx(large, abs=1e-3)
 
 
 class TestAssignment:
     def test_queries_of_a_box_are_counted_among_those_that_count(self):
         """Five of eight queries count, and two of three boxes are real: two queries a box, not four."""
-        cost, valid = np.zeros((1, 1, 8, 3), np.float32), np.array([[[True, False] * 3 + [True, True]]])
+        cost, valid = np.zeros((1, 1, 3, 8), np.float32), np.array([[[True, False] * 3 + [True, True]]])
         (assigned,) = solve_on_host([cost], [valid], np.array([[True, True, False]]), [(4,)])
         assert np.bincount(assigned[assigned >= 0]).tolist() == [2, 2]
         assert np.all(assigned[~valid] == -1)
 
     def test_more_boxes_than_queries(self):
         """Only as many boxes are found as queries count, the cheapest: boxes 2 and 0."""
-        cost = np.array([[[[5.0, 9.0, 1.0], [2.0, 9.0, 4.0], [0.0, 0.0, 0.0]]]], np.float32)
+        cost = np.array([[[[5.0, 2.0, 0.0], [9.0, 9.0, 0.0], [1.0, 4.0, 0.0]]]], np.float32)
         (assigned,) = solve_on_host([cost], [np.array([[[True, True, False]]])], np.ones((1, 3), bool), [(4,)])
         assert assigned[0, 0].tolist() == [2, 0, -1]
 
@@ -231,8 +231,8 @@ class TestCriterion:
         matching, dense = jax.eval_shape(criterion.requests, self.outputs(), self.TARGETS)
         assert matching.repeats == (4, 3, 2, 3, 2, 3, 2)
         assert dense.repeats == (4,) * 7
-        assert matching.cost.shape == (7, 1, 3, 2)
-        assert dense.cost.shape == (7, 1, 4, 2)
+        assert matching.cost.shape == (7, 1, 2, 3)
+        assert dense.cost.shape == (7, 1, 2, 4)
         plain = dataclasses.replace(criterion, repeats=(), proposal_repeats=1)
         assert jax.eval_shape(plain.requests, self.outputs(), self.TARGETS)[0].repeats == (1,) * 7
 

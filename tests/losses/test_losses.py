@@ -12,42 +12,58 @@ from loss_terms import loss_terms
 
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.functions import quality_focal_loss, sigmoid_focal_loss
-from hpr_jax.losses.matching import focal_cost, solve_on_host
+from hpr_jax.losses.matching import Request, focal_cost, solve_on_device, solve_on_host
 from hpr_jax.types import BranchPredictions, Intermediates, Outputs, Predictions
 
 RNG = np.random.default_rng(0)
+
+
+def solve_by_kernel(costs, query_valid, target_valid, repeats):
+    """The kernel in place of SciPy."""
+    requests = [
+        Request(jnp.asarray(cost), jnp.asarray(valid), tuple(wanted))
+        for cost, valid, wanted in zip(costs, query_valid, repeats)
+    ]
+    return jax.device_get(solve_on_device(requests, jnp.asarray(target_valid), interpret=True))
+
+
+solvers = pytest.mark.parametrize("solve", [solve_on_host, solve_by_kernel])
 UNUSED = [field.name for field in dataclasses.fields(Intermediates) if field.name != "spatial_shapes"]
 
 
-def test_assignment_is_the_cheapest():
-    cost = RNG.normal(size=(2, 3, 5, 3)).astype(np.float32)
+@solvers
+def test_assignment_is_the_cheapest(solve):
+    cost = RNG.normal(size=(2, 3, 3, 5)).astype(np.float32)
     valid = np.array([[True] * 3, [True, True, False], [False] * 3])
-    (assigned,) = solve_on_host([cost], [np.ones((2, 3, 5), bool)], valid, [(1, 1)])
+    (assigned,) = solve([cost], [np.ones((2, 3, 5), bool)], valid, [(1, 1)])
     for problem, image in np.ndindex(2, 3):
         count = int(valid[image].sum())
         best = min(
-            sum(cost[problem, image, q, n] for n, q in enumerate(queries))
+            sum(cost[problem, image, n, q] for n, q in enumerate(queries))
             for queries in itertools.permutations(range(5), count)
         )
         rows = np.flatnonzero(assigned[problem, image] >= 0)
         assert sorted(assigned[problem, image, rows].tolist()) == list(range(count))
-        assert sum(cost[problem, image, q, assigned[problem, image, q]] for q in rows) == pytest.approx(best, abs=1e-5)
+        assert sum(cost[problem, image, assigned[problem, image, q], q] for q in rows) == pytest.approx(best, abs=1e-5)
 
 
-def test_invalid_queries_stay_unmatched():
-    cost = np.zeros((1, 1, 4, 2), np.float32)
+@solvers
+def test_invalid_queries_stay_unmatched(solve):
+    cost = np.zeros((1, 1, 2, 4), np.float32)
     query_valid = np.array([[[False, True, False, False]]])
-    (assigned,) = solve_on_host([cost], [query_valid], np.ones((1, 2), bool), [(1,)])
+    (assigned,) = solve([cost], [query_valid], np.ones((1, 2), bool), [(1,)])
     assert (assigned[0, 0] >= 0).tolist() == [False, True, False, False]
 
 
+@solvers
 @pytest.mark.parametrize(("repeats", "expected"), [(1, 1), (3, 3), (9, 3)])
-def test_a_box_takes_as_many_queries_as_suffice(repeats, expected):
-    cost = RNG.normal(size=(1, 1, 7, 2)).astype(np.float32)
-    (assigned,) = solve_on_host([cost], [np.ones((1, 1, 7), bool)], np.ones((1, 2), bool), [(repeats,)])
+def test_a_box_takes_as_many_queries_as_suffice(solve, repeats, expected):
+    cost = RNG.normal(size=(1, 1, 2, 7)).astype(np.float32)
+    (assigned,) = solve([cost], [np.ones((1, 1, 7), bool)], np.ones((1, 2), bool), [(repeats,)])
     assert np.bincount(assigned[0, 0][assigned[0, 0] >= 0]).tolist() == [expected, expected]
 
 
+@solvers
 @pytest.mark.parametrize(
     "cost",
     [
@@ -58,9 +74,46 @@ def test_a_box_takes_as_many_queries_as_suffice(repeats, expected):
         [[-np.inf, -np.inf], [-np.inf, -np.inf], [1.0, 2.0]],
     ],
 )
-def test_not_finite_costs_do_not_raise(cost):
-    (assigned,) = solve_on_host([np.array([[cost]], np.float32)], [np.ones((1, 1, 3), bool)], np.ones((1, 2), bool), [(1,)])
+def test_not_finite_costs_do_not_raise(solve, cost):
+    (assigned,) = solve(
+        [np.array([[cost]], np.float32).swapaxes(2, 3)], [np.ones((1, 1, 3), bool)], np.ones((1, 2), bool), [(1,)]
+    )
     assert assigned.max() == 1
+
+
+KINDS_OF_COSTS = {
+    "independent": lambda *shape: RNG.normal(size=shape),
+    "a popular query": lambda *shape: RNG.normal(size=shape) - 50 * (RNG.random(shape[-1]) < 0.2),
+    "one row for all boxes": lambda *shape: (
+        np.broadcast_to(RNG.normal(size=shape[-1]), shape) + 1e-3 * RNG.normal(size=shape)
+    ),
+    # Many assignments are equally good.
+    "equal ones": lambda *shape: RNG.integers(0, 3, shape),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_COSTS)
+@pytest.mark.parametrize(("boxes", "queries"), [(5, 9), (9, 40), (12, 10)])
+def test_the_kernel_finds_what_scipy_finds(kind, boxes, queries):
+    """Some queries do not count, some boxes are none, and boxes want 1 to 4 queries."""
+    for _ in range(4):
+        cost = KINDS_OF_COSTS[kind](2, 3, boxes, queries).astype(np.float32)
+        valid, real = RNG.random((2, 3, queries)) < 0.8, np.arange(boxes) < RNG.integers(0, boxes + 1, (3, 1))
+        arguments = [cost], [valid], real, [tuple(map(int, RNG.integers(1, 5, 2)))]
+        (expected,), (assigned,) = solve_on_host(*arguments), solve_by_kernel(*arguments)
+        if kind != "equal ones":
+            np.testing.assert_array_equal(assigned, expected)
+            continue
+        assert not np.any(assigned[~valid] >= 0)
+        for problem, image in np.ndindex(2, 3):
+            found, best = assigned[problem, image], expected[problem, image]
+            assert np.sort(found).tolist() == np.sort(best).tolist() or boxes > queries
+            assert total(cost[problem, image], found) == total(cost[problem, image], best)
+
+
+def total(cost, assigned):
+    queries = np.flatnonzero(assigned >= 0)
+    return cost[assigned[queries], queries].sum()
 
 
 def test_focal_terms_by_hand():

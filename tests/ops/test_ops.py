@@ -277,7 +277,7 @@ def test_nms_of_boxes_in_several_blocks(monkeypatch):
 def test_nms_suppresses_above_the_threshold_alone():
     """The second box has IoU 0.5 with the first; among equal scores the lower index survives."""
     boxes, everything = floats([[0, 0, 1, 1], [0, 0, 2, 1], [0, 0, 1, 1]]), np.ones(3, bool)
-    first, mask = (jax.jit(function, static_argnums=numbers) for function, numbers in ((nms_first, (3, 4)), (nms_mask, ())))
+    first, mask = (jax.jit(function, static_argnums=numbers) for function, numbers in ((nms_first, (3, 4)), (nms_mask, 3)))
     for scores, threshold, expected in (
         ([0.5, 0.4, 0.5], 0.5, [0, 1]),
         ([0.5, 0.4, 0.5], 0.49, [0]),

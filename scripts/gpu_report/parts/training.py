@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from timing import Timing, peak_memory, time_calls
 
@@ -17,12 +16,13 @@ from gpu_report.model import make_bench
 from gpu_report.parts.inference import COSTS, costs
 from gpu_report.recorder import COMPUTED, GIVEN, MEASURED, Recorder, milliseconds
 from hpr_jax.runtime.devices import replicate
-from hpr_jax.training.step import solve
 
 # Both numbers of objects share a program: batches have room for as many as any image of a data set.
 OBJECTS, ROOM = (7, 100), 100
 REPEATS, MOST_SECONDS = 10, 2.0
 RATE = 1e-4
+# Row of the matching problems' solution on the host, which is not part of the step measured here.
+SCIPY = "solve by SciPy"
 
 
 def run(recorder: Recorder, small: bool) -> None:
@@ -31,7 +31,7 @@ def run(recorder: Recorder, small: bool) -> None:
     step, state, batch = bench.step()
     programs = compile_step(recorder, step, state, batch)
     for name, program in programs.items():
-        setattr(step, name, program.call)
+        setattr(step, "solve_on_device" if name == "solve" else name, program.call)
     times = recorder.table(
         "Training step: bfloat16, 2 images x 2 views",
         {
@@ -48,7 +48,7 @@ def run(recorder: Recorder, small: bool) -> None:
     profiles = summary_table(recorder, f"Kernels of a training step with {objects[-1]} objects")
     for name, (call, timing) in run_of.items():
         if name not in programs or name == "update":
-            # Solving is the host's work, and an update gives its state away, so that it cannot run again.
+            # SciPy's work is the host's, and an update gives its state away, so that it cannot run again.
             continue
         found = summarize(recorder, profiles, name, call, timing.median, calls=2)
         if found is not None:
@@ -65,13 +65,13 @@ def compile_step(recorder: Recorder, step: Any, state: Any, batch: Any) -> dict[
     with Compiler() as compiler:
         started = {}
         started["forward"], forward = compiler.start(step.forward, variables, batch, part)
-        assigned = [jax.ShapeDtypeStruct(request.query_valid.shape, jnp.int32) for request in forward.requests]
+        started["solve"], assigned = compiler.start(step.solve_on_device, forward.requests, forward.target_valid)
         started["loss"], (_, cotangents) = compiler.start(step.loss, batch, [forward.outputs], forward.denoising, [assigned])
         started["backward"], gradients = compiler.start(step.backward, variables, forward.pullback, cotangents[0])
         rate = replicate(step.mesh, np.float32(RATE))
         started["update"], _ = compiler.start(step.update, state, gradients, rate)
         programs = {}
-        for name in sorted(started, key=("update", "loss", "forward", "backward").index):
+        for name in sorted(started, key=("update", "solve", "loss", "forward", "backward").index):
             programs[name] = started[name].result()
             results = programs[name].gigabytes["results"]
             table.add({"program": name, **costs(programs[name]), "GB of results": results})
@@ -100,8 +100,9 @@ class Apart:
     def forward(self) -> Any:
         return self.step.forward(self.variables, self.batch, self.part)
 
-    def solve(self, forward: Any) -> list[jax.Array]:
-        return solve(self.step.mesh, forward.requests, forward.target_valid)
+    def solve(self, forward: Any, *, on_device: bool) -> list[jax.Array]:
+        self.step.solves_on_device = on_device
+        return self.step.solve(forward.requests, forward.target_valid)
 
     def loss(self, forward: Any, assigned: Any) -> Any:
         return self.step.loss(self.batch, [forward.outputs], forward.denoising, [assigned])
@@ -135,8 +136,12 @@ def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Cal
         jax.block_until_ready([request.replace(cost=request.cost + 0.0) for request in forward.requests])
         for _ in range(REPEATS + 3)
     ]
-    assigned = timed_solve(apart, forward, fresh, runs)
-    peaks["solve"] = peak_memory()
+    by_scipy = timed_solve(apart, forward, fresh, runs)
+    peaks[SCIPY] = peak_memory()
+    assigned = timed("solve", functools.partial(apart.solve, forward, on_device=True))
+    for ours, theirs in zip(assigned, by_scipy):
+        if not np.array_equal(ours, theirs):
+            raise AssertionError(f"of {ours.size} queries the kernel and SciPy match {np.sum(ours != theirs)} differently")
     numbers, cotangents = timed("loss", functools.partial(apart.loss, forward, assigned))
     gradients = timed("backward", functools.partial(apart.backward, forward, cotangents[0]))
     timed("update", functools.partial(apart.update, gradients))
@@ -151,15 +156,15 @@ def measure(table: Any, apart: Apart, objects: int) -> tuple[dict[str, tuple[Cal
 
 
 def timed_solve(apart: Apart, forward: Any, fresh: list[Any], runs: dict[str, Any]) -> list[jax.Array]:
-    """Times fetching the costs and solving. Calls are not queued, since it is the host that works."""
+    """Times fetching the costs and solving by SciPy. Calls are not queued, since it is the host that works."""
     remaining = iter(fresh)
 
     def call() -> list[jax.Array]:
-        return jax.block_until_ready(apart.solve(forward.replace(requests=next(remaining))))
+        return jax.block_until_ready(apart.solve(forward.replace(requests=next(remaining)), on_device=False))
 
     timing = time_one_by_one(call, REPEATS)
-    runs["solve"] = call, timing
-    return apart.solve(forward)
+    runs[SCIPY] = call, timing
+    return apart.solve(forward, on_device=False)
 
 
 def time_one_by_one(call: Callable[[], Any], repeats: int) -> Timing:
