@@ -65,7 +65,8 @@ def base() -> ConfigDict:
     config.compute = {
         # Type of activations: float32 or, on GPUs, bfloat16. Parameters, boxes, predictions and losses are always float32.
         "dtype": "float32",
-        # How sampling and RoIAlign are computed: by xla, by pallas kernels, or auto: by kernels on NVIDIA GPUs, else by XLA.
+        # How sampling, RoIAlign, attention and NMS are computed: by xla, by pallas kernels, or auto: by kernels on NVIDIA
+        # GPUs, else by XLA.
         "operations": "auto",
         # Parts whose layers compute their inner values again in the backward pass, some of backbone, encoder and refiner. It
         # takes a quarter of the memory and little time.

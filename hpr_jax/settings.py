@@ -211,7 +211,9 @@ COMPUTE = {
         choices=DTYPES,
     ),
     "operations": Setting(
-        "Sampling and RoIAlign: auto takes Pallas kernels on NVIDIA GPUs and XLA elsewhere.", str, choices=OPERATIONS
+        "Sampling, RoIAlign, attention and NMS: auto takes Pallas kernels on NVIDIA GPUs and XLA elsewhere.",
+        str,
+        choices=OPERATIONS,
     ),
     "remat": Setting(
         "Parts whose layers compute their inner values again in the backward pass, to save memory.",

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plt
 from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two
 
 # Queries that a thread handles, and the largest number of warps of a program.
-QUERIES_A_THREAD = 8
+QUERIES_A_THREAD = 4
 MOST_WARPS = 32
 
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plt
 from hpr_jax.kernels.launch import Launch, pallas_call
 
 # Number of boxes that are compared with one another, and with as many survivors, at a time: a power of two.
-BLOCK = 128
+BLOCK = 64
 LAUNCH = Launch(num_warps=16, elements=BLOCK * BLOCK // (32 * 16))
 
 

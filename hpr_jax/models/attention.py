@@ -14,17 +14,20 @@ from hpr_jax.ops.deformable_sampling import deformable_sampling
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention without a residual. Its three input projections (query, key, value) are one kernel `[C, 3 * C]`.
 
+    Args:
+      implementation: of `attention`.
+
     Raises:
       UserError: the channels do not divide into so many heads.
     """
 
-    def __init__(self, channels: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, heads: int, *, implementation: str | None = None, rngs: nnx.Rngs):
         if channels % heads:
             raise UserError(f"{channels} channels do not divide into {heads} heads; choose another number of heads.")
         zeros, xavier = nnx.initializers.zeros, nnx.initializers.xavier_uniform()
         self.input = Linear(channels, 3 * channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
         self.output = Linear(channels, channels, rngs=rngs, kernel_init=xavier, bias_init=zeros)
-        self.heads = heads
+        self.heads, self.implementation = heads, implementation
 
     def project(self, x: jax.Array, part: slice) -> jax.Array:
         """The input projections `part` (of 0 query, 1 key, 2 value) of x `[..., C]`, side by side: `[..., parts * C]`."""
@@ -52,7 +55,8 @@ class MultiHeadAttention(nnx.Module):
         def split(x):
             return x.reshape(*x.shape[:-1], self.heads, -1)
 
-        return self.output(attention(split(query), split(key), split(value), mask).reshape(query.shape))
+        attended = attention(split(query), split(key), split(value), mask, implementation=self.implementation)
+        return self.output(attended.reshape(query.shape))
 
     def self_attention(self, x: jax.Array, position: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Self-attention of x.

@@ -96,7 +96,7 @@ class Compute:
 
     @property
     def implementation(self) -> str | None:
-        """The argument of that name of sampling and RoIAlign."""
+        """The argument of that name of the operations that have a kernel."""
         return None if self.operations == "auto" else self.operations
 
 
@@ -167,7 +167,7 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
         backbone=backbone,
         neck=neck,
         encoder=encoder,
-        query_init=_query_init(config, head, rngs),
+        query_init=_query_init(config, computing, head, rngs),
         denoiser=Denoiser(num_classes, channels, rngs=rngs, **denoising) if denoising["queries"] else None,
         refiner=refiner,
         heads=DecoderHeads(head, layers, with_dense=distinct),
@@ -190,7 +190,7 @@ def _section(key: str) -> Iterator[None]:
         raise UserError(f"config.model.{key}: {error}") from error
 
 
-def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> QueryInit:
+def _query_init(config: Config, compute: Compute, head: PredictionHead, rngs: nnx.Rngs) -> QueryInit:
     """The initial queries of the section `queries`; their heads start as copies of `head`."""
     queries, channels = config["queries"], config["channels"]
     if queries["kind"] not in QUERIES:
@@ -207,6 +207,7 @@ def _query_init(config: Config, head: PredictionHead, rngs: nnx.Rngs) -> QueryIn
         queries=queries["count"],
         dense_ratio=queries["dense_ratio"],
         nms_threshold=queries["nms_threshold"],
+        implementation=compute.implementation,
         rngs=rngs,
     )
 
@@ -250,6 +251,7 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
             merge=refiner["merge"],
             merge_points=refiner["merge_points"],
             merge_initial="xavier" if refiner["merge_xavier"] else tuple(refiner["merge_initial"]),
+            implementation=compute.implementation,
             rngs=rngs,
         )
 
@@ -261,8 +263,9 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
             channels=channels,
             branches=auxiliaries,
             nms_threshold=config["queries"].get("nms_threshold"),
-            region=RegionSettings(**region, implementation=compute.implementation),
+            region=RegionSettings(**region),
             remat="refiner" in compute.remat,
+            implementation=compute.implementation,
             rngs=rngs,
         )
 

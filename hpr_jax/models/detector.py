@@ -136,7 +136,7 @@ class Detector(nnx.Module):
             proposals=matching.proposals,
             dense_proposals=dense.proposals if dense is not None else None,
             intermediates=Intermediates(
-                memory=memory.tokens,
+                memory=memory.tokens[:, : sum(height * width for height, width in memory.spatial_shapes)],
                 level_sizes=memory.level_sizes,
                 initial_content=queries.content,
                 reference_boxes=decoded.reference_boxes,

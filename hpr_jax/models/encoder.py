@@ -3,13 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention
 from hpr_jax.models.layers import FeedForward, layer_norm, rematerialized, stack
 from hpr_jax.models.position import map_encoding
-from hpr_jax.models.pyramid import Pyramid, pixel_centers
+from hpr_jax.models.pyramid import Pyramid, join_levels, pixel_centers
 
 
 class EncoderLayer(nnx.Module):
@@ -91,4 +90,4 @@ class Encoder(nnx.Module):
                 offset=self.position_offset,
             )
             encodings.append(encoding.reshape(len(encoding), -1, channels) + self.level_embedding[level])
-        return jnp.concatenate(encodings, axis=1).astype(pyramid.tokens.dtype)
+        return join_levels(encodings).astype(pyramid.tokens.dtype)

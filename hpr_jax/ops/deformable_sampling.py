@@ -33,7 +33,7 @@ def deformable_sampling(
 
     Args:
       value: `[B, S, H, D]`, the levels' maps flattened row by row and concatenated.
-      spatial_shapes: static (height, width) of each level; their products sum to S.
+      spatial_shapes: static (height, width) of each level; tokens behind theirs are not sampled.
       sampling_locations: `[B, Q, H, L, P, 2]`, (x, y) relative to each level's map, whose outer edges are 0 and 1.
       attention_weights: `[B, Q, H, L, P]`.
       implementation: see `hpr_jax.ops.dispatch`; None: the kernel where it can run, else XLA.
@@ -64,7 +64,7 @@ def _check(value: jax.Array, spatial_shapes: Shapes, locations: jax.Array, weigh
     tokens, levels = value.shape[1], locations.shape[3]
     if (value.shape[0], value.shape[2]) != (locations.shape[0], locations.shape[2]):
         raise ValueError(f"value {list(value.shape)} and locations {list(locations.shape)} differ in their batch or heads.")
-    if tokens != sum(h * w for h, w in spatial_shapes) or levels != len(spatial_shapes):
+    if tokens < sum(h * w for h, w in spatial_shapes) or levels != len(spatial_shapes):
         raise ValueError(f"value has {tokens} tokens and locations {levels} levels, but the maps are {spatial_shapes}.")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpr_jax.models.pyramid import Pyramid
+from hpr_jax.models.pyramid import TOKENS_MULTIPLE, Pyramid
 
 RNG = np.random.default_rng(0)
 
@@ -24,10 +24,10 @@ def floats(values: Any) -> Any:
 def pyramid(
     tokens: Any, shapes: Sequence[tuple[int, int]], sizes: Any, *, image_size: Any = (64, 64), valid: Any = None
 ) -> Pyramid:
-    """The pyramid of one image.
+    """The pyramid of one image. Its tokens are filled up to a multiple of 8, as `join_levels` does.
 
     Args:
-      tokens: `[S, C]`.
+      tokens: `[S, C]`, those of the levels.
       shapes: (height, width) of each level.
       sizes: valid (height, width) of each level.
       image_size: (height, width) of the image.
@@ -35,6 +35,8 @@ def pyramid(
     """
     valid = np.ones(len(tokens), bool) if valid is None else np.asarray(valid)
     tokens, sizes, image_size = floats(tokens), np.asarray(sizes, np.int32), np.asarray(image_size, np.int32)
+    fill = -len(tokens) % TOKENS_MULTIPLE
+    tokens, valid = np.pad(tokens, ((0, fill), (0, 0))), np.pad(valid, (0, fill))
     return Pyramid(tokens[None], valid[None], sizes[None], image_size[None], tuple(shapes))
 
 

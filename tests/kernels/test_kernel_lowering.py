@@ -14,7 +14,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from hpr_jax.kernels import deformable_sampling, weighted_rows
+from hpr_jax.kernels import assignment, attention, deformable_sampling, nms, weighted_rows
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.models.layers import Conv
 from hpr_jax.ops.deformable_sampling import deformable_sampling as sampling_op
@@ -96,6 +96,48 @@ def test_compiled_code_spills_nothing(user, dtype, capability):
         if capability >= 90:
             # Loops exchange nothing through shared memory.
             assert ptx.count("bar.sync") <= 1, direction
+
+
+# Kernels of which one program has many threads that exchange values: a function, and its arguments at full size.
+HEADS_OF_QUERIES = array(4, 950, HEADS, WIDTH, dtype=jnp.bfloat16)
+OF_QUERIES = array(4, HEADS, 950)
+EXCHANGING = {
+    "assignment": (
+        assignment.solve,
+        (array(19, 4, 100, 900), array(19, 4, 900, dtype=bool), array(4, dtype=jnp.int32), array(19, dtype=jnp.int32)),
+    ),
+    "assignment of all proposals": (
+        assignment.solve,
+        (array(1, 4, 100, TOKENS), array(1, 4, TOKENS, dtype=bool), array(4, dtype=jnp.int32), array(1, dtype=jnp.int32)),
+    ),
+    "nms": (functools.partial(nms.survivors, count=900, threshold=0.8), (array(TOKENS, 4), array(dtype=jnp.int32))),
+    "attention forward": (
+        functools.partial(attention.forward, masked=-1e30),
+        (*(HEADS_OF_QUERIES,) * 3, array(4, 950, 950, dtype=bool)),
+    ),
+    "attention backward": (
+        functools.partial(attention.backward, masked=-1e30),
+        (*(HEADS_OF_QUERIES,) * 3, array(4, 950, 950, dtype=bool), OF_QUERIES, OF_QUERIES, HEADS_OF_QUERIES),
+    ),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", EXCHANGING)
+@pytest.mark.skipif(not cuda.HAS_COMPILER, reason="the compiler (PyPI: triton) is not installed; it exists for Linux alone")
+def test_kernels_whose_threads_exchange_values_compile(name, capability):
+    function, arguments = EXCHANGING[name]
+    codes = cuda.triton_ir(function, *arguments)
+    assert len(codes) == (2 if name == "attention backward" else 1)
+    for kernel, code in codes.items():
+        warps = {"assignment": 8, "assignment of all proposals": 32, "nms": 16}.get(name, 4)
+        registers, spilled, ptx = cuda.compile_kernel(code, capability, warps)
+        print(f"sm_{capability} {name} {kernel}: {registers} registers, {spilled} bytes spilled")
+        # One program that holds something of every proposal has more than fits in registers.
+        assert spilled == 0 or name == "assignment of all proposals"
+        assert ("wgmma" in ptx or "mma.sync" in ptx) == name.startswith("attention"), "products are the tensor cores' work"
+        # The search adds costs in float64.
+        assert ("add.f64" in ptx or "add.rn.f64" in ptx) == name.startswith("assignment")
 
 
 def test_offsets_beyond_32_bits():

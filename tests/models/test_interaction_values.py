@@ -48,7 +48,7 @@ class StubAttention:
 
     def __init__(self, channels, heads):
         self.kernel, self.bias, self.out = array(channels, 3 * channels), array(3 * channels), array(channels, channels)
-        self.heads = heads
+        self.heads, self.implementation = heads, None
 
     def input(self, x, columns):
         return x @ self.kernel[:, columns] + self.bias[columns]
@@ -192,7 +192,7 @@ class TestInteractions:
         valid = np.array([True] * 4 + [True, True, False] * 2)
         memory = pyramid(array(10, 8), ((2, 2), (2, 3)), [(2, 2), (2, 2)], valid=valid)
         encoding = encoded(2, 3).reshape(6, 8)[valid[4:]]
-        tokens = np.asarray(memory.tokens)[0, 4:][valid[4:]]
+        tokens = np.asarray(memory.tokens)[0, 4:10][valid[4:]]
         parts = (
             np.split(np.asarray(module.attention.input.kernel), 3, axis=1),
             np.split(np.asarray(module.attention.input.bias), 3),

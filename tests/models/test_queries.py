@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hpr_jax.models.pyramid import Pyramid
+from hpr_jax.models.pyramid import Pyramid, join_levels
 from hpr_jax.models.queries.proposals import ProposalGenerator, anchors_inside
 
 
@@ -16,8 +16,8 @@ def pyramid(level_sizes, spatial_shapes):
     level_sizes = jnp.asarray(level_sizes, jnp.int32)
     batch, tokens = len(level_sizes), sum(height * width for height, width in spatial_shapes)
     return Pyramid(
-        tokens=jnp.zeros((batch, tokens, 2)),
-        valid=jnp.ones((batch, tokens), bool),
+        tokens=join_levels([jnp.zeros((batch, tokens, 2))]),
+        valid=join_levels([jnp.ones((batch, tokens), bool)]),
         level_sizes=level_sizes,
         image_sizes=8 * level_sizes[:, 0],
         spatial_shapes=tuple(spatial_shapes),
@@ -49,7 +49,7 @@ def test_the_last_of_50_rows_and_the_third_of_250_are_outside():
 def test_sides_of_anchors_count_from_the_sixth_level_on():
     # 0.05 * 2 ** 4 = 0.8 lies inside, 1.6 does not.
     shapes = [(3, 3)] * 6
-    inside = np.asarray(anchors_inside(pyramid([[[3, 3]] * 6], shapes)))[0, :, 0].reshape(6, 9)
+    inside = np.asarray(anchors_inside(pyramid([[[3, 3]] * 6], shapes)))[0, :54, 0].reshape(6, 9)
     assert inside.all(axis=1).tolist() == [True] * 5 + [False]
     assert not inside[5].any()
 
@@ -57,7 +57,7 @@ def test_sides_of_anchors_count_from_the_sixth_level_on():
 def test_tokens_outside_have_infinite_anchors_and_others_the_logits_of_theirs():
     # One row of two tokens in an image whose second column is padding.
     memory = pyramid([[[1, 1]]], [(1, 2)])
-    tokens = ProposalGenerator.tokens(dataclasses.replace(memory, valid=jnp.array([[True, False]])))
-    assert tokens.inside[0, :, 0].tolist() == [True, False]
+    tokens = ProposalGenerator.tokens(dataclasses.replace(memory, valid=join_levels([jnp.array([[True, False]])])))
+    assert tokens.inside[0, :2, 0].tolist() == [True, False]
     np.testing.assert_allclose(tokens.anchors[0, 0], [0, 0, np.log(0.05 / 0.95), np.log(0.05 / 0.95)], rtol=1e-5)
     assert np.isposinf(tokens.anchors[0, 1]).all()

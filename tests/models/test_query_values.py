@@ -60,7 +60,8 @@ class TestPositions:
         memory = pyramid(np.zeros((2, 4)), ((1, 1), (1, 1)), [(1, 1), (1, 1)])
         position = jax.jit(functools.partial(Encoder._position, encoder))(memory)
         # Both y and x are half a turn.
-        np.testing.assert_allclose(position[0], [[100, 99, 100, 99], [200, 199, 200, 199]], atol=1e-3)
+        np.testing.assert_allclose(position[0, :2], [[100, 99, 100, 99], [200, 199, 200, 199]], atol=1e-3)
+        assert position.shape == memory.tokens.shape
 
     def test_references_of_the_encoder_are_pixel_centres(self):
         """They are relative to the valid area; that of the first level is two of three columns wide."""
@@ -76,8 +77,8 @@ class TestPositions:
             return query + 10 * position + 100 * reference[..., :1] + 1000 * memory.tokens
 
         layer = stub(attention=attention, norm1=lambda x: 2 * x, ffn=lambda x: x + 5, norm2=lambda x: 3 * x)
-        out = EncoderLayer.__call__(layer, memory, jnp.full((1, 1, 1), 7.0), jnp.full((1, 1, 2), 9.0))
-        assert out.tokens.item() == 3 * (2 * (1 + 70 + 900 + 1000) + 5)
+        out = EncoderLayer.__call__(layer, memory, jnp.full((1, 8, 1), 7.0), jnp.full((1, 8, 2), 9.0))
+        assert out.tokens[0, 0].item() == 3 * (2 * (1 + 70 + 900 + 1000) + 5)
 
     def test_maps_become_tokens_row_by_row(self):
         maps = [np.arange(6.0).reshape(1, 2, 3, 1), np.arange(6.0, 8.0).reshape(1, 1, 2, 1)]
@@ -86,6 +87,16 @@ class TestPositions:
         assert flat.valid[0].tolist() == [True, True, False, True, True, False, True, False]
         assert flat.level_sizes.tolist() == [[[2, 2], [1, 1]]]
         assert flat.spatial_shapes == ((2, 3), (1, 2))
+
+    def test_tokens_are_filled_up_to_a_multiple_of_eight(self):
+        """The filling is padding, which is neither seen nor chosen."""
+        sizes = [np.array([[3, 3]])]
+        flat = jax.jit(flatten)([np.ones((1, 3, 3, 4), np.float32)], sizes, np.array([[24, 24]]))
+        assert flat.tokens[0, :, 0].tolist() == [1] * 9 + [0] * 7
+        assert flat.valid[0].tolist() == [True] * 9 + [False] * 7
+        tokens = jax.jit(ProposalGenerator.tokens)(flat)
+        assert tokens.inside[0, :, 0].tolist() == [True] * 9 + [False] * 7
+        assert tokens.anchors.shape == (1, 16, 4)
 
 
 class TestProposals:
@@ -107,14 +118,14 @@ class TestProposals:
     def test_border_and_padding_are_outside(self):
         """The first and last valid pixels are nearer to the border than 0.01."""
         tokens = self.tokens()
-        outside = np.flatnonzero(~np.asarray(tokens.inside)[0, :, 0])
+        outside = np.flatnonzero(~np.asarray(tokens.inside)[0, :124, 0])
         assert outside.tolist() == [0, 58, 59, 60, 118, 119]
         assert np.all(np.isposinf(np.asarray(tokens.anchors)[0, outside]))
 
     def test_coarse_levels_are_outside(self):
         """Anchors of the sixth level would be 1.6 wide."""
         memory = pyramid(np.ones((6, 4)), ((1, 1),) * 6, [(1, 1)] * 6)
-        assert np.asarray(jax.jit(ProposalGenerator.tokens)(memory).inside)[0, :, 0].tolist() == [True] * 5 + [False]
+        assert np.asarray(jax.jit(ProposalGenerator.tokens)(memory).inside)[0, :6, 0].tolist() == [True] * 5 + [False]
 
     def test_border_tokens_stay_candidates(self):
         """They have the logits of a zero token and the box (1, 1, 1, 1); other boxes are anchors, moved by the head."""
@@ -185,14 +196,17 @@ class TestInitialQueries:
             queries=queries,
             dense_ratio=dense_ratio,
             nms_threshold=threshold,
+            implementation="xla",
         )
+        init.best_distinct = functools.partial(DistinctQueries.best_distinct, init)
         return DistinctQueries.__call__(init, memory, with_dense=with_dense)
 
     def test_distinct_ones(self):
         """The third token overlaps the better second one, and the first the better last: two queries are duplicates."""
         memory = memory_of(self.SCORES, self.BOXES)
         matching, dense = jax.jit(functools.partial(self.distinct, queries=4))(memory)
-        assert dense.content.shape == (1, 4, 5), "no more dense queries than tokens"
+        assert dense.content.shape == (1, 6, 5)
+        assert dense.proposals.valid.tolist() == [[True] * 4 + [False] * 2], "no more dense queries than tokens"
         # The content is the memory as it is, also of a token at the border.
         content = np.asarray(memory.tokens[0, [1, 3]])
         np.testing.assert_allclose(matching.content[0], np.concatenate([10 * content, np.zeros((2, 5))]), rtol=1e-6)
@@ -229,8 +243,8 @@ class TestInitialQueries:
         of_content, of_logits, of_boxes = gradients(memory.tokens, 1.0)
         assert not np.any(of_content[0])
         assert of_content[1] == pytest.approx(10 * np.sum(memory.tokens[0, [1, 3, 0, 3, 2]]), rel=1e-4)
-        np.testing.assert_allclose(of_logits[0][0, :, 0], [0, 1, 0, 1])
-        np.testing.assert_allclose(of_boxes[0][0, :, 1], [0.8 * 0.2, 0, 0.2 * 0.8, 0.8 * 0.2], rtol=1e-4)
+        np.testing.assert_allclose(of_logits[0][0, :4, 0], [0, 1, 0, 1])
+        np.testing.assert_allclose(of_boxes[0][0, :4, 1], [0.8 * 0.2, 0, 0.2 * 0.8, 0.8 * 0.2], rtol=1e-4)
 
     def test_top_ones_have_learned_content(self):
         """There is one vector for each rank."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from stubs import floats
 
+from hpr_jax.kernels import nms as nms_kernel
 from hpr_jax.ops import attention as attention_module
 from hpr_jax.ops import nms
 from hpr_jax.ops.attention import attention
@@ -86,7 +87,6 @@ def test_convolution_against_loops(height, width, size, stride):
         assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="only CPUs take one head after the other")
 @pytest.mark.parametrize("seen", ["all", "some keys", "some pairs", "some pairs of all images"])
 def test_attention_head_by_head(seen, monkeypatch):
     rng = np.random.default_rng(0)
@@ -102,8 +102,8 @@ def test_attention_head_by_head(seen, monkeypatch):
         may_see[0, 0] = False
         mask = jnp.asarray(may_see)
 
-    def run(*arguments):
-        out, back = jax.vjp(functools.partial(attention, mask=mask), *arguments)
+    def run(*arguments, implementation=None):
+        out, back = jax.vjp(functools.partial(attention, mask=mask, implementation=implementation), *arguments)
         return out, *back(weights.astype(out.dtype))
 
     together = run(query, key, value)
@@ -112,10 +112,11 @@ def test_attention_head_by_head(seen, monkeypatch):
     assert "custom_vjp_call" in str(jax.make_jaxpr(lambda: attention(query, key, value, mask))())
     for a, b in zip(apart, together):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    rounded = run(*(x.astype(jnp.bfloat16) for x in (query, key, value)))
-    for a, b in zip(rounded, together):
-        assert a.dtype == jnp.bfloat16
-        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
+    for implementation in ("xla", "pallas_interpret"):
+        rounded = run(*(x.astype(jnp.bfloat16) for x in (query, key, value)), implementation=implementation)
+        for a, b in zip(rounded, together):
+            assert a.dtype == jnp.bfloat16
+            assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="only programs for CPUs are put into an order")
@@ -249,29 +250,50 @@ def test_roi_align_reaches_the_end_of_the_map(stride):
     assert not out[:, :, 4:].any()
 
 
+# Implementations of NMS that run on any machine.
+nms_implementations = pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+
+
+@nms_implementations
 @pytest.mark.parametrize("threshold", [0.1, 0.5])
-def test_nms_is_greedy(threshold):
+def test_nms_is_greedy(threshold, implementation):
     center, side = RNG.uniform(0, 4, (24, 2)), RNG.uniform(0.5, 3, (24, 2))
     boxes = np.concatenate([center - side / 2, center + side / 2], axis=-1).astype(np.float32)
     scores = RNG.choice([0.1, 0.2, 0.3, 0.4], 24).astype(np.float32)
     candidates = RNG.random(24) < 0.8
     expected = greedy(boxes, scores, candidates, threshold)
     arrays = (jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(candidates))
-    index, found = map(np.asarray, nms_first(*arrays, 24, threshold))
+    index, found = map(np.asarray, nms_first(*arrays, 24, threshold, implementation=implementation))
     assert index[found].tolist() == expected
     assert not index[~found].any()
-    assert np.flatnonzero(nms_mask(*arrays, threshold)).tolist() == sorted(expected)
-    few, _ = nms_first(*arrays, 3, threshold)
+    survive = nms_mask(*arrays, threshold, implementation=implementation)
+    assert np.flatnonzero(survive).tolist() == sorted(expected)
+    few, _ = nms_first(*arrays, 3, threshold, implementation=implementation)
     assert few.tolist() == expected[:3]
 
 
-def test_nms_of_boxes_in_several_blocks(monkeypatch):
+@nms_implementations
+def test_nms_of_boxes_in_several_blocks(monkeypatch, implementation):
     """A survivor of the first block suppresses a box of the second one."""
     monkeypatch.setattr(nms, "BLOCK", 2)
+    monkeypatch.setattr(nms_kernel, "BLOCK", 2)
     box, other, far = [0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 3.0, 3.0], [5.0, 5.0, 6.0, 6.0]
     boxes, scores = jnp.array([box, other, box, far, other]), jnp.array([0.9, 0.8, 0.7, 0.6, 0.5])
-    index, found = nms_first(boxes, scores, jnp.ones(5, bool), 4, 0.5)
+    index, found = nms_first(boxes, scores, jnp.ones(5, bool), 4, 0.5, implementation=implementation)
     assert index[found].tolist() == [0, 1, 3]
+
+
+@nms_implementations
+def test_nms_of_one_chain(implementation):
+    """Each of 150 boxes suppresses the next one, which would suppress the one after it."""
+    left = np.arange(150.0)
+    boxes = floats(np.stack([left, 0 * left, left + 2, 0 * left + 1], axis=-1))
+    candidates = np.ones(150, bool)
+    index, found = nms_first(boxes, floats(-left), candidates, 100, 0.3, implementation=implementation)
+    assert index[found].tolist() == list(range(0, 150, 2))
+    assert found.sum() == 75
+    survive = nms_mask(boxes, floats(-left), candidates, 0.3, implementation=implementation)
+    assert np.flatnonzero(survive).tolist() == list(range(0, 150, 2))
 
 
 def test_nms_suppresses_above_the_threshold_alone():
@@ -290,18 +312,22 @@ def test_nms_suppresses_above_the_threshold_alone():
         assert np.flatnonzero(mask(boxes, floats(scores), everything, threshold)).tolist() == sorted(expected)
 
 
-def test_nms_of_nothing():
+@nms_implementations
+def test_nms_of_nothing(implementation):
     boxes, scores, nothing = jnp.zeros((3, 4)), jnp.zeros(3), jnp.zeros(3, bool)
-    assert not nms_first(boxes, scores, nothing, 2, 0.5)[1].any()
-    assert not nms_mask(boxes, scores, nothing, 0.5).any()
+    index, found = nms_first(boxes, scores, nothing, 2, 0.5, implementation=implementation)
+    assert not found.any()
+    assert not index.any()
+    assert not nms_mask(boxes, scores, nothing, 0.5, implementation=implementation).any()
 
 
-def test_empty_boxes_do_not_suppress_one_another():
+@nms_implementations
+def test_empty_boxes_do_not_suppress_one_another(implementation):
     boxes, scores, everything = jnp.zeros((3, 4)), jnp.array([0.1, 0.3, 0.2]), jnp.ones(3, bool)
-    index, found = nms_first(boxes, scores, everything, 3, 0.5)
+    index, found = nms_first(boxes, scores, everything, 3, 0.5, implementation=implementation)
     assert index.tolist() == [1, 2, 0]
     assert found.all()
-    assert nms_mask(boxes, scores, everything, 0.5).all()
+    assert nms_mask(boxes, scores, everything, 0.5, implementation=implementation).all()
 
 
 def test_sampling_gradients_are_finite_far_outside():

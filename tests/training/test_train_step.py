@@ -13,6 +13,7 @@ from loss_terms import loss_terms
 
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.losses.criterion import Criterion
+from hpr_jax.losses.matching import Request
 from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.optimizer import Optimizer
 from hpr_jax.training.pullback import Scalar, Variable, with_variables, without_variables
@@ -188,6 +189,25 @@ class TestWhatIsRandom:
         (at_once, noise), (in_parts, again) = self.drawn(step=5), self.drawn(step=5, parts=3)
         assert at_once == in_parts
         np.testing.assert_array_equal(noise, again)
+
+
+def test_a_kernel_solves_as_scipy_does():
+    """The step's own problems, where queries do not count and an image has fewer boxes than there is room for."""
+    rng = np.random.default_rng(0)
+    valid, real = rng.random((3, 2, 12)) < 0.8, jnp.array([[True, True, True], [True, False, False]])
+    requests = [
+        Request(jnp.asarray(rng.normal(size=(3, 2, 3, 12)), jnp.float32), jnp.asarray(valid), repeats)
+        for repeats in ((1, 2, 3), (4, 4, 4))
+    ]
+    graph = nnx.graphdef(Drawing())
+    found = []
+    for matching in ("scipy", "pallas"):
+        step = TrainStep(graph, NoRequests(branch_weights=()), Descent(), 0, matching=matching)
+        found.append(step.solve(requests, real))
+        assert step.compilations == (matching == "pallas")
+    for by_scipy, by_kernel in zip(*found):
+        np.testing.assert_array_equal(by_scipy, by_kernel)
+        assert np.max(by_scipy[:, 0]) == 2
 
 
 def test_numbers_between_the_programs():

@@ -28,6 +28,7 @@ class DistinctQueries(nnx.Module):
       queries: number of matching queries.
       dense_ratio: number of dense queries per matching query.
       nms_threshold: IoU above which a proposal suppresses a worse one.
+      implementation: of NMS.
     """
 
     def __init__(
@@ -39,13 +40,19 @@ class DistinctQueries(nnx.Module):
         queries: int,
         dense_ratio: float,
         nms_threshold: float,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.generator = ProposalGenerator(channels, rngs=rngs)
         self.head = head
         self.dense_head = dense_head
         self.content = linear(channels, channels, rngs=rngs)
-        self.queries, self.dense_ratio, self.nms_threshold = queries, dense_ratio, nms_threshold
+        self.queries, self.dense_ratio = queries, dense_ratio
+        self.nms_threshold, self.implementation = nms_threshold, implementation
+
+    def best_distinct(self, boxes: jax.Array, scores: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The proposals of one image that become matching queries, see `nms_first`."""
+        return nms_first(boxes, scores, valid, self.queries, self.nms_threshold, implementation=self.implementation)
 
     def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]:
         """The matching queries, and the dense ones if asked for."""
@@ -57,9 +64,7 @@ class DistinctQueries(nnx.Module):
             return content, self.generator.chosen(tokens, head, index, found)
 
         logits, boxes = self.generator.candidates(tokens, self.head)
-        index, found = jax.vmap(
-            lambda boxes, scores, valid: nms_first(boxes, scores, valid, self.queries, self.nms_threshold)
-        )(cxcywh_to_xyxy(boxes), _scores(logits), memory.valid)
+        index, found = jax.vmap(self.best_distinct)(cxcywh_to_xyxy(boxes), _scores(logits), memory.valid)
         content, proposals = content_and_proposals(self.head, index, found)
         proposals = dataclasses.replace(proposals, valid=jnp.ones_like(found))
         matching = InitialQueries(content, proposals, duplicates=~found)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from hpr_jax.models.heads import PredictionHead
 from hpr_jax.models.layers import layer_norm, xavier_linear
-from hpr_jax.models.pyramid import Pyramid, pixel_centers
+from hpr_jax.models.pyramid import Pyramid, join_levels, pixel_centers
 from hpr_jax.types import Predictions
 
 
@@ -54,8 +54,8 @@ class ProposalGenerator(nnx.Module):
     def tokens(memory: Pyramid) -> Tokens:
         """All tokens of the memory and their anchors."""
         centers = pixel_centers(memory)
-        side_by_level = [jnp.full(h * w, _anchor_side(level)) for level, (h, w) in enumerate(memory.spatial_shapes)]
-        sides = jnp.broadcast_to(jnp.concatenate(side_by_level)[None, :, None], centers.shape)
+        side_by_level = [jnp.full((1, h * w, 1), _anchor_side(level)) for level, (h, w) in enumerate(memory.spatial_shapes)]
+        sides = jnp.broadcast_to(join_levels(side_by_level), centers.shape)
         anchors = jnp.concatenate([centers, sides], axis=-1)
         inside = anchors_inside(memory) & memory.valid[..., None]
         safe = jnp.where(inside, anchors, 0.5)
@@ -121,7 +121,7 @@ def anchors_inside(memory: Pyramid) -> jax.Array:
         if not 0.01 < _anchor_side(level) < 0.99:
             rows = jnp.zeros_like(rows)
         inside.append((rows[:, :, None] & columns[:, None, :]).reshape(len(rows), height * width))
-    return jnp.concatenate(inside, axis=1)[..., None]
+    return join_levels(inside)[..., None]
 
 
 def _anchor_side(level: int) -> float:

@@ -25,7 +25,7 @@ class GlobalAttention(nnx.Module):
     def __init__(self, shared: SharedSettings, *, heads: int, level: int, temperature: float, rngs: nnx.Rngs):
         if not 0 <= level < shared.levels:
             raise UserError(f"level is {level}; choose one of the pyramid's levels, 0 to {shared.levels - 1}.")
-        self.attention = MultiHeadAttention(shared.channels, heads, rngs=rngs)
+        self.attention = MultiHeadAttention(shared.channels, heads, implementation=shared.implementation, rngs=rngs)
         self.level, self.temperature = level, temperature
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:

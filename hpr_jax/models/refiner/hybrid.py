@@ -77,7 +77,6 @@ class RegionSettings:
     output_size: int = 7
     sampling_ratio: int = 2
     finest_scale: float = 56.0
-    implementation: str | None = None
 
 
 class HybridRefiner(nnx.Module):
@@ -91,6 +90,7 @@ class HybridRefiner(nnx.Module):
         None: no selection.
       region: how the features of regions are taken.
       remat: whether the backward pass computes a layer's inner values again.
+      implementation: of `roi_align` and of NMS.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class HybridRefiner(nnx.Module):
         nms_threshold: float | None,
         region: RegionSettings,
         remat: bool,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.layers = stack(make_layer, layers, rngs=rngs)
@@ -110,12 +111,14 @@ class HybridRefiner(nnx.Module):
         self.norm = layer_norm(channels, rngs=rngs)
         self.branch_norms = nnx.List([layer_norm(channels, rngs=rngs) for _ in branches])
         self.branches = tuple(branches)
-        self.nms_threshold, self.region, self.remat = nms_threshold, region, remat
+        self.nms_threshold, self.region = nms_threshold, region
+        self.remat, self.implementation = remat, implementation
 
     def regions(self, memory: Pyramid, boxes: jax.Array) -> jax.Array:
         """RoIAlign features of the memory at normalised cxcywh boxes `[B, Q, 4]`: `[B, Q, bins, C]`."""
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
-        return roi_align(memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **dataclasses.asdict(self.region))
+        settings = {**dataclasses.asdict(self.region), "implementation": self.implementation}
+        return roi_align(memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **settings)
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
         """Runs all layers. The primary branch's `heads` move the reference boxes, and score queries for the selection."""
@@ -137,7 +140,8 @@ class HybridRefiner(nnx.Module):
             refined = jax.nn.sigmoid(heads.offsets(content, queries.num_dense) + inverse_sigmoid(boxes, 1e-3))
             boxes = jax.lax.stop_gradient(refined)
             if self.nms_threshold is not None:
-                select = jax.vmap(functools.partial(select_distinct, threshold=self.nms_threshold))
+                static = {"threshold": self.nms_threshold, "implementation": self.implementation}
+                select = jax.vmap(functools.partial(select_distinct, **static))
                 scores = jnp.max(heads.matching.logits(content[:, queries.matching]), axis=-1)
                 scores = jax.lax.stop_gradient(scores)
                 selected = select(jax.nn.sigmoid(scores), boxes[:, queries.matching], selected, queries.duplicates)

@@ -56,7 +56,7 @@ class SharedSettings:
       channels: C.
       heads, levels, points: of the detector's deformable attention.
       region_size: number of bins along each side of a region.
-      implementation: of `deformable_sampling`.
+      implementation: of the operations that have a kernel, see `ops.dispatch`.
     """
 
     channels: int

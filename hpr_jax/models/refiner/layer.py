@@ -17,8 +17,17 @@ from hpr_jax.models.refiner.merge import MERGE_POINTS, Merge, MergeKind, MergePo
 class RefinerPath(nnx.Module):
     """The modules of one refiner within one layer: self-attention, interaction and FFN, each followed by its norm."""
 
-    def __init__(self, make_interaction: InteractionFactory, channels: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
-        self.attention = MultiHeadAttention(channels, heads, rngs=rngs)
+    def __init__(
+        self,
+        make_interaction: InteractionFactory,
+        channels: int,
+        heads: int,
+        hidden: int,
+        *,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        self.attention = MultiHeadAttention(channels, heads, implementation=implementation, rngs=rngs)
         self.norm1 = layer_norm(channels, rngs=rngs)
         self.interaction = make_interaction(rngs)
         self.norm2 = layer_norm(channels, rngs=rngs)
@@ -36,6 +45,8 @@ class RefinerLayer(nnx.Module):
       merge, merge_initial: kind and initial weights of the merges, see `Merge`.
       merge_points: parts of the paths behind which the primary path goes on with a merge of all paths.
 
+      implementation: of `attention`.
+
     Raises:
       UserError: an unknown merge point, or what `Merge` raises.
     """
@@ -51,13 +62,18 @@ class RefinerLayer(nnx.Module):
         merge: MergeKind,
         merge_initial: Sequence[float] | Literal["xavier"],
         merge_points: Sequence[MergePoint],
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         for point in merge_points:
             if point not in MERGE_POINTS:
                 raise UserError(f"merge_points names {point!r}; known are {', '.join(MERGE_POINTS)}.")
-        self.primary = RefinerPath(primary, channels, heads, hidden, rngs=rngs)
-        self.auxiliaries = nnx.List([RefinerPath(make, channels, heads, hidden, rngs=rngs) for make in auxiliaries])
+
+        def path(make: InteractionFactory) -> RefinerPath:
+            return RefinerPath(make, channels, heads, hidden, implementation=implementation, rngs=rngs)
+
+        self.primary = path(primary)
+        self.auxiliaries = nnx.List([path(make) for make in auxiliaries])
 
         def make_merge(point):
             if not auxiliaries or point not in merge_points:

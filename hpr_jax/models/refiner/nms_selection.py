@@ -22,7 +22,13 @@ def valid_queries(selected: jax.Array) -> jax.Array:
 
 
 def select_distinct(
-    scores: jax.Array, boxes: jax.Array, selected: jax.Array, duplicates: jax.Array, threshold: float
+    scores: jax.Array,
+    boxes: jax.Array,
+    selected: jax.Array,
+    duplicates: jax.Array,
+    threshold: float,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """DDQ's selection behind a layer: NMS among the valid queries of one image.
 
@@ -34,10 +40,12 @@ def select_distinct(
         identical but for rounding. They take the scores and boxes of the first among them, so that rounding decides nothing
         and ties go to the lowest index.
       threshold: a query suppresses a worse one if their IoU is above this.
+      implementation: of NMS.
 
     Returns:
       bool `[M]`, the selection behind the layer.
     """
     first = jnp.where(selected, jnp.argmax(duplicates & selected), jnp.argmax(duplicates & ~selected))
     same_as = jnp.where(duplicates, first, jnp.arange(len(scores)))
-    return nms_mask(cxcywh_to_xyxy(boxes[same_as]), scores[same_as], valid_queries(selected), threshold)
+    candidates = cxcywh_to_xyxy(boxes[same_as]), scores[same_as], valid_queries(selected)
+    return nms_mask(*candidates, threshold, implementation=implementation)

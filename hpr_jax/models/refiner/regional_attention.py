@@ -23,7 +23,7 @@ class RegionalAttention(nnx.Module):
     def __init__(self, shared: SharedSettings, *, heads: int, samples: int, temperature: float, rngs: nnx.Rngs):
         channels = shared.channels
         self.spawn = xavier_linear(channels, samples * channels, rngs=rngs)
-        self.attention = MultiHeadAttention(channels, heads, rngs=rngs)
+        self.attention = MultiHeadAttention(channels, heads, implementation=shared.implementation, rngs=rngs)
         self.project = xavier_linear(samples * channels, channels, rngs=rngs)
         self.norm = layer_norm(channels, rngs=rngs)
         self.samples, self.region_size, self.temperature = samples, shared.region_size, temperature
