@@ -26,6 +26,7 @@ PARTS = (
     # It leaves memory to other libraries.
     ("operations", "Operations beside their peers", 70, 0.4),
     ("inference", "Inference at full size", 90, 0.9),
+    ("attention", "Attention beside its peers", 25, 0.4),
     ("selection", "Matching and suppression beside the host's loops", 30, 0.4),
     ("training", "Training step of 4 views", 135, 0.9),
     ("sweep", "Launch settings of the kernels", 30, 0.75),
