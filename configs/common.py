@@ -156,6 +156,8 @@ def resnet() -> dict[str, Any]:
         "blocks": (3, 4, 6, 3),
         "base_channels": 64,
         "norm": "frozen_batch",
+        # The first stage whose map becomes a level of the pyramid; 0 is that of stride 4.
+        "first_map": 1,
         "frozen_stages": 1,
     }
 
@@ -169,6 +171,7 @@ def swin_l() -> dict[str, Any]:
         "heads": (6, 12, 24, 48),
         "window": 12,
         "drop_path": 0.2,
+        "first_map": 0,
         "frozen_stages": -1,
     }
 
@@ -196,13 +199,16 @@ def detr_augmentation() -> dict[str, Any]:
 
 
 def set_variant(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None:
-    """Changes a config to a variant: one of `FROM_SCRATCH`, or an official recipe `{r50|swin_l}_{1x|2x|3x}[_lsj]`.
+    """Changes a config to a variant: one of `FROM_SCRATCH`, an official recipe `{r50|swin_l}_{1x|2x|3x}[_lsj]`, or a plain
+    detector `plain_{r50|swin_l}[_5scale]`.
 
     Args:
       in_epochs: lengths of recipes with ResNet-50 and without LSJ count epochs.
     """
     if variant in FROM_SCRATCH:
         _from_scratch(config, variant)
+    elif variant.startswith("plain_"):
+        _plain(config, variant)
     else:
         _recipe(config, variant, in_epochs)
 
@@ -228,6 +234,26 @@ def _recipe(config: ConfigDict, variant: str, in_epochs: bool) -> None:
         config.train.evaluate_every = 1
     else:
         config.train.steps, config.optimizer.milestones = STEPS[length]
+
+
+def _plain(config: ConfigDict, variant: str) -> None:
+    """Changes a config to a detector that mmdetection publishes, with its recipe of 12 epochs: one refiner, weak views."""
+    config.model.refiner.auxiliaries = ()
+    config.model.queries.count = 900
+    config.model.pixel_std = IMAGENET_STD
+    config.model.denoising.views_per_chunk = 2
+    config.augmentation.strong_views = False
+    config.data.keep_empty = True
+    config.train.epochs, config.optimizer.milestones = EPOCHS["1x"]
+    config.train.evaluate_every = 1
+    strides: tuple[int, ...] = (8, 16, 32, 64)
+    if "swin_l" in variant:
+        config.model.backbone = swin_l()
+        config.compute.remat = ("backbone", "encoder", "refiner")
+    if variant.endswith("_5scale"):
+        strides = (4, *strides)
+    config.model.backbone.first_map = 5 - len(strides)
+    config.model.levels, config.model.refiner.region.strides = len(strides), strides
 
 
 def _from_scratch(config: ConfigDict, variant: str) -> None:

@@ -152,6 +152,9 @@ MODEL = {
         at_least=-1,
         at_most=4,
     ),
+    "backbone.first_map": Setting(
+        "The backbone's first stage whose map becomes a level, from 0 (stride 4) on.", int, at_least=0, at_most=3
+    ),
     "backbone.embed_channels": _count("Channels of the patch embedding (swin)."),
     "backbone.depths": _counts("Blocks in each stage (swin)."),
     "backbone.heads": _counts("Attention heads in each stage (swin)."),
@@ -469,10 +472,10 @@ def _levels_fit(model: Mapping[str, Any]) -> None:
             "variant with that backbone, or set the whole section in a config file."
         )
     stages = len(backbone[blocks])
-    # The maps of a ResNet's first stage are too fine to be used.
-    maps = stages if swin else stages - 1
+    first = backbone.get("first_map", 0 if swin else 1)
+    maps = stages - first
     if maps < 1:
-        raise UserError(f"config.model.backbone.blocks is {backbone['blocks']}; a ResNet has two stages at least.")
+        raise UserError(f"config.model.backbone.first_map is {first}; there are {stages} stages, from 0 on.")
     if levels < maps or levels != len(strides):
         raise UserError(
             f"config.model.levels is {levels}; it must be at least {maps}, the maps of the backbone, and the number of "

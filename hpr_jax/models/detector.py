@@ -28,9 +28,11 @@ class Backbone(Protocol):
 
     Attributes:
       out_channels: C of each map.
+      first_map: the first stage whose map it returns, counted from 0.
     """
 
     out_channels: tuple[int, ...]
+    first_map: int
 
     def __call__(
         self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None

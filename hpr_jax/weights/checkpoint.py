@@ -80,6 +80,9 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's config with today's settings. The first configs had no section `compute` but `remat` in the model, and
     training knew weak views alone."""
     config = {section: {**_ADDED_SETTINGS.get(section, {}), **values} for section, values in config.items()}
+    backbone = config["model"]["backbone"]
+    first_map = {"first_map": 1 if backbone["kind"] == "resnet" else 0}
+    config["model"] = {**config["model"], "backbone": {**first_map, **backbone}}
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}

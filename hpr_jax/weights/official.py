@@ -98,14 +98,14 @@ def entries(detector: Detector, state: nnx.State | None = None) -> list[Entry]:
     if branches and layers.merge_interaction is not None:
         raise UserError("The official models do not merge behind the interaction.")
     columns = (0, *(1 + _MERGE_ORDER.index(branch) for branch in branches))
-    swin = isinstance(detector.backbone, SwinTransformer)
+    swin, first_map = isinstance(detector.backbone, SwinTransformer), detector.backbone.first_map
     flat = nnx.to_flat_state(nnx.state(detector) if state is None else state)
     last = _depth(detector.refiner.layers)
 
     def entry(path: tuple[Any, ...], variable: nnx.Variable) -> Entry:
         dotted = dotted_path(path)
         stacked = dotted.startswith(("encoder.layers.", "refiner.layers.", "heads.", "branch_heads.")) or ".pairs." in dotted
-        template = official_name(dotted, branches, swin=swin)
+        template = official_name(dotted, branches, swin=swin, first_map=first_map)
         is_conv = (not swin and path[0] == "backbone") or path[0] == "neck"
         return Entry(
             path=path,

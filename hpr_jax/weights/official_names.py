@@ -96,14 +96,16 @@ def dotted_path(path: Iterable[object]) -> str:
     return ".".join(map(str, path))
 
 
-def official_name(dotted: str, branches: Sequence[str], *, swin: bool) -> str:
+def official_name(dotted: str, branches: Sequence[str], *, swin: bool, first_map: int) -> str:
     """The official name of our variable at a dotted path, with the placeholders of the rules.
 
     Args:
       branches: names of the auxiliary refiners, in the order of the detector's branches.
       swin: the backbone is a Swin transformer, not a ResNet.
+      first_map: the first stage of the backbone whose map is used; norms of maps count from it here, from 0 there.
     """
     if dotted.startswith("backbone."):
+        dotted = re.sub(r"\.norms\.(\d)", lambda m: f".norms.{int(m[1]) + first_map}", dotted)
         return _apply(dotted, _SWIN_RULES if swin else _RESNET_RULES, _LEAF_RULES)
     for index, branch in enumerate(branches):
         prefix, module, number = AUXILIARY_REFINERS[branch]

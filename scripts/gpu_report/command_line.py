@@ -24,13 +24,13 @@ PARTS = (
     # It takes little memory, since all of it is filled with NaN before each check.
     ("correctness", "Kernels against float64", 45, 0.1),
     # It leaves memory to other libraries.
-    ("operations", "Operations beside their peers", 70, 0.4),
-    ("inference", "Inference at full size", 90, 0.9),
-    ("attention", "Attention beside its peers", 25, 0.4),
-    ("selection", "Matching and suppression beside the host's loops", 30, 0.4),
-    ("training", "Training step of 4 views", 135, 0.9),
+    ("operations", "Operations beside their peers", 60, 0.4),
+    ("inference", "Inference at full size", 80, 0.9),
+    ("attention", "Attention beside its peers", 15, 0.4),
+    ("selection", "Matching and suppression beside the host's loops", 25, 0.4),
+    ("training", "Training step of 4 views", 120, 0.9),
     ("sweep", "Launch settings of the kernels", 30, 0.75),
-    ("inference_float32", "Inference at full size in float32", 55, 0.9),
+    ("inference_float32", "Inference at full size in float32", 50, 0.9),
 )
 
 

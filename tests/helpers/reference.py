@@ -17,6 +17,12 @@ OWN_DIRECTORY = Path(__file__).parent.parent / "reference_values" / "official"
 DIRECTORY = Path(os.environ.get("HPR_REFERENCE_DIR") or OWN_DIRECTORY)
 
 
+# Plain detectors of mmdetection, by scripts/make_plain_reference.py: whether each is there depends on the directory.
+PLAIN = ("plain_dino", "plain_ddq_5scale")
+# The threshold with which that script computed them.
+PLAIN_NMS_THRESHOLD = 0.5
+
+
 @functools.cache
 def sizes() -> dict:
     """Sizes and settings of the reference models."""
@@ -34,12 +40,14 @@ def model_config(model: str) -> dict:
     """The section `model` of our config of a reference model."""
     s = sizes()
     kind = s["align_detr"] if model == "align_detr" else s["others"]
+    levels = 5 if model.endswith("5scale") else s["num_levels"]
+    strides = tuple(8 * 2**level for level in range(s["num_levels"]))
     if s["backbone"] != "resnet50":
         raise ValueError(f"The reference models have the backbone {s['backbone']}, the tests know resnet50.")
     return {
         "channels": s["embed_dims"],
         "heads": s["num_heads"],
-        "levels": s["num_levels"],
+        "levels": levels,
         "points": s["num_points"],
         "hidden": s["feedforward_channels"],
         "pixel_mean": (0.0, 0.0, 0.0),
@@ -49,6 +57,7 @@ def model_config(model: str) -> dict:
             "blocks": (3, 4, 6, 3),
             "base_channels": s["backbone_base_channels"],
             "norm": "frozen_batch",
+            "first_map": 1 - (levels - s["num_levels"]),
             "frozen_stages": kind["frozen_stages"],
         },
         "neck": {"groups": s["neck_num_groups"], "bias": kind["neck_bias"]},
@@ -67,13 +76,13 @@ def model_config(model: str) -> dict:
         "refiner": {
             "layers": s["decoder_num_layers"],
             "primary": "deformable",
-            "auxiliaries": ("regional_attention", "dynamic_conv"),
+            "auxiliaries": () if model in PLAIN else ("regional_attention", "dynamic_conv"),
             "merge": "learned_vector",
             "merge_points": ("attention", "ffn"),
-            "merge_initial": (1.0, 1.0, 1.0),
+            "merge_initial": (),
             "merge_xavier": False,
             "region": {
-                "strides": tuple(8 * 2**level for level in range(s["num_levels"])),
+                "strides": strides if levels == s["num_levels"] else (4, *strides),
                 "output_size": s["roi_output_size"],
                 "sampling_ratio": s["roi_sampling_ratio"],
                 "finest_scale": s["roi_finest_scale"],
@@ -92,13 +101,13 @@ def model_config(model: str) -> dict:
 
 def _queries(model: str) -> dict:
     s = sizes()
-    if not model.startswith("ddq"):
+    if "ddq" not in model:
         return {"kind": "top", "count": s["num_queries"]}
     return {
         "kind": "distinct",
         "count": s["num_queries"],
-        "dense_ratio": s[model]["dense_topk_ratio"],
-        "nms_threshold": s[model]["nms_iou_threshold"],
+        "dense_ratio": s[model.removeprefix("plain_").removesuffix("_5scale")]["dense_topk_ratio"],
+        "nms_threshold": PLAIN_NMS_THRESHOLD if model in PLAIN else s[model]["nms_iou_threshold"],
     }
 
 

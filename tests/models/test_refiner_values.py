@@ -128,6 +128,7 @@ def decode(boxes, content, shift, *, num_denoising=0, nms_threshold=None):
         layers=StubLayers(jnp.asarray(content, jnp.float32)),
         position=lambda encoding: encoding[..., ::2],
         nms_threshold=nms_threshold,
+        implementation=None,
         remat=False,
     )
     heads: Any = StubHeads(shift)
@@ -228,7 +229,7 @@ def test_regions_are_taken_at_the_boxes_of_the_valid_image():
     """The features of the map are x and y; it comes from an image 32 high and 64 wide, at stride 8."""
     ramp = np.stack(np.meshgrid(np.arange(8.0), np.arange(8.0)), axis=-1).reshape(64, 2).astype(np.float32)
     memory = pyramid(ramp, ((8, 8),), [(4, 8)], image_size=(32, 64))
-    refiner = stub(region=RegionSettings(strides=(8,), output_size=2, sampling_ratio=1))
+    refiner = stub(region=RegionSettings(strides=(8,), output_size=2, sampling_ratio=1), implementation=None)
     regions = jax.jit(functools.partial(HybridRefiner.regions, refiner))(memory, floats([[[0.25, 0.5, 0.25, 0.5]]]))
     # The box spans the pixels 8 to 24 in x and in y; the middles of its quarters are 12 and 20.
     np.testing.assert_allclose(regions[0, 0], [[1, 1], [2, 1], [1, 2], [2, 2]], atol=1e-6)

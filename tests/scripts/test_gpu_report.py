@@ -132,6 +132,8 @@ def test_real_parts_exist_in_order_and_fit():
         "correctness",
         "operations",
         "inference",
+        "attention",
+        "selection",
         "training",
         "sweep",
         "inference_float32",
@@ -174,7 +176,7 @@ def test_parts_import_neither_what_loads_data_nor_what_draws():
         name = waiting.pop()
         seen.add(name)
         waiting |= imported(name) - seen
-    assert {"hpr_jax.inference.detect", "hpr_jax.training.step", "jax"} <= seen
+    assert {"hpr_jax.inference.detect", "hpr_jax.losses.matching", "jax"} <= seen
     absent = ("grain", "supervision", "hotcoco", "tensorflow_datasets", "torch", "cupy")
     assert not {name for name in seen if name.split(".")[0] in absent}
 

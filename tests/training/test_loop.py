@@ -210,11 +210,11 @@ class TestTheBest:
 
 class TestSettingsReachTheirParts:
     def test_of_the_step(self, scripted, coco, tmp_path):
-        config = settings(coco, seed=5, ema_decay=0.75, accumulation_steps=2)
+        config = settings(coco, seed=5, ema_decay=0.75, accumulation_steps=2, matching="scipy")
         config.optimizer.update(clip_norm=0.5, weight_decay=0.25, backbone_multiplier=0.125)
         train(config, tmp_path)
-        ((_, criterion, optimizer, seed, decay, parts, mesh),) = scripted.settings
-        assert (seed, decay, parts, mesh.size) == (5, 0.75, 2, jax.device_count())
+        ((_, criterion, optimizer, seed, decay, parts, mesh, matching),) = scripted.settings
+        assert (seed, decay, parts, mesh.size, matching) == (5, 0.75, 2, jax.device_count(), "scipy")
         assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.backbone_multiplier) == (0.5, 0.25, 0.125)
         assert dict(criterion.branch_weights).keys() == {"regional_attention", "dynamic_conv"}
 

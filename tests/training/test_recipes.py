@@ -62,6 +62,33 @@ def test_recipes_hold_the_official_values(row):
     assert config.augmentation.strong_views
 
 
+# mmdetection's config of each plain detector, by file and variant of ours: levels, strides of the maps, backbone, epochs,
+# milestones, learning rate, factor of the backbone's, weight decay, steps of warm-up.
+PLAIN = {
+    "dino:plain_r50": ("dino", 4, "resnet", 12, (11,), 1e-4, 0.1, 1e-4, 0),
+    "dino:plain_swin_l_5scale": ("dino", 5, "swin", 12, (11,), 1e-4, 0.1, 1e-4, 0),
+    "ddq:plain_r50": ("ddq", 4, "resnet", 12, (11,), 2e-4, 0.1, 0.05, 2000),
+    "ddq:plain_r50_5scale": ("ddq", 5, "resnet", 12, (11,), 2e-4, 0.1, 0.05, 2000),
+    "ddq:plain_swin_l": ("ddq", 4, "swin", 30, (20, 26), 2e-4, 0.05, 0.05, 2000),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_detectors_hold_mmdetection_s_values(name):
+    file, levels, backbone, epochs, milestones, rate, multiplier, decay, warmup = PLAIN[name]
+    config = load(file, name.partition(":")[2])
+    check(config)
+    model, optimizer = config.model, config.optimizer
+    assert (model.refiner.auxiliaries, model.queries.count, model.denoising.queries) == ((), 900, 100)
+    assert (model.levels, model.backbone.kind, model.backbone.first_map) == (levels, backbone, 5 - levels)
+    assert model.refiner.region.strides == (4, 8, 16, 32, 64)[5 - levels :]
+    assert (model.neck.bias, model.pixel_std, model.denoising.views_per_chunk) == (False, (58.395, 57.12, 57.375), 2)
+    assert (config.train.epochs, optimizer.milestones, config.train.batch_size) == (epochs, milestones, 16)
+    assert (optimizer.learning_rate, optimizer.backbone_multiplier) == (rate, multiplier)
+    assert (optimizer.weight_decay, optimizer.warmup_steps) == (decay, warmup)
+    assert (config.augmentation.strong_views, config.data.keep_empty, config.data.min_side) == (False, True, 32)
+
+
 def test_every_variant_is_official_and_every_recipe_a_variant():
     expected: dict[str, set[str]] = {model: set() for model in MODELS}
     for row in ROWS:
@@ -69,7 +96,8 @@ def test_every_variant_is_official_and_every_recipe_a_variant():
         expected[model].add(name)
     for model in MODELS:
         listed = set()
-        for name in expected[model] | {"small", "demo"}:
+        plain = {name for name, (of, *_) in PLAIN.items() if of == model}
+        for name in expected[model] | {"small", "demo"} | {name.partition(":")[2] for name in plain}:
             load(model, name)
             listed.add(name)
         with pytest.raises(UserError, match="no variant") as error:
@@ -109,6 +137,7 @@ def test_what_all_recipes_have_in_common(row):
     if swin:
         assert m.backbone.to_dict() == {
             "kind": "swin",
+            "first_map": 0,
             "embed_channels": 192,
             "depths": (2, 2, 18, 2),
             "heads": (6, 12, 24, 48),

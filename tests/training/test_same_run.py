@@ -35,6 +35,7 @@ FREE = {
     "train.accumulation_steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.matching",
 }
 CLASSES = Classes(("cup", "pen"), (2, 5))
 RUN: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.errors import UserError
+from hpr_jax.models.backbones.maps import check_first_map
 from hpr_jax.models.layers import Conv, Frozen, GroupNorm, freeze, rematerialized, saved
 from hpr_jax.ops.padding import halve, zero_padding
 
@@ -72,12 +73,14 @@ class Bottleneck(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """ResNet whose features are the results of all stages but the first (of four stages, with strides 8, 16, 32).
+    """ResNet whose features are the results of its stages (of four stages, with strides 4, 8, 16, 32), by default of all but
+    the first.
 
     Args:
       blocks: number of bottlenecks of each stage; (3, 4, 6, 3) is ResNet-50.
       base_channels: number of channels of the stem, 64 in the paper.
       norm: see `NormKind`.
+      first_map: the first stage whose result is a feature, counted from 0.
       frozen_stages: -1: everything is trained; 0: the stem is frozen; n: the first n stages are frozen, too.
       remat: whether the backward pass computes the 3x3 convolutions of the blocks again, too.
 
@@ -91,15 +94,17 @@ class ResNet(nnx.Module):
         blocks: Sequence[int] = (3, 4, 6, 3),
         base_channels: int = 64,
         norm: NormKind = "frozen_batch",
+        first_map: int = 1,
         frozen_stages: int = 1,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if len(blocks) < 2 or min(blocks) < 1 or base_channels < 1 or frozen_stages > len(blocks):
+        if len(blocks) < 1 or min(blocks) < 1 or base_channels < 1 or frozen_stages > len(blocks):
             raise UserError(
                 f"{tuple(blocks)} blocks, {base_channels} base_channels and {frozen_stages} frozen_stages make no ResNet; "
-                "it needs two stages or more, each of at least one block and one channel, and can freeze no more than these."
+                "it needs stages, each of at least one block and one channel, and can freeze no more than these."
             )
+        check_first_map(first_map, len(blocks))
         if norm not in NORMS:
             raise UserError(f"norm is {norm!r}; known are {', '.join(NORMS)}.")
         self.stem = Conv(3, base_channels, 7, 2, rngs=rngs)
@@ -115,8 +120,8 @@ class ResNet(nnx.Module):
                 inputs = 4 * channels
             stages.append(stage)
         self.stages = nnx.List(stages)
-        self.out_channels = tuple(4 * base_channels * 2**index for index in range(1, len(blocks)))
-        self.remat = remat
+        self.out_channels = tuple(4 * base_channels * 2**index for index in range(first_map, len(blocks)))
+        self.first_map, self.remat = first_map, remat
         if frozen_stages >= 0:
             freeze(self.stem)
             freeze(self.stem_norm)
@@ -134,7 +139,7 @@ class ResNet(nnx.Module):
           keys: not read, since nothing here is random.
 
         Returns:
-          Maps `[B, h, w, C]` of strides 8, 16, 32, and the valid sizes `[B, 2]` of each.
+          Maps `[B, h, w, C]` of strides 4, 8, 16, 32, from `first_map` on, and the valid sizes `[B, 2]` of each.
         """
         x = self.stem(images, sizes)
         sizes = halve(sizes)
@@ -154,4 +159,4 @@ class ResNet(nnx.Module):
                 sizes = halve(sizes) if block.stride == 2 else sizes
             features.append(x)
             feature_sizes.append(sizes)
-        return features[1:], feature_sizes[1:]
+        return features[self.first_map :], feature_sizes[self.first_map :]

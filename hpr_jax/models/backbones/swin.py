@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from hpr_jax.errors import UserError
+from hpr_jax.models.backbones.maps import check_first_map
 from hpr_jax.models.backbones.window_attention import WindowAttention, pad_to_multiple, swin_linear, window_regions
 from hpr_jax.models.layers import freeze, layer_norm, stack, uniform
 from hpr_jax.ops.padding import halve, zero_padding
@@ -189,8 +190,8 @@ class Stage(nnx.Module):
 
 
 class SwinTransformer(nnx.Module):
-    """Swin Transformer whose features are the results of all stages (strides 4, 8, 16, 32), each behind a norm. The defaults
-    are those of Swin-L.
+    """Swin Transformer whose features are the results of its stages (strides 4, 8, 16, 32), by default of all, each behind a
+    norm. The defaults are those of Swin-L.
 
     Args:
       embed_channels: number of channels of the first stage; each further stage has twice as many as the one before.
@@ -199,6 +200,7 @@ class SwinTransformer(nnx.Module):
       window: side of the attention windows, in tokens.
       mlp_ratio: hidden channels of the MLPs per channel.
       drop_path: rate of the last block, see the function `drop_path`; from block to block the rates rise linearly from zero.
+      first_map: the first stage whose result is a feature, counted from 0.
       frozen_stages: -1: everything is trained; 0: the patch embedding is frozen; n: the first n stages and their norms are
         frozen, too.
       remat: whether the backward pass computes the inner values of each block again.
@@ -216,12 +218,14 @@ class SwinTransformer(nnx.Module):
         window: int = 12,
         mlp_ratio: float = 4,
         drop_path: float = 0.2,
+        first_map: int = 0,
         frozen_stages: int = -1,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
         channels = [embed_channels * 2**index for index in range(len(depths))]
         _check(channels, depths, heads, window, drop_path, frozen_stages)
+        check_first_map(first_map, len(depths))
         self.patch_embed = PatchEmbedding(embed_channels, rngs=rngs)
         self.stages = nnx.List(
             [
@@ -238,14 +242,15 @@ class SwinTransformer(nnx.Module):
                 for index, depth in enumerate(depths)
             ]
         )
-        self.norms = nnx.List([layer_norm(count, rngs=rngs) for count in channels])
-        self.out_channels = tuple(channels)
+        self.norms = nnx.List([layer_norm(count, rngs=rngs) for count in channels[first_map:]])
+        self.out_channels, self.first_map = tuple(channels[first_map:]), first_map
         self.depths, self.drop_path, self.frozen_stages = tuple(depths), drop_path, frozen_stages
         if frozen_stages >= 0:
             freeze(self.patch_embed)
-        for stage, norm in zip(self.stages[: max(frozen_stages, 0)], self.norms):
+        for index, stage in enumerate(self.stages[: max(frozen_stages, 0)]):
             freeze(stage)
-            freeze(norm)
+            if index >= first_map:
+                freeze(self.norms[index - first_map])
 
     def __call__(
         self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None
@@ -258,18 +263,19 @@ class SwinTransformer(nnx.Module):
           keys: `[B]`, see `drop_path`.
 
         Returns:
-          Maps `[B, h, w, C]` of strides 4, 8, 16, 32, and the valid sizes `[B, 2]` of each.
+          Maps `[B, h, w, C]` of strides 4, 8, 16, 32, from `first_map` on, and the valid sizes `[B, 2]` of each.
         """
         rates = np.split(np.linspace(0, self.drop_path, sum(self.depths)), np.cumsum(self.depths)[:-1])
         keys = split_keys(keys, len(self.stages))
         x, sizes = self.patch_embed(images, sizes)
         features, feature_sizes = [], []
-        for index, (stage, norm, stage_rates) in enumerate(zip(self.stages, self.norms, rates)):
+        for index, (stage, stage_rates) in enumerate(zip(self.stages, rates)):
             # Frozen stages drop nothing.
             stage_keys = None if index < self.frozen_stages else nth_keys(keys, index)
             x = stage(x, sizes, stage_rates, stage_keys)
-            features.append(norm(x))
-            feature_sizes.append(sizes)
+            if index >= self.first_map:
+                features.append(self.norms[index - self.first_map](x))
+                feature_sizes.append(sizes)
             if stage.merge is not None:
                 x, sizes = stage.merge(x, sizes)
         return features, feature_sizes
