@@ -132,6 +132,9 @@ def base() -> ConfigDict:
     config.optimizer = {
         "learning_rate": 1e-4,
         "backbone_multiplier": 0.1,
+        # The weights of the merges may learn faster than the rest, and keep their size.
+        "merge_multiplier": 1.0,
+        "merge_decay": True,
         "weight_decay": 1e-4,
         "clip_norm": 0.1,
         "warmup_steps": 0,
@@ -200,7 +203,7 @@ def detr_augmentation() -> dict[str, Any]:
 
 def set_variant(config: ConfigDict, variant: str, *, in_epochs: bool = False) -> None:
     """Changes a config to a variant: one of `FROM_SCRATCH`, an official recipe `{r50|swin_l}_{1x|2x|3x}[_lsj]`, or a plain
-    detector `plain_{r50|swin_l}[_5scale]`.
+    detector `plain_{r50|swin_l}[_5scale]`, or HPR that begins as one, `from_plain_...`.
 
     Args:
       in_epochs: lengths of recipes with ResNet-50 and without LSJ count epochs.
@@ -209,6 +212,8 @@ def set_variant(config: ConfigDict, variant: str, *, in_epochs: bool = False) ->
         _from_scratch(config, variant)
     elif variant.startswith("plain_"):
         _plain(config, variant)
+    elif variant.startswith("from_plain_"):
+        _from_plain(config, variant)
     else:
         _recipe(config, variant, in_epochs)
 
@@ -254,6 +259,20 @@ def _plain(config: ConfigDict, variant: str) -> None:
         strides = (4, *strides)
     config.model.backbone.first_map = 5 - len(strides)
     config.model.levels, config.model.refiner.region.strides = len(strides), strides
+
+
+def _from_plain(config: ConfigDict, variant: str) -> None:
+    """Changes a config to HPR with the queries, levels and pixel_std of a plain detector, as which it begins.
+
+    Merges begin with the primary path alone. At the rate of the other weights they would hardly leave that.
+    """
+    auxiliaries = config.model.refiner.auxiliaries
+    _plain(config, variant.removeprefix("from_"))
+    config.model.refiner.auxiliaries = auxiliaries
+    config.model.refiner.update(merge_initial=(1.0,) + (0.0,) * len(auxiliaries), merge_xavier=False)
+    config.model.denoising.views_per_chunk = 4
+    config.augmentation.strong_views = True
+    config.optimizer.update(merge_multiplier=10.0, merge_decay=False)
 
 
 def _from_scratch(config: ConfigDict, variant: str) -> None:

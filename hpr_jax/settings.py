@@ -310,6 +310,8 @@ TRAIN = {
 OPTIMIZER = {
     "learning_rate": Setting("Learning rate of AdamW.", at_least=0),
     "backbone_multiplier": Setting("Factor of the backbone's learning rate.", at_least=0),
+    "merge_multiplier": Setting("Factor of the learning rate of the weights that merge refiners.", at_least=0),
+    "merge_decay": Setting("Whether the weights that merge refiners decay, too.", bool),
     "weight_decay": Setting("Weight decay of AdamW.", at_least=0),
     "clip_norm": Setting("Largest norm of all gradients together; longer ones are scaled down.", above=0),
     "warmup_steps": _steps("Steps of the linear warm-up.", 0),

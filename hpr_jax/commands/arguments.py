@@ -51,7 +51,9 @@ def add_config(parser: CommandParser, meaning: str) -> None:
 def add_checkpoint(parser: CommandParser) -> None:
     """Adds `--workdir` and `--checkpoint`."""
     parser.add_argument("--workdir", type=path, metavar="DIR", help="folder of a run, whose best checkpoint is used")
-    parser.add_argument("--checkpoint", type=path, metavar="DIR", help="a checkpoint to use instead")
+    parser.add_argument(
+        "--checkpoint", type=path, metavar="PATH", help="a checkpoint, or a file of published weights, to use instead"
+    )
 
 
 def check_folder(path: Path | None, what: str) -> None:

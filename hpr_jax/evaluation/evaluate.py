@@ -14,8 +14,7 @@ from hpr_jax.data.suitability import check_evaluation_data
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process
 from hpr_jax.runtime.files import write_whole
-from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
-from hpr_jax.weights.find_checkpoint import find_checkpoint
+from hpr_jax.weights.source import open_source
 
 log = logging.getLogger("hpr_jax")
 
@@ -26,7 +25,7 @@ def evaluate(
     """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
 
     Args:
-      checkpoint: a checkpoint's directory or a run's workdir.
+      checkpoint: a checkpoint's directory, a run's workdir, or a file of published weights; see `open_source`.
       output: folder for the two files, which the main process alone writes.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
@@ -34,13 +33,12 @@ def evaluate(
     Raises:
       UserError: there is no checkpoint or no data, or a setting is wrong.
     """
-    meta = read_meta(checkpoint)
-    config = checkpoint_config(meta, overrides, config)
-    detector, _ = load_detector(checkpoint, config.compute)
-    dataset = load_dataset(config.data, "val", meta.classes)
+    source = open_source(checkpoint, overrides, config)
+    config, detector = source.config, source.load()
+    dataset = load_dataset(config.data, "val", source.classes)
     check_evaluation_data(dataset, config.data.threads)
     log_dropped(dataset)
-    log.info("%s: step %d; %d images of %s", find_checkpoint(checkpoint), meta.step, len(dataset), dataset.name)
+    log.info("%s: step %d; %d images of %s", source.path, source.step, len(dataset), dataset.name)
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)

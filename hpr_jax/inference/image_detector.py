@@ -29,7 +29,7 @@ from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
 from hpr_jax.types import Outputs
-from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
+from hpr_jax.weights.source import open_source
 
 # Sides of padded inputs are multiples of this many pixels, so that images of similar shape share one compiled program.
 GRID = 128
@@ -212,10 +212,11 @@ def load(
     overrides: Mapping[str, object] | None = None,
     config: ConfigDict | None = None,
 ) -> ImageDetector:
-    """Loads a detector from a checkpoint, or makes one with random weights from a config file.
+    """Loads a detector from a checkpoint or a file of published weights, or makes one with random weights from a config.
 
     Args:
-      source: a run's workdir, a checkpoint's directory, or `path.py[:variant]` of a config.
+      source: a run's workdir, a checkpoint's directory, a `.pth` or `.npz` file of an official detector or of mmdetection's
+        DINO or DDQ, or `path.py[:variant]` of a config.
       class_names: with a config, the names of the classes; 80 numbered classes by default.
       seed: with a config, the seed of the random weights.
       overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
@@ -232,7 +233,5 @@ def load(
         check(config)
         module = random_detector(config.model, len(names), compute=config.compute, seed=seed)
         return ImageDetector(module, classes, config)
-    meta = read_meta(Path(source))
-    config = checkpoint_config(meta, settings, config)
-    module, _ = load_detector(Path(source), config.compute)
-    return ImageDetector(module, meta.classes, config)
+    found = open_source(Path(source), settings, config)
+    return ImageDetector(found.load(), found.classes, found.config)

@@ -36,10 +36,11 @@ def dispatch(
       ValueError: an unknown name, or a kernel asked for by name that cannot run.
     """
     if implementation is None:
-        if obstacle:
-            _log_once(f"{operation} runs as XLA: {obstacle}.")
-            return xla(*arguments)
         platform = jax.default_backend()
+        if obstacle:
+            why = f": {obstacle}" if platform == "gpu" else f" (default platform: {platform})"
+            _log_once(f"{operation} runs as XLA{why}.")
+            return xla(*arguments)
         _log_once(f"{operation} runs as {'a Pallas kernel' if platform == 'gpu' else 'XLA'} (default platform: {platform}).")
         # The choice is made when the program is lowered, which may be for another platform than the default one.
         return jax.lax.platform_dependent(*arguments, cuda=functools.partial(kernel, interpret=False), default=xla)

@@ -13,7 +13,13 @@ log = logging.getLogger("hpr_jax")
 def make_optimizer(config: ConfigDict) -> Optimizer:
     """The optimizer that a config asks for."""
     settings = config.optimizer
-    return Optimizer(settings.clip_norm, settings.weight_decay, settings.backbone_multiplier)
+    return Optimizer(
+        settings.clip_norm,
+        settings.weight_decay,
+        settings.backbone_multiplier,
+        settings.merge_multiplier,
+        settings.merge_decay,
+    )
 
 
 def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:

@@ -17,6 +17,7 @@ from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import DataLostError, RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
+from hpr_jax.training.merges import log_merges
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
 from hpr_jax.training.resume import Progress
@@ -191,6 +192,9 @@ class TrainingLoop:
                 raise DataLostError(f"{lost} Step {step} is saved, and the same command goes on from it.") from lost
         if not metrics:
             metrics = self.evaluator.run(evaluation_variables(state)).metrics
+        refiner = self.config.model.refiner
+        initial = tuple(refiner.merge_initial) or (1.0,) * (1 + len(refiner.auxiliaries))
+        log_merges(state.params, None if refiner.merge_xavier else initial)
         return metrics
 
     def read_numbers(self, step: int, numbers: StepNumbers) -> None:

@@ -28,11 +28,15 @@ class Optimizer:
     Attributes:
       clip_norm: longest gradient, all tensors together; longer ones are scaled down.
       backbone_multiplier: factor of the backbone's learning rate.
+      merge_multiplier: factor of the learning rate of the merges' weights.
+      merge_decay: whether the weights of the merges decay, too.
     """
 
     clip_norm: float
     weight_decay: float
     backbone_multiplier: float
+    merge_multiplier: float = 1.0
+    merge_decay: bool = True
 
     def init(self, params: Any) -> Any:
         """The state before the first step, moments of zero."""
@@ -43,7 +47,12 @@ class Optimizer:
         updates, state = self._adamw().update(gradients, state, params)
 
         def add(path, param, update):
-            slower = self.backbone_multiplier if path[0].key == "backbone" else 1.0
+            keys = [str(getattr(part, "key", part)) for part in path]
+            if any(key.startswith("merge_") for key in keys):
+                if not self.merge_decay:
+                    update = update - self.weight_decay * param
+                return param - self.merge_multiplier * learning_rate * update
+            slower = self.backbone_multiplier if keys[0] == "backbone" else 1.0
             return param - slower * learning_rate * update
 
         return jax.tree_util.tree_map_with_path(add, params, updates), state

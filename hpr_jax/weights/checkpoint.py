@@ -33,6 +33,7 @@ from hpr_jax.weights.manifest import find_damage
 _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"accumulation_steps": 1, "ema_decay": 0.0, "matching": "auto"},
     "data": {"workers": 0, "train_split": "train", "val_split": "validation", "image_bits": 16, "patience": 600.0},
+    "optimizer": {"merge_multiplier": 1.0, "merge_decay": True},
     "evaluate": {"max_detections": [1, 10, 100]},
 }
 

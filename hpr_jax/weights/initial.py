@@ -13,6 +13,7 @@ from hpr_jax.models.detector import Detector
 from hpr_jax.weights.arrays_file import read_arrays
 from hpr_jax.weights.backbone_names import OUTPUT_NORMS, as_official_backbone, is_detector
 from hpr_jax.weights.checkpoint import load_detector
+from hpr_jax.weights.grow import begin_as_plain, is_added
 from hpr_jax.weights.official import compare_shapes, load_official
 from hpr_jax.weights.official_names import depends_on_classes, dotted_path
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
@@ -28,7 +29,8 @@ def load_initial_weights(detector: Detector, path: Path) -> None:
 
     Args:
       path: a checkpoint or workdir of this project; or a `.pth` or `.npz` file, either of a complete detector with official
-        names, or of a backbone in any naming that `backbone_names.py` knows.
+        names, or of a backbone in any naming that `backbone_names.py` knows. An HPR detector takes weights of a plain one,
+        too, see `begin_as_plain`.
 
     Raises:
       UserError: the file does not exist, or its weights do not fit. The detector is unchanged then.
@@ -72,7 +74,11 @@ def _from_file(detector: Detector, path: Path) -> list[str]:
     """Fills the detector from a `.pth` or `.npz` file; returns the official names of the weights that were not loaded."""
     tensors = read_tensors(path)
     if is_detector(tensors):
-        return load_official(detector, tensors, other_classes=True)
+        grows = bool(detector.refiner.branches) and not any(name.startswith("bbox_head_aux.") for name in tensors)
+        not_loaded = load_official(detector, tensors, other_classes=True, without=is_added if grows else None)
+        if grows:
+            begin_as_plain(detector, path)
+        return not_loaded
     log.info("%s holds a backbone; the rest of the detector starts at random.", path)
     return load_official(detector, as_official_backbone(tensors, str(path)), only="backbone.", optional=OUTPUT_NORMS)
 
@@ -82,12 +88,17 @@ def _from_checkpoint(detector: Detector, checkpoint: Path) -> list[str]:
     source, _ = load_detector(checkpoint)
     given = {dotted_path(path): variable for path, variable in nnx.to_flat_state(nnx.state(source))}
     own = {dotted_path(path): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(detector))}
+    grows = bool(detector.refiner.branches) and not source.refiner.branches
+    if grows:
+        own = {name: entry for name, entry in own.items() if not is_added(name)}
     expected = {name: (variable.shape, depends_on_classes(name)) for name, (_, variable) in own.items()}
     not_loaded = compare_shapes(expected, {name: variable.shape for name, variable in given.items()}, other_classes=True)
     loaded = [
         (path, variable.replace(given[name].get_value())) for name, (path, variable) in own.items() if name not in not_loaded
     ]
     nnx.update(detector, nnx.from_flat_state(loaded))
+    if grows:
+        begin_as_plain(detector, checkpoint)
     return not_loaded
 
 

@@ -7,7 +7,7 @@ PyTorch.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,13 @@ def _depth(stacked: nnx.Module) -> int:
 
 
 def load_official(
-    detector: Detector, tensors: Mapping[str, np.ndarray], *, only: str = "", optional: str = "", other_classes: bool = False
+    detector: Detector,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    only: str = "",
+    optional: str = "",
+    other_classes: bool = False,
+    without: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """Fills the detector with official weights, in place.
 
@@ -139,6 +145,7 @@ def load_official(
       optional: pattern of official names that may be missing; their variables stay as they are.
       other_classes: the weights may be made for another number of classes; variables whose shape depends on it then stay
         as they are.
+      without: tells by their dotted paths which variables of ours stay as they are, since the weights have none for them.
 
     Returns:
       The official names of the variables that stay as they are because the number of classes differs.
@@ -151,6 +158,8 @@ def load_official(
     state = nnx.state(detector)
     flat = dict(nnx.to_flat_state(state))
     table = [entry for entry in entries(detector) if entry.names[0].startswith(only)]
+    if without:
+        table = [entry for entry in table if not without(dotted_path(entry.path))]
     if optional:
         table = [entry for entry in table if not re.fullmatch(optional, entry.names[0]) or entry.names[0] in tensors]
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}

@@ -12,7 +12,7 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.data.sources.coco import COCO_CLASSES
 from hpr_jax.errors import UserError
 from hpr_jax.weights.checkpoint import load_detector
-from hpr_jax.weights.convert import guess_classes
+from hpr_jax.weights.classes import guess_classes
 from hpr_jax.weights.official import IGNORED
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint, write_checkpoint
 

@@ -89,6 +89,22 @@ def test_plain_detectors_hold_mmdetection_s_values(name):
     assert (config.augmentation.strong_views, config.data.keep_empty, config.data.min_side) == (False, True, 32)
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_hpr_from_plain_is_the_plain_detector_with_more_refiners(name):
+    file, *_ = PLAIN[name]
+    plain, grown = load(file, name.partition(":")[2]), load(file, f"from_{name.partition(':')[2]}")
+    check(grown)
+    of_plain, of_grown = plain.model.to_dict(), grown.model.to_dict()
+    changed = {key for key in of_plain["refiner"] if of_plain["refiner"][key] != of_grown["refiner"][key]}
+    assert changed <= {"auxiliaries", "merge_initial", "merge_xavier"}
+    refiner = grown.model.refiner
+    assert (refiner.auxiliaries, refiner.merge_initial) == (("regional_attention", "dynamic_conv"), (1.0, 0.0, 0.0))
+    for key in of_plain:
+        assert of_plain[key] == of_grown[key] or key in ("refiner", "denoising")
+    assert grown.augmentation.strong_views
+    assert (grown.optimizer.merge_multiplier, grown.optimizer.merge_decay) == (10.0, False)
+
+
 def test_every_variant_is_official_and_every_recipe_a_variant():
     expected: dict[str, set[str]] = {model: set() for model in MODELS}
     for row in ROWS:
@@ -97,7 +113,8 @@ def test_every_variant_is_official_and_every_recipe_a_variant():
     for model in MODELS:
         listed = set()
         plain = {name for name, (of, *_) in PLAIN.items() if of == model}
-        for name in expected[model] | {"small", "demo"} | {name.partition(":")[2] for name in plain}:
+        plain = {name.partition(":")[2] for name in plain}
+        for name in expected[model] | {"small", "demo"} | plain | {f"from_{name}" for name in plain}:
             load(model, name)
             listed.add(name)
         with pytest.raises(UserError, match="no variant") as error:

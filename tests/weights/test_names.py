@@ -30,9 +30,9 @@ def test_numbers_of_branches_are_those_of_their_refiners(auxiliaries):
     """Whatever their order in the config: regional attention is 0, dynamic convolution 1."""
     for index, name in enumerate(auxiliaries):
         number = ("regional_attention", "dynamic_conv").index(name)
-        found = official_name(f"refiner.branch_norms.{index}.scale", auxiliaries, swin=False)
+        found = official_name(f"refiner.branch_norms.{index}.scale", auxiliaries, swin=False, first_map=1)
         assert found == f"decoder.norm_aux.{number}.weight"
-        found = official_name(f"branch_heads.{index}.matching.classes.kernel", auxiliaries, swin=False)
+        found = official_name(f"branch_heads.{index}.matching.classes.kernel", auxiliaries, swin=False, first_map=1)
         assert found.startswith(f"bbox_head_aux.{number}.")
 
 
