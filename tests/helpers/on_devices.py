@@ -26,8 +26,8 @@ from hpr_jax.training.step import TrainStep
 IMAGES, VIEWS, STEPS = 16, 2, 2
 # The recipes' learning rate. Adam's first steps follow the signs of gradients, and rounding flips signs of tiny gradients.
 RATE = 1e-4
-# Ways to split a batch: over so many devices, each of which computes so many parts.
-WAYS = ((1, 1), (8, 2))
+# Ways to split a batch: over so many devices, each of which computes so many parts; and what solves the matching problems.
+WAYS = ((1, 1, "scipy"), (8, 2, "pallas"))
 
 
 def batch(step):
@@ -42,10 +42,11 @@ def batch(step):
     return made
 
 
-def run(config, devices, parts):
+def run(config, devices, parts, matching):
     mesh = data_mesh(jax.devices()[:devices])
     graph, state = initial_state(config, tiny.CLASSES, mesh)
-    step = TrainStep(graph, make_criterion(config), make_optimizer(config), 0, average_decay=0.5, parts=parts, mesh=mesh)
+    how = {"average_decay": 0.5, "parts": parts, "mesh": mesh, "matching": matching}
+    step = TrainStep(graph, make_criterion(config), make_optimizer(config), 0, **how)
     rows, compiled, start = [], [], jax.device_get(state.params)
     for number in range(STEPS):
         on_devices = to_devices(batch(number), mesh, {"reports": 3})
@@ -66,8 +67,8 @@ def main(directory):
     config.model.backbone.update(norm="frozen_batch", frozen_stages=4)
     found: dict[str, Any] = {}
     first = None
-    for devices, parts in WAYS:
-        rows, weights, recompiled, moved, graph, state = run(config, devices, parts)
+    for devices, parts, matching in WAYS:
+        rows, weights, recompiled, moved, graph, state = run(config, devices, parts, matching)
         first = weights if first is None else first
         distance = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (first, weights))))
         found[f"{devices} x {parts}"] = {"numbers": rows, "distance": distance, "moved": moved, "recompiled": recompiled}
