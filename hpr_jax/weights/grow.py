@@ -3,6 +3,7 @@
 import logging
 import re
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -51,7 +52,8 @@ def begin_as_plain(detector: Detector, source: object) -> None:
             match = re.match(pattern, dotted)
             if match:
                 own = flat[match.expand(primary) + dotted[match.end() :]][1]
-                copied.append((path, variable.replace(own.get_value())))
+                # A copy: a training step gives its state away, and no array can be given away twice.
+                copied.append((path, variable.replace(jnp.copy(own.get_value()))))
     nnx.update(detector, nnx.from_flat_state(copied))
     log.info(
         "%s is a plain detector: HPR begins as it. The interactions of the refiners %s begin anew; their other parts and "

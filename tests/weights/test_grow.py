@@ -88,6 +88,9 @@ def test_what_begins_as_the_primary_refiner_and_what_anew(folder, caplog):
             ):
                 np.testing.assert_array_equal(ours, theirs)
         assert all(np.all(np.asarray(x) == np.float32(0.01)) for x in jax.tree.leaves(nnx.state(path.interaction)))
+    # No two variables share an array, since training steps give all of them away.
+    arrays = jax.tree.leaves(nnx.state(detector))
+    assert len({id(array) for array in arrays}) == len(arrays)
     for index, heads in enumerate(detector.branch_heads):
         np.testing.assert_array_equal(heads.matching.classes.kernel, detector.heads.matching.classes.kernel)
         np.testing.assert_array_equal(detector.refiner.branch_norms[index].scale, detector.refiner.norm.scale)
