@@ -11,10 +11,14 @@ import reference
 import tiny
 from flax import nnx
 
+from hpr_jax.config import to_plain
+from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import abstract_detector, random_detector
 from hpr_jax.training.merges import log_merges
 from hpr_jax.training.optimizer import Optimizer
+from hpr_jax.weights.checkpoint import Meta
+from hpr_jax.weights.checkpoint_writer import Checkpoints
 from hpr_jax.weights.initial import load_initial_weights
 from hpr_jax.weights.official import load_official, to_official
 from hpr_jax.weights.official_names import dotted_path
@@ -97,6 +101,23 @@ def test_what_begins_as_the_primary_refiner_and_what_anew(folder, caplog):
     np.testing.assert_array_equal(
         to_official(detector)["query_map.weight"], reference.arrays(f"{model}_state_dict")["query_map.weight"]
     )
+
+
+def test_a_checkpoint_of_a_plain_detector(tmp_path):
+    config = tiny.config()
+    config.model.refiner.auxiliaries = ()
+    plain = random_detector(config.model, tiny.CLASSES, seed=1)
+    classes = Classes(("cup", "pen", "hat"), (2, 5, 9))
+    Checkpoints(tmp_path, keep=1).save_best(7, nnx.state(plain), Meta(to_plain(config), classes, 7, {}))
+    config.model.refiner.update(FROM_PLAIN)
+    detector = random_detector(config.model, tiny.CLASSES)
+    load_initial_weights(detector, tmp_path)
+    kernel = plain.refiner.layers.primary.attention.output.kernel
+    for path in (detector.refiner.layers.primary, *detector.refiner.layers.auxiliaries):
+        np.testing.assert_array_equal(path.attention.output.kernel, kernel)
+    np.testing.assert_array_equal(detector.backbone.stem.kernel, plain.backbone.stem.kernel)
+    arrays = jax.tree.leaves(nnx.state(detector))
+    assert len({id(array) for array in arrays}) == len(arrays)
 
 
 @pytest.mark.parametrize(
