@@ -49,6 +49,19 @@ def check_batch(config: ConfigDict, devices: int) -> None:
         )
 
 
+def check_matching(matching: str, platform: str) -> None:
+    """Checks that what solves the matching problems runs on the platform of the devices.
+
+    Raises:
+      UserError: the kernel was asked for by name, and there is no GPU.
+    """
+    if matching == "pallas" and platform != "gpu":
+        raise UserError(
+            f"config.train.matching 'pallas' needs an NVIDIA GPU, and JAX has found only the platform {platform}; set it to "
+            "'auto'."
+        )
+
+
 def warn_of_recipe(config: ConfigDict) -> None:
     """Warns about settings that are valid but probably mistakes."""
     side, canvas = config.augmentation.lsj.side, config.evaluate.canvas

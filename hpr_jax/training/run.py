@@ -19,7 +19,7 @@ from hpr_jax.models.build import Compute
 from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
-from hpr_jax.training.build import check_batch, in_steps, make_optimizer, warn_of_recipe
+from hpr_jax.training.build import check_batch, check_matching, in_steps, make_optimizer, warn_of_recipe
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
     criterion = make_criterion(config)
     mesh = data_mesh()
     check_batch(config, mesh.size)
+    check_matching(config.train.matching, mesh.devices.flat[0].platform)
     warn_of_recipe(config)
     train_split, val_set = load_training_data(config)
     train_set = train_split.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)

@@ -11,7 +11,7 @@ from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.losses.matched import FocalMatchedLoss
 from hpr_jax.settings import check
-from hpr_jax.training.build import in_steps, warn_of_recipe
+from hpr_jax.training.build import check_matching, in_steps, warn_of_recipe
 
 MODELS = ("deformable_detr", "dino", "align_detr", "ddq")
 ROWS = [
@@ -208,6 +208,13 @@ def test_lengths_in_epochs_become_steps():
     check(config)
     steps = load("ddq", "r50_1x")
     assert in_steps(steps, 100) == steps
+
+
+def test_a_kernel_that_cannot_run_is_refused():
+    with pytest.raises(UserError, match=r"config\.train\.matching 'pallas' needs an NVIDIA GPU.* only the platform cpu"):
+        check_matching("pallas", "cpu")
+    for matching, platform in (("pallas", "gpu"), ("auto", "cpu"), ("scipy", "gpu")):
+        check_matching(matching, platform)
 
 
 def test_settings_that_are_probably_mistakes_are_warned_about(caplog):
