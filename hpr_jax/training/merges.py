@@ -16,15 +16,16 @@ MOVED = 0.05
 
 
 def log_merges(params: nnx.State, initial: Any) -> None:
-    """Logs the mean weight of each path in the merges of every layer, and names those that have hardly moved.
+    """Logs the mean size of the weights of each path in the merges of every layer, and names those that have hardly moved.
+    Weights of channels differ in sign, so that their mean says little.
 
     Args:
       params: the detector's trained variables; merges with fixed weights are not among them.
       initial: what the weights of the paths began with, the primary one first; None if they were drawn at random.
     """
     for name, layer, weights in _merges(params):
-        paths = ", ".join(f"{weight:.3f}" for weight in weights.reshape(-1, weights.shape[-1]).mean(axis=0))
-        log.info("%s of layer %d takes (%s) of the paths, the primary one first", name, layer, paths)
+        paths = ", ".join(f"{weight:.3f}" for weight in np.abs(weights).reshape(-1, weights.shape[-1]).mean(axis=0))
+        log.info("%s of layer %d: weights of mean size (%s) of the paths, the primary one first", name, layer, paths)
         if initial is not None and np.max(np.abs(weights - np.asarray(initial))) < MOVED:
             log.warning(
                 "No weight of %s of layer %d moved by %g: the auxiliary refiners are used as at the beginning. Train longer "

@@ -154,6 +154,9 @@ def test_the_log_names_merges_that_did_not_move(caplog):
     weights.set_value(weights.get_value().at[0, 0, 1].set(0.06))
     with caplog.at_level(logging.INFO):
         log_merges(nnx.state(detector, nnx.Param), (1.0, 0.0, 0.0))
-    assert "merge_attention of layer 0 takes (1.000, 0.000, 0.000) of the paths, the primary one first" in caplog.text
+    assert (
+        "merge_attention of layer 0: weights of mean size (1.000, 0.000, 0.000) of the paths, the primary one first"
+        in caplog.text
+    )
     assert "No weight of merge_attention of layer 0 moved by 0.05" in caplog.text
     assert "No weight of merge_ffn of layer 0 moved" not in caplog.text
