@@ -308,7 +308,7 @@ def training_memory(config: ConfigDict, detector: Detector, image: Shape, max_bo
     parts, variables = settings.accumulation_steps, dataclasses.replace(state, optimizer=None, average=None)
     step = TrainStep(graph, make_criterion(config), optimizer, settings.seed, parts=parts)
     forward = jax.eval_shape(step.forward, variables, batch, part)
-    assigned = [_array(*request.cost.shape[:3], dtype=jnp.int32) for request in forward.requests]
+    assigned = [_array(*request.query_valid.shape, dtype=jnp.int32) for request in forward.requests]
     losses = batch, [forward.outputs] * parts, forward.denoising, [assigned] * parts
     _, cotangents = jax.eval_shape(step.loss, *losses)
     gradients = jax.eval_shape(step.backward, variables, forward.pullback, cotangents[-1])

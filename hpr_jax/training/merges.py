@@ -1,6 +1,7 @@
 """Says how far the merges have come: how much the primary path takes of the auxiliary ones."""
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ def log_merges(params: nnx.State, initial: Any) -> None:
 def _merges(params: nnx.State) -> Iterator[tuple[str, int, np.ndarray]]:
     """Name, layer and weights `[..., paths]` of each learned merge."""
     for path, variable in nnx.to_flat_state(params):
-        *_, name, last = dotted_path(path).split(".")
-        if name.startswith("merge_") and last == "weights":
+        merge = re.search(r"\.(merge_\w+)\.weights$", dotted_path(path))
+        if merge:
             for layer, weights in enumerate(np.asarray(variable.get_value())):
-                yield name, layer, weights
+                yield merge[1], layer, weights
