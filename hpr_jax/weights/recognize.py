@@ -1,5 +1,6 @@
 """Which detector a file of official or mmdetection's weights belongs to: its config, from names, shapes and meta data."""
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -167,8 +168,10 @@ def _set_published(config: ConfigDict, published: Mapping[str, Any]) -> None:
         numbers = value if isinstance(value, list) else [value]
         if not numbers or not all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers):
             return
+        # Numbers without end, or too large, are a stranger's; the settings' ranges are checked later.
         if isinstance(old, tuple) == isinstance(value, list):
-            section[key] = tuple(map(float, numbers)) if isinstance(old, tuple) else type(old)(value)
+            with contextlib.suppress(OverflowError, ValueError):
+                section[key] = tuple(map(float, numbers)) if isinstance(old, tuple) else type(old)(value)
 
     model = config.model
     take(model.neck, "groups", "neck.norm_cfg.num_groups")

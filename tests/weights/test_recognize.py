@@ -125,6 +125,19 @@ def test_other_files_are_refused(change, sentence):
         recognize(change(dict(reference.arrays("plain_dino_state_dict"))), meta_of("plain_dino"), "FILE")
 
 
+@pytest.mark.parametrize(
+    "value", ["1e999", "-1e999", "10 ** 400", "1" + "0" * 400, "'x'", "[1, 'x']", "[1e999]", "True", "None"]
+)
+def test_strange_numbers_of_a_config_are_left_out(value):
+    text = f"model = dict(type='DINO', neck=dict(norm_cfg=dict(num_groups={value})), test_cfg=dict(max_per_img={value}))"
+    plain = recognize(reference.arrays("plain_dino_state_dict"), {}, "FILE")
+    found = recognize(reference.arrays("plain_dino_state_dict"), {"cfg": text}, "FILE")
+    # Large numbers are numbers, and out of the settings' range.
+    large = value.startswith("1000")
+    assert found.model.neck.groups == (10**400 if large else plain.model.neck.groups)
+    assert found.evaluate.detections == (10**400 if large else plain.evaluate.detections)
+
+
 def test_a_missing_tensor_is_named(tmp_path):
     tensors = dict(reference.arrays("plain_dino_state_dict"))
     del tensors["encoder.layers.1.norms.0.bias"]
