@@ -4,7 +4,6 @@ Boxes are visited by falling score, and by rising index among equal scores. A bo
 if its IoU with every survivor visited before is at most the threshold.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -49,7 +48,10 @@ def nms_first(
       index is 0 there).
     """
     order = _by_falling_score(scores, candidates)
-    index, number = _sorted_survivors(boxes[order], jnp.sum(candidates, dtype=jnp.int32), count, threshold, implementation)
+    xla = partial(_survivors_by_blocks, count=count, threshold=threshold)
+    pallas = partial(kernel.survivors, count=count, threshold=threshold)
+    total = jnp.sum(candidates, dtype=jnp.int32)
+    index, number = dispatch("NMS", implementation, xla, pallas, boxes[order], total)
     found = jnp.arange(count) < number
     return jnp.where(found, order[jnp.where(found, index, 0)], 0), found
 
@@ -58,15 +60,6 @@ def _by_falling_score(scores: jax.Array, candidates: jax.Array) -> jax.Array:
     """Indices of the candidates by falling score, and by rising index among equals; then those of the other boxes."""
     numbers = jnp.arange(len(scores), dtype=jnp.int32)
     return jax.lax.sort((jnp.where(candidates, -scores, jnp.inf), numbers), num_keys=1, is_stable=True)[1]
-
-
-def _sorted_survivors(
-    boxes: jax.Array, total: jax.Array, count: int, threshold: float, implementation: str | None
-) -> Sequence[jax.Array]:
-    """The first `count` survivors of sorted boxes, as `kernels.nms.survivors` returns them."""
-    xla = partial(_survivors_by_blocks, count=count, threshold=threshold)
-    pallas = partial(kernel.survivors, count=count, threshold=threshold)
-    return dispatch("NMS", implementation, xla, pallas, boxes, total)
 
 
 def _survivors_by_blocks(boxes: jax.Array, total: jax.Array, *, count: int, threshold: float) -> tuple[jax.Array, jax.Array]:

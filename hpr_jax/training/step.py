@@ -306,5 +306,13 @@ def make_train_step(
     matching: str = "auto",
 ) -> TrainStep:
     """A `TrainStep`; the same one for the same arguments, so that a run resumed in one process does not compile again."""
-    step = partial(TrainStep, average_decay=average_decay, parts=parts, mesh=mesh, matching=matching)
-    return step(graph, criterion, optimizer, seed)
+    return TrainStep(
+        graph,
+        criterion,
+        optimizer,
+        seed,
+        average_decay=average_decay,
+        parts=parts,
+        mesh=mesh,
+        matching=matching,
+    )

@@ -16,8 +16,8 @@ from hpr_jax.weights.checkpoint_writer import Checkpoints
 from hpr_jax.weights.classes import guess_classes
 from hpr_jax.weights.official import load_official, official_buffers, to_official
 from hpr_jax.weights.recognize import CLASS_LAYER
-from hpr_jax.weights.source import read_weights
 from hpr_jax.weights.torch_file import write_checkpoint
+from hpr_jax.weights.weights_file import read_weights
 
 
 def from_torch(config: ConfigDict, source: Path, workdir: Path, annotations: Path | None = None) -> None:

@@ -2,21 +2,18 @@
 
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
 
 from hpr_jax.errors import UserError
 from hpr_jax.models.detector import Detector
-from hpr_jax.weights.arrays_file import read_arrays
 from hpr_jax.weights.backbone_names import OUTPUT_NORMS, as_official_backbone, is_detector
 from hpr_jax.weights.checkpoint import load_detector
 from hpr_jax.weights.grow import begin_as_plain, is_added
 from hpr_jax.weights.official import compare_shapes, load_official
 from hpr_jax.weights.official_names import depends_on_classes, dotted_path
-from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
+from hpr_jax.weights.weights_file import read_weights
 
 log = logging.getLogger("hpr_jax")
 
@@ -43,36 +40,9 @@ def load_initial_weights(detector: Detector, path: Path) -> None:
         log.warning("%s is made for another number of classes; %d weights start anew: %s", path, len(not_loaded), names)
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a `.pth` or `.npz` file, by name.
-
-    Raises:
-      UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
-    """
-    tensors = read_arrays(path) if path.suffix == ".npz" else find_tensors(read_checkpoint(path), str(path))
-    check_numbers(tensors, path)
-    return tensors
-
-
-def check_numbers(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    """Checks that all tensors of a file hold finite real numbers.
-
-    Raises:
-      UserError: one does not; the message names it.
-    """
-    for name, tensor in tensors.items():
-        try:
-            finite = tensor.dtype.kind != "c" and bool(np.all(np.isfinite(tensor)))
-        except TypeError:
-            finite = False
-        if not finite:
-            what = "complex numbers" if tensor.dtype.kind == "c" else "values that are no finite numbers"
-            raise UserError(f"The weight file {path} cannot be used: {name} ({tensor.dtype}) has {what}.")
-
-
 def _from_file(detector: Detector, path: Path) -> list[str]:
     """Fills the detector from a `.pth` or `.npz` file; returns the official names of the weights that were not loaded."""
-    tensors = read_tensors(path)
+    tensors, _ = read_weights(path)
     if is_detector(tensors):
         grows = bool(detector.refiner.branches) and not any(name.startswith("bbox_head_aux.") for name in tensors)
         not_loaded = load_official(detector, tensors, other_classes=True, without=is_added if grows else None)

@@ -103,12 +103,6 @@ def _at(settings: Any, path: str, default: Any = None) -> Any:
     return settings
 
 
-def _layers(tensors: Mapping[str, np.ndarray], pattern: str) -> list[str]:
-    """What the group of a pattern matches at the beginning of names, without repeats, in order."""
-    found = (re.match(pattern, name) for name in tensors)
-    return sorted({match[1] for match in found if match}, key=lambda text: (len(text), text))
-
-
 def _set_sizes(model: Any, tensors: Mapping[str, np.ndarray], swin: bool) -> None:
     """Sets what the shapes and the names tell."""
 
@@ -118,7 +112,9 @@ def _set_sizes(model: Any, tensors: Mapping[str, np.ndarray], swin: bool) -> Non
         return tensors[name].shape
 
     def count(pattern: str) -> int:
-        return len(_layers(tensors, pattern))
+        """How many different numbers the group of a pattern finds at the beginning of names."""
+        found = (re.match(pattern, name) for name in tensors)
+        return len({match[1] for match in found if match})
 
     model.channels = shape("level_embed")[1]
     model.levels = shape("level_embed")[0]

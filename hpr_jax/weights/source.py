@@ -1,11 +1,9 @@
 """What a detector is loaded from: a checkpoint of this project, or a file of published weights."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from hpr_jax.config import override
@@ -13,14 +11,12 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
-from hpr_jax.weights.arrays_file import read_arrays
 from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
 from hpr_jax.weights.classes import guess_classes
 from hpr_jax.weights.find_checkpoint import find_checkpoint
-from hpr_jax.weights.initial import check_numbers
 from hpr_jax.weights.official import load_official
 from hpr_jax.weights.recognize import CLASS_LAYER, recognize
-from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
+from hpr_jax.weights.weights_file import read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +74,3 @@ def _open_file(path: Path, overrides: Sequence[tuple[str, str]], config: ConfigD
         return detector
 
     return Source(path, classes, config, step if isinstance(step, int) and step >= 0 else 0, load)
-
-
-def read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-    """The tensors of a `.pth` or `.npz` file, by name, and what the file says of itself.
-
-    Raises:
-      UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
-    """
-    meta: Any = None
-    if path.suffix == ".npz":
-        tensors = read_arrays(path)
-    else:
-        content = read_checkpoint(path)
-        tensors, meta = find_tensors(content, str(path)), content.get("meta")
-    check_numbers(tensors, path)
-    return tensors, meta if isinstance(meta, Mapping) else {}

@@ -9,8 +9,8 @@ import pytest
 from hpr_jax.errors import UserError
 from hpr_jax.weights import arrays_file
 from hpr_jax.weights.arrays_file import read_arrays
-from hpr_jax.weights.initial import read_tensors
 from hpr_jax.weights.torch_file import write_checkpoint
+from hpr_jax.weights.weights_file import read_weights
 
 ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3), "empty": np.zeros((0, 4))}
 
@@ -124,9 +124,9 @@ def test_numbers_that_no_weight_can_be(tmp_path, suffix, value, sentence):
     else:
         npz(path, **tensors)
     with pytest.raises(UserError, match=f"w{suffix} cannot be used: {sentence}"):
-        read_tensors(path)
+        read_weights(path)[0]
 
 
 def test_text_is_no_number(tmp_path):
     with pytest.raises(UserError, match=r"a \(<U4\) has values that are no finite numbers"):
-        read_tensors(npz(tmp_path / "w.npz", a=np.array(["text"])))
+        read_weights(npz(tmp_path / "w.npz", a=np.array(["text"])))

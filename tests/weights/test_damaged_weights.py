@@ -13,7 +13,7 @@ from mutations import accepted, damaged_bytes, examples, refused
 from torch_files import Storage, legacy_file, mmengine_content, zip_file, zipped
 
 from hpr_jax.errors import UserError
-from hpr_jax.weights.initial import read_tensors
+from hpr_jax.weights.weights_file import read_weights
 
 # What reading a damaged file of some kilobytes may take, in bytes.
 MOST_MEMORY = 2**26
@@ -74,7 +74,7 @@ def test_any_damage(tmp_path_factory, memory, data):
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     try:
-        tensors = read_tensors(path)
+        tensors = read_weights(path)[0]
     except UserError as error:
         refused(error, str(path))
     else:
@@ -87,4 +87,4 @@ def test_whole_files_are_read(tmp_path):
     for kind, data in whole_files().items():
         path = tmp_path / kind
         path.write_bytes(packed(kind, data))
-        assert read_tensors(path), kind
+        assert read_weights(path)[0], kind

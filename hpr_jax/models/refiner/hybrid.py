@@ -117,8 +117,8 @@ class HybridRefiner(nnx.Module):
     def regions(self, memory: Pyramid, boxes: jax.Array) -> jax.Array:
         """RoIAlign features of the memory at normalised cxcywh boxes `[B, Q, 4]`: `[B, Q, bins, C]`."""
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
-        settings = {**dataclasses.asdict(self.region), "implementation": self.implementation}
-        return roi_align(memory.tokens, memory.spatial_shapes, memory.level_sizes, pixels, **settings)
+        maps = memory.tokens, memory.spatial_shapes, memory.level_sizes
+        return roi_align(*maps, pixels, **dataclasses.asdict(self.region), implementation=self.implementation)
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
         """Runs all layers. The primary branch's `heads` move the reference boxes, and score queries for the selection."""
@@ -140,8 +140,9 @@ class HybridRefiner(nnx.Module):
             refined = jax.nn.sigmoid(heads.offsets(content, queries.num_dense) + inverse_sigmoid(boxes, 1e-3))
             boxes = jax.lax.stop_gradient(refined)
             if self.nms_threshold is not None:
-                static = {"threshold": self.nms_threshold, "implementation": self.implementation}
-                select = jax.vmap(functools.partial(select_distinct, **static))
+                select = jax.vmap(
+                    functools.partial(select_distinct, threshold=self.nms_threshold, implementation=self.implementation)
+                )
                 scores = jnp.max(heads.matching.logits(content[:, queries.matching]), axis=-1)
                 scores = jax.lax.stop_gradient(scores)
                 selected = select(jax.nn.sigmoid(scores), boxes[:, queries.matching], selected, queries.duplicates)

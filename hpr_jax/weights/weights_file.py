@@ -1,0 +1,43 @@
+"""Reads a file of weights, whatever its kind: tensors by name, and what the file says of itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpr_jax.errors import UserError
+from hpr_jax.weights.arrays_file import read_arrays
+from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
+
+
+def read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """The tensors of a `.pth` or `.npz` file, by name, and what the file says of itself.
+
+    Raises:
+      UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
+    """
+    meta: Any = None
+    if path.suffix == ".npz":
+        tensors = read_arrays(path)
+    else:
+        content = read_checkpoint(path)
+        tensors, meta = find_tensors(content, str(path)), content.get("meta")
+    check_numbers(tensors, path)
+    return tensors, meta if isinstance(meta, Mapping) else {}
+
+
+def check_numbers(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Checks that all tensors of a file hold finite real numbers.
+
+    Raises:
+      UserError: one does not; the message names it.
+    """
+    for name, tensor in tensors.items():
+        try:
+            finite = tensor.dtype.kind != "c" and bool(np.all(np.isfinite(tensor)))
+        except TypeError:
+            finite = False
+        if not finite:
+            what = "complex numbers" if tensor.dtype.kind == "c" else "values that are no finite numbers"
+            raise UserError(f"The weight file {path} cannot be used: {name} ({tensor.dtype}) has {what}.")
