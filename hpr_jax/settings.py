@@ -123,6 +123,7 @@ MATCHING = ("auto", "scipy", "pallas")
 REMAT = ("backbone", "encoder", "refiner")
 AUGMENTATIONS = ("detr", "lsj")
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
+BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR")
 # The value of train.initial_weights that asks for random weights.
 RANDOM = "random"
 
@@ -301,6 +302,16 @@ TRAIN = {
     "checkpoint_every": _steps("Steps between two checkpoints."),
     "keep_checkpoints": _count("Checkpoints that are kept, beside the best one."),
     "evaluate_every": _steps("Steps, or epochs where the length is in epochs, between two evaluations."),
+    "best_metric": Setting(
+        "Metric of the best checkpoint, and of early stopping; AR is that with the most detections.", str, choices=BEST_METRICS
+    ),
+    "patience": Setting(
+        "Evaluations in a row that may gain no more than min_gain together; then the run ends early. 0: it never does.",
+        int,
+        at_least=0,
+        at_most=MOST,
+    ),
+    "min_gain": _probability("Gain of the metric below which evaluations try the patience."),
     "initial_weights": Setting(
         "Weights to start from: a checkpoint or workdir, or a .pth or .npz file of a detector or a backbone; random: none; "
         "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them.",

@@ -38,6 +38,8 @@ TOLD, EVERY = 100, 1000
 # Seconds of waiting for a batch after which the log says so for the first time, and seconds between two looks at whether the
 # run was asked to stop meanwhile.
 LONG_WAIT, LOOK = 60.0, 1.0
+# What a metric is where there is nothing to count.
+UNDEFINED = -1.0
 
 
 def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBatch:
@@ -83,7 +85,7 @@ class TrainingLoop:
       requests: tells whether this process was asked to stop.
       progress: what a run must remember beside its state; it is saved in checkpoints.
       bar: the progress bar on a terminal.
-      best_ap: the best AP so far; below 0 before the first evaluation.
+      best: the best value so far of the metric that tells the best checkpoint; below 0 before the first evaluation.
       compiled: how many programs the step has compiled.
     """
 
@@ -101,7 +103,7 @@ class TrainingLoop:
         hidden = None if is_main_process() else True
         self.bar = tqdm(total=self.config.train.steps, unit="step", dynamic_ncols=True, disable=hidden)
         best = self.checkpoints.best_meta()
-        self.best_ap = best.metrics.get("AP", -1.0) if best else -1.0
+        self.best = self._metric(best.metrics) if best else UNDEFINED
         self.compiled = 0
         # Shapes of batches that the step has been compiled for.
         self._shapes: set[tuple[int, ...]] = set()
@@ -133,6 +135,8 @@ class TrainingLoop:
         """
         settings = self.config.train
         metrics: dict[str, float] = {}
+        if self.is_out_of_patience():
+            self._say_that_it_ends_early(int(state.step))
         # The numbers of a step are read while the next one runs, so that the device does not wait for the host.
         pending: StepNumbers | None = None
         step = first = int(state.step)
@@ -140,7 +144,7 @@ class TrainingLoop:
         # Waiting for the first batch goes to an interval that is thrown away: nothing could be loaded ahead of it.
         upcoming = self._fetch(step, batches, Interval())
         interval = Interval()
-        while step < settings.steps:
+        while step < settings.steps and not self.is_out_of_patience():
             batch = upcoming
             assert batch is not None, "every step before the last has a batch"
             with jax.transfer_guard("disallow"):
@@ -183,10 +187,13 @@ class TrainingLoop:
                     # Training needs no evaluation; without the last one, the run has no result yet.
                     lost = error if last else lost
                 interval = Interval()
+            ends_early = evaluates and not last and self.is_out_of_patience()
             # Saved after the log and the evaluation: a run that goes on from this step does not write them again.
-            if saves or stops or lost:
+            if saves or stops or lost or ends_early:
                 self._save(step, state)
-            if stops and not last:
+            if ends_early:
+                self._say_that_it_ends_early(step)
+            if stops and not (last or ends_early):
                 raise self.requests.stop(step)
             if lost:
                 raise DataLostError(f"{lost} Step {step} is saved, and the same command goes on from it.") from lost
@@ -310,10 +317,36 @@ class TrainingLoop:
         self.writer.write_board(step, by_class)
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
-        if result.metrics["AP"] > self.best_ap:
+        value = self._metric(result.metrics)
+        if value == UNDEFINED:
+            log.warning("step %d: the validation images have no objects for %s.", step, self.config.train.best_metric)
+        self.progress.note_evaluation(value, self.config.train.min_gain)
+        if value > self.best:
             self.checkpoints.save_best(step, evaluation_variables(state), self._meta(step, result.metrics))
-            self.best_ap = result.metrics["AP"]
+            self.best = value
         return result.metrics
+
+    def _metric(self, metrics: Mapping[str, float]) -> float:
+        """The metric that tells the best checkpoint."""
+        name = self.config.train.best_metric
+        if name == "AR":
+            name = f"AR{self.config.evaluate.max_detections[-1]}"
+        return metrics.get(name, UNDEFINED)
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the run ends early, since its last evaluations have not gained enough."""
+        return 0 < self.config.train.patience <= self.progress.stale
+
+    def _say_that_it_ends_early(self, step: int) -> None:
+        settings = self.config.train
+        log.info(
+            "The run ends early, at step %d of %d: %d evaluations in a row have gained no more than %g in %s.",
+            step,
+            settings.steps,
+            self.progress.stale,
+            settings.min_gain,
+            settings.best_metric,
+        )
 
     def _meta(self, step: int, metrics: dict[str, float]) -> Meta:
         run = {**self.meta.run, "progress": dataclasses.asdict(self.progress)}

@@ -113,10 +113,22 @@ class Progress:
     Attributes:
       losses: those of the steps since the last line of the log.
       reports: number of reports about the data so far, in all processes together.
+      reference: the metric that evaluations must gain on; None before the first one.
+      stale: number of evaluations in a row that together have not gained enough on it.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     reports: int = 0
+    reference: float | None = None
+    stale: int = 0
+
+    def note_evaluation(self, value: float, min_gain: float) -> None:
+        """Counts an evaluation: as stale if its metric is no more than `min_gain` above the reference, else it is the new
+        reference."""
+        if self.reference is None or value > self.reference + min_gain:
+            self.reference, self.stale = value, 0
+        else:
+            self.stale += 1
 
 
 def resume(checkpoints: Checkpoints, state: TrainState, meta: Meta, accept_changes: bool) -> tuple[TrainState, Progress]:

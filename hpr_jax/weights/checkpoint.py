@@ -31,7 +31,14 @@ from hpr_jax.weights.manifest import find_damage
 
 # Settings that did not exist yet when the first checkpoints were written, with the values for what was done then.
 _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
-    "train": {"accumulation_steps": 1, "ema_decay": 0.0, "matching": "auto"},
+    "train": {
+        "accumulation_steps": 1,
+        "ema_decay": 0.0,
+        "matching": "auto",
+        "best_metric": "AP",
+        "patience": 0,
+        "min_gain": 0.0,
+    },
     "data": {"workers": 0, "train_split": "train", "val_split": "validation", "image_bits": 16, "patience": 600.0},
     "optimizer": {"merge_multiplier": 1.0, "merge_decay": True},
     "evaluate": {"max_detections": [1, 10, 100]},

@@ -243,7 +243,7 @@ class TestSettingsReachTheirParts:
         assert (meta.config["train"]["steps"], meta.config["train"]["epochs"]) == (3, 0)
         assert meta.config["optimizer"]["milestones"] == [9]
         assert meta.config["train"]["seed"] == 3
-        assert meta.run["progress"] == {"losses": [], "reports": 0}
+        assert meta.run["progress"] == {"losses": [], "reports": 0, "reference": 0.5, "stale": 0}
         assert json.loads(json.dumps(meta.run)) == meta.run
         assert meta.run["data"].keys() == {"training split", "validation split"}
 
@@ -321,3 +321,75 @@ def test_an_average_that_is_switched_on_is_a_copy(scripted, coco, tmp_path, monk
     # On a CPU, arrays may be one although they are two objects.
     pointers = {array.addressable_data(0).unsafe_buffer_pointer() for array in (parameter, average)}
     assert len(pointers) == 2
+
+
+def best(workdir):
+    """What the best checkpoint, the only one in its folder, says of itself."""
+    (folder,) = (workdir / "best").iterdir()
+    return read_meta(folder)
+
+
+def evaluated_steps(workdir):
+    return [line["step"] for line in lines(workdir) if "val/AP" in line]
+
+
+class TestEarlyStopping:
+    PRECISIONS = (0.1, 0.3, 0.304, 0.302, 0.306, 0.304, 0.9)
+
+    def test_ends_when_evaluations_have_not_gained_together(self, scripted, coco, tmp_path, caplog):
+        """0.306 is no more than min_gain above 0.3, although no two evaluations in a row are."""
+        scripted.precisions = iter(self.PRECISIONS)
+        with caplog.at_level("INFO", "hpr_jax"):
+            metrics = train(settings(coco, steps=90, evaluate_every=3, patience=3, min_gain=0.007), tmp_path)
+        assert evaluated_steps(tmp_path) == [3, 6, 9, 12, 15]
+        assert metrics["AP"] == 0.306
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["15"]
+        assert best(tmp_path).metrics["AP"] == 0.306
+        said = "The run ends early, at step 15 of 90: 3 evaluations in a row have gained no more than 0.007 in AP."
+        assert said in caplog.messages
+
+    def test_a_gain_renews_the_patience(self, scripted, coco, tmp_path):
+        scripted.precisions = iter(self.PRECISIONS)
+        train(settings(coco, steps=21, evaluate_every=3, patience=3, min_gain=0.005), tmp_path)
+        assert evaluated_steps(tmp_path) == [3, 6, 9, 12, 15, 18, 21]
+
+    def test_without_patience_it_goes_on(self, scripted, coco, tmp_path):
+        train(settings(coco, steps=30, evaluate_every=3), tmp_path)
+        assert evaluated_steps(tmp_path) == list(range(3, 31, 3))
+
+    def test_a_run_that_goes_on_remembers(self, scripted, coco, tmp_path):
+        scripted.precisions = iter((0.5, 0.4, 0.4, 0.4))
+        config = settings(coco, steps=90, evaluate_every=3, checkpoint_every=7, patience=3)
+        with pytest.MonkeyPatch.context() as context:
+
+            def interrupt(loop, step, *_):
+                if step == 7:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            context.setattr(run.TrainingLoop, "watch_compilation", interrupt)
+            with pytest.raises(StoppedError):
+                train(config, tmp_path)
+        train(config, tmp_path)
+        assert evaluated_steps(tmp_path) == [3, 6, 9, 12]
+
+    def test_a_run_that_has_ended_early_is_done(self, scripted, coco, tmp_path):
+        config = settings(coco, steps=90, evaluate_every=3, patience=3)
+        train(config, tmp_path)
+        taken = len(scripted.rates)
+        assert train(config, tmp_path)["AP"] == 0.5
+        assert len(scripted.rates) == taken == 12
+
+    def test_more_patience_lets_it_go_on(self, scripted, coco, tmp_path):
+        train(settings(coco, steps=90, evaluate_every=3, patience=2), tmp_path)
+        train(settings(coco, steps=90, evaluate_every=3, patience=4), tmp_path, accept_changes=True)
+        assert evaluated_steps(tmp_path) == [3, 6, 9, 12, 15]
+
+    def test_the_best_checkpoint_is_of_the_chosen_metric(self, scripted, coco, tmp_path):
+        """AP50 falls where AP rises."""
+        scripted.precisions = iter((0.5, 0.3, 0.7))
+        train(settings(coco, steps=9, evaluate_every=3, best_metric="AP50"), tmp_path)
+        assert best(tmp_path).step == 6
+
+    def test_a_metric_of_nothing_is_told(self, scripted, coco, tmp_path, caplog):
+        train(settings(coco, steps=3, evaluate_every=3, best_metric="AP_large"), tmp_path)
+        assert "step 3: the validation images have no objects for AP_large." in caplog.messages
