@@ -36,7 +36,8 @@ def base() -> ConfigDict:
         "backbone": resnet(),
         "neck": {"groups": 32, "bias": False},
         "encoder": {"layers": 6, "position_temperature": 20.0, "position_offset": 0.0},
-        # The best 900 proposals, with learned content.
+        # The best 900 proposals, with learned content. Other kinds are distinct, see configs/ddq.py, and positions, see
+        # configs/deformable_detr.py.
         "queries": {"kind": "top", "count": 900},
         # At most 100 positive denoising queries; 0: no denoising. views_per_chunk is the number of views on one GPU of the
         # official run: a weak and a strong one of 2 images.
@@ -54,6 +55,11 @@ def base() -> ConfigDict:
             "merge_initial": (),
             # Whether the merge weights are drawn at random instead, as in the published DDQ models.
             "merge_xavier": False,
+            # Whether there is a norm in front of the heads; whether a layer's losses reach the layer before it through its
+            # boxes, as in DINO; and how far the coordinates of boxes are kept from 0 and 1 before layers move them.
+            "final_norm": True,
+            "look_forward_twice": True,
+            "refine_epsilon": 1e-3,
             "region": {"strides": (8, 16, 32, 64), "output_size": 7, "sampling_ratio": 2, "finest_scale": 56.0},
             "dynamic_conv": {"hidden": 64},
             "regional_attention": {"heads": 8, "samples": 5, "temperature": 20.0},
@@ -72,7 +78,8 @@ def base() -> ConfigDict:
         # takes a quarter of the memory and little time.
         "remat": ("encoder", "refiner"),
     }
-    config.loss = {"branch_weight": 0.5}
+    # branch_weight: of all losses of each auxiliary branch; class_weight: of the class losses of matched queries.
+    config.loss = {"branch_weight": 0.5, "class_weight": 1.0}
     config.data = {
         # A folder in COCO layout, or the directory of one version of a TFDS data set, which has a dataset_info.json.
         "directory": "data/coco",
@@ -124,8 +131,8 @@ def base() -> ConfigDict:
         "checkpoint_every": 1000,
         "keep_checkpoints": 2,
         "evaluate_every": 8000,
-        # The best checkpoint is that of the best AP, AP50, AP75, AP_small, AP_medium, AP_large or AR. The run ends early when
-        # so many evaluations in a row (patience; 0: never) together gain no more than min_gain in it.
+        # The best checkpoint is that of the best AP, AP50, AP75, AP_small, AP_medium, AP_large or AR. The run ends early
+        # when so many evaluations in a row (patience; 0: never) together gain no more than min_gain in it.
         "best_metric": "AP",
         "patience": 0,
         "min_gain": 0.0,
@@ -140,6 +147,8 @@ def base() -> ConfigDict:
         # The weights of the merges may learn faster than the rest, and keep their size.
         "merge_multiplier": 1.0,
         "merge_decay": True,
+        # The layers that say where deformable attention samples may learn more slowly.
+        "offsets_multiplier": 1.0,
         "weight_decay": 1e-4,
         "clip_norm": 0.1,
         "warmup_steps": 0,

@@ -167,9 +167,10 @@ MODEL = {
     "encoder.position_temperature": Setting("Temperature of the sine position encoding.", above=0),
     "encoder.position_offset": Setting("Offset of pixel numbers in the sine position encoding."),
     "queries.kind": Setting(
-        "top: the proposals of the best score, with learned content; distinct: those that survive NMS (DDQ).",
+        "top: the proposals of the best score, with learned content; positions: with content from their boxes (two-stage "
+        "Deformable DETR); distinct: those that survive NMS (DDQ).",
         str,
-        choices=("top", "distinct"),
+        choices=("top", "positions", "distinct"),
     ),
     "queries.count": _count("Matching queries."),
     "queries.dense_ratio": Setting("Dense queries in training, as a multiple of the matching queries (distinct).", above=0),
@@ -193,6 +194,13 @@ MODEL = {
     "refiner.merge_points": Setting("Parts of a path behind which paths are merged.", str, many=True, choices=MERGE_POINTS),
     "refiner.merge_initial": Setting("Initial weight of each path, the primary one first; (): 1 for all.", many=True),
     "refiner.merge_xavier": Setting("Draw the initial merge weights at random, as the published DDQ models do.", bool),
+    "refiner.final_norm": Setting("Whether there is a norm in front of the heads.", bool),
+    "refiner.look_forward_twice": Setting(
+        "Whether a layer's losses reach the layer before it through its boxes, as in DINO.", bool
+    ),
+    "refiner.refine_epsilon": Setting(
+        "Coordinates of boxes are kept so far from 0 and 1 before layers move them.", above=0, below=0.5
+    ),
     "refiner.region.strides": _counts("Stride of each level in pixels, as RoIAlign assumes it."),
     "refiner.region.output_size": _count("Bins of a region along each side."),
     "refiner.region.sampling_ratio": _count("Samples of a bin along each side."),
@@ -228,6 +236,7 @@ COMPUTE = {
 }
 LOSS = {
     "branch_weight": _weight("Weight of the losses of each auxiliary branch."),
+    "class_weight": _weight("Weight of the class losses of matching queries, denoising queries and proposals."),
     "dense.positives": _count("Dense queries matched with one box."),
     "dense.giou_weight": _weight("Weight of the GIoU loss of dense queries."),
     "dense.alpha": _weight("Exponent of the score in the alignment of dense queries."),
@@ -303,7 +312,9 @@ TRAIN = {
     "keep_checkpoints": _count("Checkpoints that are kept, beside the best one."),
     "evaluate_every": _steps("Steps, or epochs where the length is in epochs, between two evaluations."),
     "best_metric": Setting(
-        "Metric of the best checkpoint, and of early stopping; AR is that with the most detections.", str, choices=BEST_METRICS
+        "Metric of the best checkpoint, and of early stopping; AR is that with the most detections.",
+        str,
+        choices=BEST_METRICS,
     ),
     "patience": Setting(
         "Evaluations in a row that may gain no more than min_gain together; then the run ends early. 0: it never does.",
@@ -323,6 +334,9 @@ OPTIMIZER = {
     "backbone_multiplier": Setting("Factor of the backbone's learning rate.", at_least=0),
     "merge_multiplier": Setting("Factor of the learning rate of the weights that merge refiners.", at_least=0),
     "merge_decay": Setting("Whether the weights that merge refiners decay, too.", bool),
+    "offsets_multiplier": Setting(
+        "Factor of the learning rate of the layers that say where deformable attention samples.", at_least=0
+    ),
     "weight_decay": Setting("Weight decay of AdamW.", at_least=0),
     "clip_norm": Setting("Largest norm of all gradients together; longer ones are scaled down.", above=0),
     "warmup_steps": _steps("Steps of the linear warm-up.", 0),
@@ -401,7 +415,7 @@ def check(config: Mapping[str, Any]) -> None:
     for condition in (_one_length, _ordered_ranges, _canvas_holds_images, check_losses):
         condition(config)
     # What modules demand beyond this, they say when they are made.
-    for model_condition in (_heads_divide_channels, _levels_fit, check_refiners):
+    for model_condition in (_heads_divide_channels, _levels_fit, _no_denoising_of_positions, check_refiners):
         model_condition(config["model"])
 
 
@@ -504,6 +518,14 @@ def _levels_fit(model: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.model.refiner.global_attention.level is {attention['level']}; choose one of the pyramid's levels, 0 to "
             f"{levels - 1}."
+        )
+
+
+def _no_denoising_of_positions(model: Mapping[str, Any]) -> None:
+    if model["queries"]["kind"] == "positions" and model["denoising"]["queries"]:
+        raise UserError(
+            "config.model.queries.kind 'positions' makes queries of boxes alone, and denoising queries have a label; set "
+            "config.model.denoising.queries to 0."
         )
 
 

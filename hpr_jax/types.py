@@ -109,7 +109,8 @@ class Outputs:
     Attributes:
       primary: predictions of the primary branch.
       branches: predictions of the auxiliary branches, by the names of their refiners.
-      proposals: that the matching queries come from, `[B, M, ...]`.
+      proposals: that the matching queries come from, `[B, M, ...]`; or those of all tokens, where the losses look at them,
+        `[B, S, ...]`.
       dense_proposals: that the dense queries come from, `[B, Q, ...]`, or None.
       intermediates: what was computed on the way.
     """

@@ -19,9 +19,10 @@ from jax.experimental.pallas import triton as plt
 
 from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two
 
-# Queries that a thread handles, and the largest number of warps of a program.
+# Queries that a thread handles, and the largest numbers of warps of a program and of queries, which fit its registers.
 QUERIES_A_THREAD = 4
 MOST_WARPS = 32
+MOST_QUERIES = 32 * MOST_WARPS * QUERIES_A_THREAD
 
 
 def solve(cost: jax.Array, usable: jax.Array, boxes: jax.Array, repeats: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -12,6 +12,7 @@ mmcv-lite is mmcv without its compiled operations. Of these the detectors need N
 """
 
 import argparse
+import functools
 import json
 import sys
 import types
@@ -29,6 +30,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "tests/reference_values/offici
 MODELS = {
     "plain_dino": ("dino/dino-4scale_r50_8xb2-12e_coco", 4),
     "plain_ddq_5scale": ("ddq/ddq-detr-5scale_r50_8xb2-12e_coco", 5),
+    "plain_deformable_detr": ("deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco", 4),
 }
 SEED = 0
 # IoU above which queries of the DDQ detector suppress one another; at the published 0.8 none would, with random weights.
@@ -68,6 +70,7 @@ class Operations(types.ModuleType):
 sys.modules["mmcv._ext"] = Operations("mmcv._ext")
 
 import mmdet.models  # noqa: E402
+from mmdet.models.detectors import DeformableDETR  # noqa: E402
 from mmdet.models.layers import transformer  # noqa: E402
 from mmdet.registry import MODELS as REGISTRY  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
@@ -100,7 +103,13 @@ def small_config(name: str, sizes: dict[str, Any]) -> Any:
     config.decoder.layer_cfg.self_attn_cfg.update(embed_dims=channels, num_heads=sizes["num_heads"])
     config.positional_encoding.num_feats = channels // 2
     config.bbox_head.update(num_classes=sizes["num_classes"], embed_dims=channels)
-    config.dn_cfg.group_cfg.num_dn_queries = sizes["num_dn_queries"]
+    if "dn_cfg" in config:
+        config.dn_cfg.group_cfg.num_dn_queries = sizes["num_dn_queries"]
+    else:
+        # Without dropout, whose random numbers no other code can draw.
+        config.encoder.layer_cfg.self_attn_cfg.dropout = config.encoder.layer_cfg.ffn_cfg.ffn_drop = 0.0
+        config.decoder.layer_cfg.cross_attn_cfg.dropout = config.decoder.layer_cfg.ffn_cfg.ffn_drop = 0.0
+        config.decoder.layer_cfg.self_attn_cfg.dropout = 0.0
     config.test_cfg.max_per_img = sizes["max_per_image"]
     if "dqs_cfg" in config:
         config.dqs_cfg.iou_threshold = NMS_THRESHOLD
@@ -118,6 +127,8 @@ def narrow_box_encodings(channels: int) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "coordinate_to_encoding", None) is encode and module is not utils:
             vars(module)["coordinate_to_encoding"] = narrow
+    encode_proposals = DeformableDETR.get_proposal_pos_embed
+    DeformableDETR.get_proposal_pos_embed = staticmethod(functools.partial(encode_proposals, num_pos_feats=channels // 2))
 
 
 def build(name: str, sizes: dict[str, Any]) -> Any:
@@ -138,6 +149,11 @@ def build(name: str, sizes: dict[str, Any]) -> Any:
             elif path.endswith("running_mean"):
                 buffer.copy_(0.1 * torch.randn_like(buffer))
     return model.eval()
+
+
+def without_padding(inputs: Any) -> Any:
+    """The inputs with images that fill the batch. The proposals of padding enter mmdetection's losses of Deformable DETR."""
+    return {**inputs, "image_sizes_hw": np.full_like(inputs["image_sizes_hw"], inputs["images"].shape[-2:])}
 
 
 def samples(inputs: Any) -> list[DetDataSample]:
@@ -175,8 +191,9 @@ class Record:
         encoder, decoder = self.model.pre_transformer(neck, self.batch)
         encoded = self.model.forward_encoder(**encoder)
         self.arrays["encoder_memory"] = encoded["memory"]
-        queries, head = self.model.pre_decoder(**encoded, batch_data_samples=self.batch)
-        for key in ("query", "reference_points", "dn_mask"):
+        more = {} if type(self.model) is DeformableDETR else {"batch_data_samples": self.batch}
+        queries, head = self.model.pre_decoder(**encoded, **more)
+        for key in ("query", "query_pos", "reference_points", "dn_mask"):
             if queries.get(key) is not None:
                 self.arrays[f"pre_decoder.decoder.{key}"] = queries[key]
         for key in ("enc_outputs_class", "enc_outputs_coord", "aux_enc_outputs_class", "aux_enc_outputs_coord"):
@@ -248,7 +265,8 @@ def main() -> None:
     for name in [arguments.only] if arguments.only else MODELS:
         model = build(name, sizes)
         weights = {path: value.numpy() for path, value in model.state_dict().items()}
-        files = {"state_dict": weights, "eval": evaluate(model, inputs), "train": train(model, inputs)}
+        train_inputs = without_padding(inputs) if type(model) is DeformableDETR else inputs
+        files = {"state_dict": weights, "eval": evaluate(model, inputs), "train": train(model, train_inputs)}
         for part, arrays in files.items():
             np.savez_compressed(arguments.output / f"{name}_{part}.npz", **arrays)
             print(name, part, len(arrays), "arrays")

@@ -132,11 +132,11 @@ def module_costs(detector: Detector, shape: Shape, primary: str = "primary") -> 
     encoder, memory = _trace(lambda m, *x: m(flatten(*x)), detector.encoder, maps, map_sizes, sizes)
 
     def initial(query_init, memory):
-        matching, _ = query_init(memory, with_dense=False)
+        matching, _ = query_init(memory, train=False)
         # Logits of the selected proposals are left out: the losses alone read them.
-        return matching.content, matching.proposals.boxes, matching.duplicates
+        return matching.content, matching.proposals.boxes, matching.duplicates, matching.position
 
-    query_init, (content, boxes, duplicates) = _trace(initial, detector.query_init, memory)
+    query_init, (content, boxes, duplicates, position) = _trace(initial, detector.query_init, memory)
     count = content.shape[1]
     queries = DecoderInput(
         content=content,
@@ -146,6 +146,7 @@ def module_costs(detector: Detector, shape: Shape, primary: str = "primary") -> 
         num_denoising=0,
         num_matching=count,
         num_dense=0,
+        position=position,
     )
     refiner, decoded = _trace(lambda m, *x: m(*x), detector.refiner, queries, memory, detector.heads)
     heads, _ = _trace(
@@ -258,7 +259,7 @@ def static_shapes(detector: Detector, image: Shape, max_boxes: int | None = None
     def run(detector, images, sizes, targets):
         maps, map_sizes = detector.neck(*detector.backbone(images, sizes, None))
         memory = flatten(maps, map_sizes, sizes)
-        matching, dense = detector.query_init(memory, with_dense=targets is not None)
+        matching, dense = detector.query_init(memory, train=targets is not None)
         drawn = None
         if targets is not None and detector.denoiser is not None:
             drawn = detector.denoiser.draw(jax.random.key(0), targets).used

@@ -30,6 +30,8 @@ class Criterion:
       costs: weights of the matching cost.
       repeats: number of queries that are matched with one box, for each decoder layer; (): one in every layer.
       proposal_repeats: the same number for the encoder's proposals.
+      proposals_of_objects: whether there are proposals of all tokens, in which the first class stands for objects of any
+        class (two-stage Deformable DETR).
     """
 
     branch_weights: tuple[tuple[str, float], ...]
@@ -38,13 +40,21 @@ class Criterion:
     costs: CostWeights = CostWeights()
     repeats: tuple[int, ...] = ()
     proposal_repeats: int = 1
+    proposals_of_objects: bool = False
 
     def requests(self, outputs: Outputs, targets: Targets) -> list[Request]:
-        """The matching problems: a request for proposals and matching queries, and one for dense queries, if any."""
-        matching, dense = _problems(outputs)
+        """The matching problems: a request for proposals, one for matching queries, and one for dense queries, if any. If
+        there are as many proposals as matching queries, they share a request."""
+        proposals, matching, dense = _problems(outputs)
         layers, branches = len(outputs.primary.matching.logits), 1 + len(outputs.branches)
-        repeats = (self.proposal_repeats, *(self.repeats or (1,) * layers) * branches)
-        requests = [Request(matching_cost(matching, targets, self.costs), matching.valid, repeats)]
+        repeats = (self.repeats or (1,) * layers) * branches
+        requests = []
+        if self.proposals_of_objects:
+            cost = matching_cost(proposals, _of_objects(targets), self.costs)
+            requests.append(Request(cost, proposals.valid, (self.proposal_repeats,)))
+        else:
+            matching, repeats = _concatenate([proposals, matching]), (self.proposal_repeats, *repeats)
+        requests.append(Request(matching_cost(matching, targets, self.costs), matching.valid, repeats))
         if dense is not None:
             cost = dense_cost(dense, targets, self.costs)
             requests.append(Request(cost, dense.valid, (self.dense.positives,) * len(cost)))
@@ -64,7 +74,7 @@ class Criterion:
         branches = {"": outputs.primary} | {f"{name}/": branch for name, branch in outputs.branches.items()}
         layers = len(outputs.primary.matching.logits)
         weights = [1.0, *(dict(self.branch_weights)[name] for name in outputs.branches)]
-        matching, dense = _problems(outputs)
+        proposals, matching, dense = _problems(outputs)
         terms: Terms = {}
 
         def add(prefix: str, kind: str, values: Terms, weight: float) -> None:
@@ -75,17 +85,26 @@ class Criterion:
 
         def of_branch(values: Terms, branch: int) -> Terms:
             """The terms of one branch, `[layers, ...]`, of those of all problems, `[P, ...]`."""
-            return {term: value[1 + branch * layers : 1 + (branch + 1) * layers] for term, value in values.items()}
+            return {term: value[branch * layers : (branch + 1) * layers] for term, value in values.items()}
 
-        matched = jax.vmap(lambda p, a: self._matched_terms(p, a, targets))(matching, assigned[0])
-        terms |= {f"proposals/{term}": value[0] for term, value in matched.items()}
+        def matched_terms(predictions: Predictions, assigned: jax.Array, targets: Targets) -> Terms:
+            return jax.vmap(lambda p, a: self._matched_terms(p, a, targets))(predictions, assigned)
+
+        if self.proposals_of_objects:
+            of_proposals = matched_terms(proposals, assigned[0], _of_objects(targets))
+            matched = matched_terms(matching, assigned[1], targets)
+        else:
+            of_proposals = matched_terms(_concatenate([proposals, matching]), assigned[0], targets)
+            matched = {term: value[1:] for term, value in of_proposals.items()}
+        terms |= {f"proposals/{term}": value[0] for term, value in of_proposals.items()}
         for index, (prefix, branch) in enumerate(branches.items()):
             add(prefix, "layer", of_branch(matched, index), weights[index])
             if denoising is not None:
                 add(prefix, "denoising", self._denoising_terms(branch, denoising, targets), weights[index])
         if dense is not None:
-            aligned = jax.vmap(lambda p, a: self.dense(p, a, targets))(dense, assigned[1])
+            aligned = jax.vmap(lambda p, a: self.dense(p, a, targets))(dense, assigned[-1])
             terms |= {f"dense_proposals/{term}": value[0] for term, value in aligned.items()}
+            aligned = {term: value[1:] for term, value in aligned.items()}
             for index, prefix in enumerate(branches):
                 add(prefix, "dense", of_branch(aligned, index), weights[index])
         return terms
@@ -100,15 +119,20 @@ class Criterion:
         return jax.vmap(lambda p: self.matched(p, positive, index, targets, denoising=True))(branch.denoising)
 
 
-def _problems(outputs: Outputs) -> tuple[Predictions, Predictions | None]:
-    """Predictions of matching queries and of dense ones, if any, with a leading axis of P problems: the first is that of the
-    encoder's proposals, then come the layers of the primary branch and of each auxiliary branch."""
+def _of_objects(targets: Targets) -> Targets:
+    """The ground truth with the first class for all objects."""
+    return dataclasses.replace(targets, labels=jnp.zeros_like(targets.labels))
+
+
+def _problems(outputs: Outputs) -> tuple[Predictions, Predictions, Predictions | None]:
+    """The encoder's proposals; the predictions of matching queries; and those of dense queries, if any, behind the dense
+    proposals. All have a leading axis of problems: the layers of the primary branch and of each auxiliary branch."""
     branches = [outputs.primary, *outputs.branches.values()]
     proposals, dense = jax.tree.map(lambda x: x[None], (outputs.proposals, outputs.dense_proposals))
-    matching = _concatenate([proposals, *(branch.matching for branch in branches)])
-    if dense is None:
-        return matching, None
-    return matching, _concatenate([dense, *(branch.dense for branch in branches if branch.dense is not None)])
+    matching = _concatenate([branch.matching for branch in branches])
+    if dense is not None:
+        dense = _concatenate([dense, *(branch.dense for branch in branches if branch.dense is not None)])
+    return proposals, matching, dense
 
 
 def _concatenate(parts: list[Predictions]) -> Predictions:

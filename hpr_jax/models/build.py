@@ -33,6 +33,7 @@ from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.neck import ChannelMapper
 from hpr_jax.models.queries.denoising import Denoiser
 from hpr_jax.models.queries.distinct import DistinctQueries
+from hpr_jax.models.queries.positions import PositionQueries
 from hpr_jax.models.queries.top import TopQueries
 from hpr_jax.models.refiner.deformable import DeformableInteraction
 from hpr_jax.models.refiner.dynamic_conv import DynamicConv
@@ -59,7 +60,11 @@ INTERACTIONS: dict[str, Callable[..., Interaction]] = {
 # The values of `config.model.backbone.kind`.
 BACKBONES: dict[str, Callable[..., Backbone]] = {"resnet": ResNet, "swin": SwinTransformer}
 # The values of `config.model.queries.kind`.
-QUERIES: dict[str, Callable[..., QueryInit]] = {"top": TopQueries, "distinct": DistinctQueries}
+QUERIES: dict[str, Callable[..., QueryInit]] = {
+    "top": TopQueries,
+    "positions": PositionQueries,
+    "distinct": DistinctQueries,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +199,9 @@ def _query_init(config: Config, compute: Compute, head: PredictionHead, rngs: nn
     """The initial queries of the section `queries`; their heads start as copies of `head`."""
     queries, channels = config["queries"], config["channels"]
     if queries["kind"] not in QUERIES:
-        raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are {' and '.join(QUERIES)}.")
-    if queries["kind"] == "top":
-        return TopQueries(_copy(head), channels, queries=queries["count"], rngs=rngs)
+        raise UserError(f"config.model.queries.kind is {queries['kind']!r}; known are {', '.join(QUERIES)}.")
+    if queries["kind"] != "distinct":
+        return QUERIES[queries["kind"]](_copy(head), channels, queries=queries["count"], rngs=rngs)
     for key in ("dense_ratio", "nms_threshold"):
         if key not in queries:
             raise UserError(f"config.model.queries.kind 'distinct' needs config.model.queries.{key}; see configs/ddq.py.")
@@ -262,6 +267,10 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
             layers=refiner["layers"],
             channels=channels,
             branches=auxiliaries,
+            encodes_boxes=config["queries"]["kind"] != "positions",
+            final_norm=refiner["final_norm"],
+            look_forward_twice=refiner["look_forward_twice"],
+            refine_epsilon=refiner["refine_epsilon"],
             nms_threshold=config["queries"].get("nms_threshold"),
             region=RegionSettings(**region),
             remat="refiner" in compute.remat,

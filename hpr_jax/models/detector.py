@@ -40,7 +40,7 @@ class Backbone(Protocol):
 
 
 class QueryInit(Protocol):
-    """Makes the matching queries from the memory, and, if asked for and where there are such, the dense ones.
+    """Makes the matching queries from the memory, and in training, where there are such, the dense ones.
 
     Attributes:
       head: scores the proposals that matching queries come from.
@@ -48,7 +48,7 @@ class QueryInit(Protocol):
 
     head: PredictionHead
 
-    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]: ...
+    def __call__(self, memory: Pyramid, *, train: bool) -> tuple[InitialQueries, InitialQueries | None]: ...
 
 
 class Detector(nnx.Module):
@@ -111,19 +111,20 @@ class Detector(nnx.Module):
           images: normalised `[B, H, W, 3]`, padded at the right and at the bottom.
           sizes: int32 `[B, 2]`, valid (height, width) in pixels.
           denoising: queries from `denoiser.draw`, in training; None: there are none.
-          train: whether there are dense queries, which only losses read.
+          train: whether there is what only losses read, such as dense queries.
           keys: `[B]`, a key for each image, for what is random in training (drop path); None: nothing is random.
         """
         maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
         memory = self.encoder(flatten(maps, map_sizes, sizes))
-        matching, dense = self.query_init(memory, with_dense=train)
+        matching, dense = self.query_init(memory, train=train)
         queries = self._decoder_input(denoising, matching, dense)
         decoded = self.refiner(queries, memory, self.heads)
 
-        normed = self.refiner.norm(decoded.hidden)
-        branch_normed = [norm(decoded.branches[:, i]) for i, norm in enumerate(self.refiner.branch_norms)]
+        normed, *branch_normed = self.refiner.normed(decoded)
         valid = valid_by_layer(denoising, dense, valid_queries(decoded.selected) & matching.proposals.valid)
         references = decoded.reference_boxes[:-1]
+        if not self.refiner.look_forward_twice:
+            references = jax.lax.stop_gradient(references)
 
         def predict(heads, hidden):
             logits, boxes = heads.predict(hidden, references, queries.num_dense)
@@ -135,7 +136,7 @@ class Detector(nnx.Module):
                 name: predict(heads, hidden)
                 for name, heads, hidden in zip(self.refiner.branches, self.branch_heads, branch_normed)
             },
-            proposals=matching.proposals,
+            proposals=matching.proposals if matching.all_proposals is None else matching.all_proposals,
             dense_proposals=dense.proposals if dense is not None else None,
             intermediates=Intermediates(
                 memory=memory.tokens[:, : sum(height * width for height, width in memory.spatial_shapes)],
@@ -186,6 +187,7 @@ class Detector(nnx.Module):
             reference_boxes=jnp.concatenate(boxes, axis=1),
             mask=(same | denoising_sees_matching) & visible[:, None, :],
             duplicates=matching.duplicates,
+            position=matching.position,
             num_denoising=num_denoising,
             num_matching=num_matching,
             num_dense=num_dense,

@@ -72,8 +72,7 @@ class DecoderHeads(nnx.Module):
 
         Args:
           hidden: normed hidden states `[layers, B, Q, C]`.
-          references: the boxes in front of each layer, `[layers, B, Q, 4]`; gradients flow into them ("look forward twice",
-            DINO, Zhang et al. 2023, section 3.5).
+          references: the boxes in front of each layer, `[layers, B, Q, 4]`.
           num_dense: number of dense queries, which stand last.
 
         Returns:

@@ -19,6 +19,7 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
         settings.backbone_multiplier,
         settings.merge_multiplier,
         settings.merge_decay,
+        settings.offsets_multiplier,
     )
 
 

@@ -21,6 +21,10 @@ def learning_rate(settings: Mapping[str, Any], step: int) -> float:
     return settings["learning_rate"] * ramp * settings["gamma"] ** passed
 
 
+# The attributes through which a module has the layer that says where its deformable attention samples.
+_OFFSETS = ("attention", "offsets")
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """AdamW with clipping by global norm, decay on every tensor, and a lower learning rate for the backbone.
@@ -30,6 +34,7 @@ class Optimizer:
       backbone_multiplier: factor of the backbone's learning rate.
       merge_multiplier: factor of the learning rate of the merges' weights.
       merge_decay: whether the weights of the merges decay, too.
+      offsets_multiplier: factor of the learning rate of the layers that say where deformable attention samples.
     """
 
     clip_norm: float
@@ -37,6 +42,7 @@ class Optimizer:
     backbone_multiplier: float
     merge_multiplier: float = 1.0
     merge_decay: bool = True
+    offsets_multiplier: float = 1.0
 
     def init(self, params: Any) -> Any:
         """The state before the first step, moments of zero."""
@@ -53,6 +59,8 @@ class Optimizer:
                     update = update - self.weight_decay * param
                 return param - self.merge_multiplier * learning_rate * update
             slower = self.backbone_multiplier if keys[0] == "backbone" else 1.0
+            if _OFFSETS in zip(keys, keys[1:]):
+                slower = self.offsets_multiplier
             return param - slower * learning_rate * update
 
         return jax.tree_util.tree_map_with_path(add, params, updates), state

@@ -27,6 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from hpr_jax.kernels import assignment
 from hpr_jax.losses.criterion import Criterion
 from hpr_jax.losses.matching import Request, solve_on_device, solve_on_host
 from hpr_jax.runtime.devices import EVERYWHERE, data_mesh, local_part, replicate, shard, split_at
@@ -104,7 +105,7 @@ class TrainStep:
         pass of all parts but the last.
       mesh: the devices; by default the first one.
       matching: what solves the matching problems: `scipy` on the host, a `pallas` kernel, or `auto`: the kernel on NVIDIA
-        GPUs, else SciPy.
+        GPUs, else SciPy. Problems with more queries than the kernel takes are solved on the host.
     """
 
     def __init__(
@@ -222,7 +223,8 @@ class TrainStep:
         Returns:
           For each request the index of the box that a query is matched with, or -1: int32 `[P, B, Q]`, split alike.
         """
-        if self.solves_on_device:
+        most_queries = max(request.query_valid.shape[-1] for request in requests)
+        if self.solves_on_device and most_queries <= assignment.MOST_QUERIES:
             return self.solve_on_device(requests, target_valid)
         solved = solve_on_host(
             [local_part(request.cost, axis=1) for request in requests],

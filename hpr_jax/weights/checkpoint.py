@@ -40,7 +40,8 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
         "min_gain": 0.0,
     },
     "data": {"workers": 0, "train_split": "train", "val_split": "validation", "image_bits": 16, "patience": 600.0},
-    "optimizer": {"merge_multiplier": 1.0, "merge_decay": True},
+    "optimizer": {"merge_multiplier": 1.0, "merge_decay": True, "offsets_multiplier": 1.0},
+    "loss": {"class_weight": 1.0},
     "evaluate": {"max_detections": [1, 10, 100]},
 }
 
@@ -90,7 +91,8 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     config = {section: {**_ADDED_SETTINGS.get(section, {}), **values} for section, values in config.items()}
     backbone = config["model"]["backbone"]
     first_map = {"first_map": 1 if backbone["kind"] == "resnet" else 0}
-    config["model"] = {**config["model"], "backbone": {**first_map, **backbone}}
+    refiner = {"final_norm": True, "look_forward_twice": True, "refine_epsilon": 1e-3, **config["model"]["refiner"]}
+    config["model"] = {**config["model"], "backbone": {**first_map, **backbone}, "refiner": refiner}
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}

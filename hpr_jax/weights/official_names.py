@@ -60,6 +60,8 @@ _RULES: Rules = (
     (r"^refiner\.norm", "decoder.norm"),
     (r"^query_init\.generator\.project", "memory_trans_fc"),
     (r"^query_init\.generator\.norm", "memory_trans_norm"),
+    (r"^query_init\.encode_norm", "pos_trans_norm"),
+    (r"^query_init\.encode", "pos_trans_fc"),
     (r"^query_init\.content$", "query_embedding.weight"),
     (r"^query_init\.content", "query_map"),
     (r"^query_init\.head", "bbox_head.matching.{last}"),

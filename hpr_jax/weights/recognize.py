@@ -38,7 +38,10 @@ def recognize(
     published, given = model_settings(meta.get("cfg")), {key for key, _ in overrides}
     kind, plain = _kind(tensors, published, source), not any(".regional_ca." in name for name in tensors)
     swin = "backbone.patch_embed.projection.weight" in tensors
-    if plain:
+    two_stage = "pos_trans_fc.weight" in tensors
+    if two_stage:
+        variant = "plain_r50" if plain else "from_plain_r50"
+    elif plain:
         variant = "plain_r50" if kind in ("dino", "ddq") else "r50_1x"
     else:
         variant = "swin_l_1x" if swin and kind != "deformable_detr" else "r50_1x"
@@ -59,12 +62,12 @@ def recognize(
     if kind == "align_detr":
         first, *_, last = config.loss.aligned.repeats
         config.loss.aligned.repeats = (first,) * (model.refiner.layers - 1) + (last,)
-    if kind != "ddq":
+    if "query_embedding.weight" in tensors:
         model.queries.count = len(tensors["query_embedding.weight"])
     elif "num_queries" not in published and plain and "model.queries.count" not in given:
         raise UserError(
-            f"{source} does not say how many queries its detector has; set config.model.queries.count, to 900 for the "
-            "published ones."
+            f"{source} does not say how many queries its detector has; set config.model.queries.count, to "
+            f"{model.queries.count} for the published ones."
         )
     for key, text in overrides:
         override(config, key, text)
@@ -77,10 +80,13 @@ def _kind(tensors: Mapping[str, np.ndarray], published: Mapping[str, Any], sourc
     Raises:
       UserError: it is another detector, or one of two that have the same tensors.
     """
-    if "pos_trans_fc.weight" in tensors or ("query_embedding.weight" not in tensors and "query_map.weight" not in tensors):
+    if "reference_points_fc.weight" in tensors:
         raise UserError(
-            f"{source} is a detector whose queries are neither learned nor mapped from the memory; none such is here."
+            f"{source} is Deformable DETR without two stages, whose queries come from no proposals; none such is here. Take "
+            "the published one with refinement and two stages."
         )
+    if not any(name in tensors for name in ("pos_trans_fc.weight", "query_embedding.weight", "query_map.weight")):
+        raise UserError(f"{source} is a detector whose queries come from nothing that is known here.")
     if "query_map.weight" in tensors:
         return "ddq"
     if "dn_query_generator.label_embedding.weight" not in tensors:
@@ -178,7 +184,8 @@ def _set_published(config: ConfigDict, published: Mapping[str, Any]) -> None:
         take(model.encoder, "position_temperature", "positional_encoding.temperature", 10000)
         take(model.encoder, "position_offset", "positional_encoding.offset", 0)
     take(config.evaluate, "detections", "test_cfg.max_per_img")
-    if model.queries.kind == "distinct":
+    if model.queries.kind != "top":
         take(model.queries, "count", "num_queries")
+    if model.queries.kind == "distinct":
         take(model.queries, "dense_ratio", "dense_topk_ratio")
         take(model.queries, "nms_threshold", "dqs_cfg.iou_threshold")

@@ -18,7 +18,7 @@ DIRECTORY = Path(os.environ.get("HPR_REFERENCE_DIR") or OWN_DIRECTORY)
 
 
 # Plain detectors of mmdetection, by scripts/make_plain_reference.py: whether each is there depends on the directory.
-PLAIN = ("plain_dino", "plain_ddq_5scale")
+PLAIN = ("plain_dino", "plain_ddq_5scale", "plain_deformable_detr")
 # The threshold with which that script computed them.
 PLAIN_NMS_THRESHOLD = 0.5
 
@@ -40,6 +40,9 @@ def model_config(model: str) -> dict:
     """The section `model` of our config of a reference model."""
     s = sizes()
     kind = s["align_detr"] if model == "align_detr" else s["others"]
+    two_stage = model == "plain_deformable_detr"
+    if two_stage:
+        kind = {**kind, "positional_encoding": {"temperature": 10000.0, "offset": -0.5}}
     levels = 5 if model.endswith("5scale") else s["num_levels"]
     strides = tuple(8 * 2**level for level in range(s["num_levels"]))
     if s["backbone"] != "resnet50":
@@ -68,7 +71,7 @@ def model_config(model: str) -> dict:
         },
         "queries": _queries(model),
         "denoising": {
-            "queries": 0 if model == "deformable_detr" else s["num_dn_queries"],
+            "queries": 0 if model.endswith("deformable_detr") else s["num_dn_queries"],
             "label_noise": 0.5,
             "box_noise": 1.0,
             "views_per_chunk": 1_000_000,
@@ -81,6 +84,9 @@ def model_config(model: str) -> dict:
             "merge_points": ("attention", "ffn"),
             "merge_initial": (),
             "merge_xavier": False,
+            "final_norm": not two_stage,
+            "look_forward_twice": not two_stage,
+            "refine_epsilon": 1e-5 if two_stage else 1e-3,
             "region": {
                 "strides": strides if levels == s["num_levels"] else (4, *strides),
                 "output_size": s["roi_output_size"],
@@ -102,7 +108,7 @@ def model_config(model: str) -> dict:
 def _queries(model: str) -> dict:
     s = sizes()
     if "ddq" not in model:
-        return {"kind": "top", "count": s["num_queries"]}
+        return {"kind": "positions" if model == "plain_deformable_detr" else "top", "count": s["num_queries"]}
     return {
         "kind": "distinct",
         "count": s["num_queries"],
@@ -130,6 +136,15 @@ def images() -> tuple[jax.Array, jax.Array]:
     """Normalised images `[B, H, W, 3]` and sizes `[B, 2]`."""
     inputs = arrays("inputs")
     return jnp.asarray(inputs["images"].transpose(0, 2, 3, 1)), jnp.asarray(inputs["image_sizes_hw"], jnp.int32)
+
+
+def training_images(model: str) -> tuple[jax.Array, jax.Array]:
+    """The images of a training step, as `images` returns them: those of two-stage Deformable DETR fill the batch, since
+    mmdetection's losses look at what its proposals make of padding."""
+    normalised, image_sizes = images()
+    if model == "plain_deformable_detr":
+        image_sizes = jnp.full_like(image_sizes, jnp.array(normalised.shape[1:3]))
+    return normalised, image_sizes
 
 
 def padded(images: Sequence[np.ndarray], height: int, width: int) -> tuple[jax.Array, jax.Array]:

@@ -101,7 +101,7 @@ def test_a_plain_detector_has_no_branches():
         ("backbone", {"kind": "swin"}, r"backbone.base_channels does not suit the kind 'swin'"),
         ("backbone", {"kind": "vgg"}, r"known are resnet, swin"),
         ("queries", {"kind": "distinct"}, r"needs config.model.queries.dense_ratio"),
-        ("queries", {"kind": "best"}, r"known are top and distinct"),
+        ("queries", {"kind": "best"}, r"known are top, positions, distinct"),
         ("neck", {"groups": 3}, r"config\.model\.neck: 16 channels do not divide into 3 groups"),
         (
             "refiner",

@@ -20,7 +20,7 @@ from hpr_jax.models.queries.distinct import DistinctQueries
 from hpr_jax.models.queries.proposals import InitialQueries, ProposalGenerator
 from hpr_jax.models.queries.proposals import best_tokens as _best
 from hpr_jax.models.queries.top import TopQueries
-from hpr_jax.models.refiner.hybrid import DecoderOutput
+from hpr_jax.models.refiner.hybrid import DecoderOutput, HybridRefiner
 from hpr_jax.types import DenoisingQueries, Predictions
 
 
@@ -186,7 +186,7 @@ class TestInitialQueries:
     BOXES = (RIGHT, LEFT, NEAR_LEFT, RIGHT)
 
     @staticmethod
-    def distinct(memory, queries, *, dense_ratio=1.5, threshold=0.8, with_dense=True, kernel=1.0):
+    def distinct(memory, queries, *, dense_ratio=1.5, threshold=0.8, train=True, kernel=1.0):
         """Content is ten times the tokens; the dense head reverses the order of the scores."""
         init = stub(
             generator=StubGenerator(),
@@ -199,7 +199,7 @@ class TestInitialQueries:
             implementation="xla",
         )
         init.best_distinct = functools.partial(DistinctQueries.best_distinct, init)
-        return DistinctQueries.__call__(init, memory, with_dense=with_dense)
+        return DistinctQueries.__call__(init, memory, train=train)
 
     def test_distinct_ones(self):
         """The third token overlaps the better second one, and the first the better last: two queries are duplicates."""
@@ -225,7 +225,7 @@ class TestInitialQueries:
         assert not np.any(dense.duplicates)
 
     def test_without_dense_ones(self):
-        run = functools.partial(self.distinct, queries=2, with_dense=False)
+        run = functools.partial(self.distinct, queries=2, train=False)
         assert jax.eval_shape(run, memory_of(self.SCORES, self.BOXES))[1] is None
 
     def test_content_stops_gradients_and_proposals_do_not(self):
@@ -251,7 +251,7 @@ class TestInitialQueries:
         content = jnp.arange(15.0).reshape(3, 5)
         init = stub(generator=StubGenerator(), head=1.0, content=nnx.Param(content))
         memory = memory_of(self.SCORES, self.BOXES)
-        queries, dense = jax.jit(lambda memory: TopQueries.__call__(init, memory, with_dense=True))(memory)
+        queries, dense = jax.jit(lambda memory: TopQueries.__call__(init, memory, train=True))(memory)
         assert dense is None
         np.testing.assert_array_equal(queries.content[0], content)
         np.testing.assert_allclose(queries.proposals.logits[0, :, 0], [0.5, 0.4, 0.3], rtol=1e-6)
@@ -326,6 +326,7 @@ class StubRefiner:
     """Returns what it was made with. Its norm multiplies by 3, and the norms of its branches by 5 and 7."""
 
     branches = ("a", "b")
+    look_forward_twice = True
     branch_norms = (lambda x: 5 * x, lambda x: 7 * x)
 
     def __init__(self, decoded):
@@ -333,6 +334,8 @@ class StubRefiner:
 
     def norm(self, x):
         return 3 * x
+
+    normed = HybridRefiner.normed
 
     def __call__(self, queries, memory, heads):
         return self.decoded
@@ -355,7 +358,7 @@ class TestWhatFollowsTheDecoder:
     # In the second image the first query is selected, and so all are valid.
     SELECTED = jnp.array([[[True] * 3] * 2, [[False, True, False], [True, False, False]]])
 
-    def outputs(self):
+    def outputs(self, refiner=StubRefiner):
         def numbers(values):
             values = floats(values)
             return np.broadcast_to(values[..., None, None, None], (*values.shape, 2, 3, 4))
@@ -367,8 +370,8 @@ class TestWhatFollowsTheDecoder:
             backbone=lambda images, sizes, keys: (images, sizes),
             neck=lambda maps, sizes: ([maps], [sizes]),
             encoder=lambda memory: memory,
-            query_init=lambda memory, with_dense: (matching, None),
-            refiner=StubRefiner(decoded),
+            query_init=lambda memory, train: (matching, None),
+            refiner=refiner(decoded),
             denoiser=None,
             heads=StubHeads(1),
             branch_heads=[StubHeads(100), StubHeads(1000)],
@@ -390,6 +393,15 @@ class TestWhatFollowsTheDecoder:
         outputs = self.outputs()
         assert np.asarray(outputs.primary.matching.boxes)[:, 0, 0, 0].tolist() == [0, 1]
         assert np.asarray(outputs.branches["b"].matching.boxes)[:, 0, 0, 0].tolist() == [0, 1000]
+
+    def test_without_a_norm_heads_read_the_hidden_states(self):
+        class WithoutNorm(StubRefiner):
+            norm = None
+            branch_norms = ()
+
+        outputs = self.outputs(WithoutNorm)
+        assert np.asarray(outputs.primary.matching.logits)[:, 0, 0, 0].tolist() == [1, 2]
+        assert np.asarray(outputs.branches["b"].matching.logits)[:, 0, 0, 0].tolist() == [1000 * 20, 1000 * 40]
 
     def test_valid_queries(self):
         outputs = self.outputs()

@@ -121,12 +121,14 @@ class StubHeads:
         return self
 
 
-def decode(boxes, content, shift, *, num_denoising=0, nms_threshold=None):
-    """Runs a refiner of stubs on four queries of four channels, all of which may see all."""
+def decode(boxes, content, shift, *, num_denoising=0, nms_threshold=None, refine_epsilon=1e-3, position=None):
+    """Runs a refiner of stubs on four queries of four channels, all of which may see all. With a `position` it does not
+    encode the boxes."""
     # The positions are the sines of the lowest frequency: of 2 pi times y, x, width and height.
     stubs = stub(
         layers=StubLayers(jnp.asarray(content, jnp.float32)),
-        position=lambda encoding: encoding[..., ::2],
+        position=(lambda encoding: encoding[..., ::2]) if position is None else None,
+        refine_epsilon=refine_epsilon,
         nms_threshold=nms_threshold,
         implementation=None,
         remat=False,
@@ -141,6 +143,7 @@ def decode(boxes, content, shift, *, num_denoising=0, nms_threshold=None):
         num_denoising,
         matching,
         0,
+        position,
     )
     return HybridRefiner.__call__(stubs, queries, stub(), heads)
 
@@ -169,6 +172,16 @@ class TestReferenceBoxes:
         # Each layer gets the encoding of the boxes in front of it, y before x.
         y_first = self.expected()[:2][..., [1, 0, 2, 3]]
         np.testing.assert_allclose(out.branches[:, 1, 0], np.sin(2 * np.pi * y_first), atol=1e-5)
+
+    def test_a_given_position_is_that_of_every_layer(self):
+        position = floats(np.arange(16).reshape(1, 4, 4))
+        out = jax.jit(decode)(self.BOXES, self.CONTENT, self.SHIFT, position=position)
+        np.testing.assert_array_equal(out.branches[:, 1], np.stack([position] * 2))
+
+    def test_a_smaller_epsilon_moves_small_boxes(self):
+        """The width of 1e-4 is no longer taken for 1e-3."""
+        out = jax.jit(functools.partial(decode, refine_epsilon=1e-5))(self.BOXES, 0 * self.CONTENT, 0 * self.SHIFT)
+        np.testing.assert_allclose(out.reference_boxes[1, 0, :, 2], [1e-4] * 4, rtol=1e-3)
 
     def test_gradients_reach_back_one_layer(self):
         """The box behind a layer depends on that layer's head, but no gradient reaches the layers before."""

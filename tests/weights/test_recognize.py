@@ -29,6 +29,15 @@ OFFICIAL = {
 }
 
 
+# mmdetection's names of detectors, where they are not HPR-DDQ.
+TYPES = {
+    "align_detr": "HPRAlignDETR",
+    "dino": "HPRDETR",
+    "plain_dino": "DINO",
+    "plain_deformable_detr": "DeformableDETR",
+}
+
+
 def stand_ins(model):
     """Arrays of the shapes of a full-size model, which take no memory."""
     shapes = FULL_SIZE[model]
@@ -47,7 +56,7 @@ def meta_of(model):
     kind = s["align_detr"] if model == "align_detr" else s["others"]
     queries = reference.model_config(model)["queries"]
     settings = {
-        "type": {"align_detr": "HPRAlignDETR", "dino": "HPRDETR", "plain_dino": "DINO"}.get(model, "HPRDDQDETR"),
+        "type": TYPES.get(model, "HPRDDQDETR"),
         "encoder": {"layer_cfg": {"self_attn_cfg": {"num_heads": s["num_heads"]}}},
         "neck": {"norm_cfg": {"num_groups": s["neck_num_groups"]}},
         "positional_encoding": kind["positional_encoding"],
@@ -55,6 +64,8 @@ def meta_of(model):
         "data_preprocessor": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
         "test_cfg": {"max_per_img": s["max_per_image"]},
     }
+    if queries["kind"] == "positions":
+        settings |= {"num_queries": queries["count"], "positional_encoding": {"normalize": True, "offset": -0.5}}
     if queries["kind"] == "distinct":
         settings |= {"num_queries": queries["count"], "dense_topk_ratio": queries["dense_ratio"]}
         settings["dqs_cfg"] = {"type": "nms", "iou_threshold": queries["nms_threshold"]}
@@ -103,6 +114,8 @@ def test_what_a_file_does_not_say_is_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"how many queries its detector has; set config\.model\.queries\.count, to 900"):
         recognize(tensors, {}, "FILE")
     assert recognize(tensors, {}, "FILE", [("model.queries.count", "40")]).model.queries.count == 40
+    with pytest.raises(UserError, match=r"how many queries its detector has; set config\.model\.queries\.count, to 300"):
+        recognize(reference.arrays("plain_deformable_detr_state_dict"), {}, "FILE")
     with pytest.raises(UserError, match=r"DINO or Align DETR, which have the same tensors; name the config"):
         recognize(stand_ins("dino_swinl"), {}, "FILE")
     # Without a word, those with ResNet-50 are told apart by a bias.
@@ -114,7 +127,11 @@ def test_what_a_file_does_not_say_is_asked_for(tmp_path):
     ("change", "sentence"),
     [
         (lambda tensors: {"transformer.level_embeds": np.zeros(1)}, "holds no detector with official names"),
-        (lambda tensors: {**tensors, "pos_trans_fc.weight": np.zeros(1)}, "queries are neither learned nor mapped"),
+        (lambda tensors: {**tensors, "reference_points_fc.weight": np.zeros(1)}, "Deformable DETR without two stages"),
+        (
+            lambda tensors: {k: v for k, v in tensors.items() if k != "query_embedding.weight"},
+            "queries come from nothing that is known",
+        ),
         (lambda tensors: {k: v for k, v in tensors.items() if k != "level_embed"}, "level_embed is missing"),
         (lambda tensors: {**tensors, "level_embed": np.zeros(4)}, "shapes of no detector"),
         (lambda tensors: {**tensors, "level_embed": np.zeros((0, 32))}, "shapes of no detector"),

@@ -54,8 +54,8 @@ class DistinctQueries(nnx.Module):
         """The proposals of one image that become matching queries, see `nms_first`."""
         return nms_first(boxes, scores, valid, self.queries, self.nms_threshold, implementation=self.implementation)
 
-    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, InitialQueries | None]:
-        """The matching queries, and the dense ones if asked for."""
+    def __call__(self, memory: Pyramid, *, train: bool) -> tuple[InitialQueries, InitialQueries | None]:
+        """The matching queries, and in training the dense ones."""
         tokens = self.generator.tokens(memory)
 
         def content_and_proposals(head, index, found):
@@ -68,7 +68,7 @@ class DistinctQueries(nnx.Module):
         content, proposals = content_and_proposals(self.head, index, found)
         proposals = dataclasses.replace(proposals, valid=jnp.ones_like(found))
         matching = InitialQueries(content, proposals, duplicates=~found)
-        if not with_dense:
+        if not train:
             return matching, None
 
         logits, _ = self.generator.candidates(tokens, self.dense_head)

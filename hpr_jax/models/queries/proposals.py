@@ -20,11 +20,16 @@ class InitialQueries:
       proposals: `[B, Q, ...]`, the proposals that the queries come from, differentiable. Queries that are not valid there
         are seen by none, and enter no loss and no detection.
       duplicates: bool `[B, Q]`, valid queries that start out identical.
+      position: `[B, Q, C]`, the position encoding of the queries in front of every layer; None: it is made of their boxes,
+        which layers move.
+      all_proposals: `[B, T, ...]`, the proposals of all tokens, where the losses look at them.
     """
 
     content: jax.Array
     proposals: Predictions
     duplicates: jax.Array
+    position: jax.Array | None = None
+    all_proposals: Predictions | None = None
 
 
 @flax.struct.dataclass

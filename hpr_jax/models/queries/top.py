@@ -22,8 +22,8 @@ class TopQueries(nnx.Module):
         self.head = head
         self.content = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (queries, channels)))
 
-    def __call__(self, memory: Pyramid, *, with_dense: bool) -> tuple[InitialQueries, None]:
-        """The matching queries; dense ones do not exist, whether asked for or not."""
+    def __call__(self, memory: Pyramid, *, train: bool) -> tuple[InitialQueries, None]:
+        """The matching queries; there are no dense ones, in training neither."""
         tokens = self.generator.tokens(memory)
         logits, _ = self.generator.candidates(tokens, self.head)
         queries, channels = self.content.shape

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.heads import DecoderHeads
-from hpr_jax.models.layers import MLP, layer_norm, rematerialized, stack, xavier_linear
+from hpr_jax.models.layers import MLP, LayerNorm, layer_norm, rematerialized, stack, xavier_linear
 from hpr_jax.models.position import box_encoding
 from hpr_jax.models.pyramid import Pyramid
 from hpr_jax.models.refiner.interaction import Surroundings
@@ -34,6 +34,7 @@ class DecoderInput:
       reference_boxes: normalised cxcywh `[B, Q, 4]`; no gradient flows into them.
       mask: bool `[B, Q, Q]`, true: may see.
       duplicates: bool `[B, num_matching]`, matching queries that start out identical.
+      position: `[B, Q, C]`, the position encoding in front of every layer; None: layers encode the boxes in front of them.
       num_denoising, num_matching, num_dense: numbers of queries, static, which sum to Q.
     """
 
@@ -44,6 +45,7 @@ class DecoderInput:
     num_denoising: int = flax.struct.field(pytree_node=False)
     num_matching: int = flax.struct.field(pytree_node=False)
     num_dense: int = flax.struct.field(pytree_node=False)
+    position: jax.Array | None = None
 
     @property
     def matching(self) -> slice:
@@ -86,6 +88,11 @@ class HybridRefiner(nnx.Module):
       make_layer: makes one layer.
       layers: number of layers.
       branches: names of the auxiliary branches, in the order of the layers' auxiliary paths.
+      encodes_boxes: whether the position encoding of queries is made of the boxes in front of each layer, and not given.
+      final_norm: whether there is a norm in front of the heads.
+      look_forward_twice: whether the boxes that a layer's losses look at have gradients for the layer before it, too (DINO,
+        Zhang et al. 2023, section 3.5).
+      refine_epsilon: coordinates of reference boxes are kept so far from 0 and 1 before they are moved.
       nms_threshold: IoU above which a query suppresses a worse one in DDQ's selection of distinct queries between layers;
         None: no selection.
       region: how the features of regions are taken.
@@ -100,6 +107,10 @@ class HybridRefiner(nnx.Module):
         layers: int,
         channels: int,
         branches: Sequence[str],
+        encodes_boxes: bool = True,
+        final_norm: bool = True,
+        look_forward_twice: bool = True,
+        refine_epsilon: float = 1e-3,
         nms_threshold: float | None,
         region: RegionSettings,
         remat: bool,
@@ -107,10 +118,12 @@ class HybridRefiner(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.layers = stack(make_layer, layers, rngs=rngs)
-        self.position = MLP(2 * channels, channels, channels, rngs=rngs, make=xavier_linear)
-        self.norm = layer_norm(channels, rngs=rngs)
-        self.branch_norms = nnx.List([layer_norm(channels, rngs=rngs) for _ in branches])
+        position = MLP(2 * channels, channels, channels, rngs=rngs, make=xavier_linear) if encodes_boxes else None
+        self.position: MLP | None = nnx.data(position)
+        self.norm: LayerNorm | None = nnx.data(layer_norm(channels, rngs=rngs) if final_norm else None)
+        self.branch_norms = nnx.List([layer_norm(channels, rngs=rngs) for _ in branches if final_norm])
         self.branches = tuple(branches)
+        self.look_forward_twice, self.refine_epsilon = look_forward_twice, refine_epsilon
         self.nms_threshold, self.region = nms_threshold, region
         self.remat, self.implementation = remat, implementation
 
@@ -119,6 +132,13 @@ class HybridRefiner(nnx.Module):
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
         maps = memory.tokens, memory.spatial_shapes, memory.level_sizes
         return roi_align(*maps, pixels, **dataclasses.asdict(self.region), implementation=self.implementation)
+
+    def normed(self, decoded: DecoderOutput) -> list[jax.Array]:
+        """What the heads of the primary branch and of each auxiliary branch read, `[layers, B, Q, C]` each."""
+        hidden = [decoded.hidden, *jnp.unstack(decoded.branches, axis=1)]
+        if self.norm is None:
+            return hidden
+        return [norm(x) for norm, x in zip([self.norm, *self.branch_norms], hidden)]
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
         """Runs all layers. The primary branch's `heads` move the reference boxes, and score queries for the selection."""
@@ -133,11 +153,14 @@ class HybridRefiner(nnx.Module):
                 matching = mask[:, queries.matching, queries.matching] & distinct_attention(selected)
                 mask = mask.at[:, queries.matching, queries.matching].set(matching)
             regions = self.regions(memory, boxes) if needs_regions else None
-            # Boxes are encoded relative to the valid area, not to the padded map.
-            position = self.position(box_encoding(boxes, content.shape[-1] // 2).astype(content.dtype))
+            position = queries.position
+            if self.position is not None:
+                # Boxes are encoded relative to the valid area, not to the padded map.
+                position = self.position(box_encoding(boxes, content.shape[-1] // 2).astype(content.dtype))
             content, branches = layer(content, position, mask, Surroundings(memory, boxes, regions))
 
-            refined = jax.nn.sigmoid(heads.offsets(content, queries.num_dense) + inverse_sigmoid(boxes, 1e-3))
+            offsets = heads.offsets(content, queries.num_dense)
+            refined = jax.nn.sigmoid(offsets + inverse_sigmoid(boxes, self.refine_epsilon))
             boxes = jax.lax.stop_gradient(refined)
             if self.nms_threshold is not None:
                 select = jax.vmap(
