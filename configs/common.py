@@ -56,10 +56,12 @@ def base() -> ConfigDict:
             # Whether the merge weights are drawn at random instead, as in the published DDQ models.
             "merge_xavier": False,
             # Whether there is a norm in front of the heads; whether a layer's losses reach the layer before it through its
-            # boxes, as in DINO; and how far the coordinates of boxes are kept from 0 and 1 before layers move them.
+            # boxes, as in DINO; and how far the coordinates of boxes are kept from 0 and 1 before layers move them on, and
+            # before the heads make detections of them.
             "final_norm": True,
             "look_forward_twice": True,
             "refine_epsilon": 1e-3,
+            "output_epsilon": 1e-5,
             "region": {"strides": (8, 16, 32, 64), "output_size": 7, "sampling_ratio": 2, "finest_scale": 56.0},
             "dynamic_conv": {"hidden": 64},
             "regional_attention": {"heads": 8, "samples": 5, "temperature": 20.0},

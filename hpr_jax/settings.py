@@ -201,6 +201,9 @@ MODEL = {
     "refiner.refine_epsilon": Setting(
         "Coordinates of boxes are kept so far from 0 and 1 before layers move them.", above=0, below=0.5
     ),
+    "refiner.output_epsilon": Setting(
+        "Coordinates of boxes are kept so far from 0 and 1 before heads move them.", above=0, below=0.5
+    ),
     "refiner.region.strides": _counts("Stride of each level in pixels, as RoIAlign assumes it."),
     "refiner.region.output_size": _count("Bins of a region along each side."),
     "refiner.region.sampling_ratio": _count("Samples of a bin along each side."),

@@ -271,6 +271,7 @@ def _refiner(config: Config, compute: Compute, rngs: nnx.Rngs) -> HybridRefiner:
             final_norm=refiner["final_norm"],
             look_forward_twice=refiner["look_forward_twice"],
             refine_epsilon=refiner["refine_epsilon"],
+            output_epsilon=refiner["output_epsilon"],
             nms_threshold=config["queries"].get("nms_threshold"),
             region=RegionSettings(**region),
             remat="refiner" in compute.remat,

@@ -127,7 +127,7 @@ class Detector(nnx.Module):
             references = jax.lax.stop_gradient(references)
 
         def predict(heads, hidden):
-            logits, boxes = heads.predict(hidden, references, queries.num_dense)
+            logits, boxes = heads.predict(hidden, references, queries.num_dense, self.refiner.output_epsilon)
             return by_kind(Predictions(logits, boxes, valid), queries)
 
         return Outputs(

@@ -67,20 +67,23 @@ class DecoderHeads(nnx.Module):
         assert self.dense is not None, "dense queries have heads of their own"
         return jnp.concatenate([predict(self.matching, x[:, :-num_dense]), predict(self.dense, x[:, -num_dense:])], axis=1)
 
-    def predict(self, hidden: jax.Array, references: jax.Array, num_dense: int) -> tuple[jax.Array, jax.Array]:
+    def predict(
+        self, hidden: jax.Array, references: jax.Array, num_dense: int, epsilon: float = 1e-5
+    ) -> tuple[jax.Array, jax.Array]:
         """Predictions of all layers.
 
         Args:
           hidden: normed hidden states `[layers, B, Q, C]`.
           references: the boxes in front of each layer, `[layers, B, Q, 4]`.
           num_dense: number of dense queries, which stand last.
+          epsilon: coordinates of references count as at least so far from 0 and 1.
 
         Returns:
           logits `[layers, B, Q, K]` and boxes `[layers, B, Q, 4]`.
         """
 
         def predict_layer(heads, x, reference):
-            boxes = jax.nn.sigmoid(heads.offsets(x, num_dense) + inverse_sigmoid(reference, 1e-5))
+            boxes = jax.nn.sigmoid(heads.offsets(x, num_dense) + inverse_sigmoid(reference, epsilon))
             return heads.logits(x, num_dense), boxes
 
         return jax.vmap(predict_layer)(self, hidden, references)

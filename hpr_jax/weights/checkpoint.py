@@ -45,6 +45,13 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
     "evaluate": {"max_detections": [1, 10, 100]},
 }
 
+_ADDED_REFINER_SETTINGS = {
+    "final_norm": True,
+    "look_forward_twice": True,
+    "refine_epsilon": 1e-3,
+    "output_epsilon": 1e-5,
+}
+
 # The file in which Orbax keeps the item `meta`.
 META_FILE = "meta/metadata"
 
@@ -91,7 +98,7 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     config = {section: {**_ADDED_SETTINGS.get(section, {}), **values} for section, values in config.items()}
     backbone = config["model"]["backbone"]
     first_map = {"first_map": 1 if backbone["kind"] == "resnet" else 0}
-    refiner = {"final_norm": True, "look_forward_twice": True, "refine_epsilon": 1e-3, **config["model"]["refiner"]}
+    refiner = {**_ADDED_REFINER_SETTINGS, **config["model"]["refiner"]}
     config["model"] = {**config["model"], "backbone": {**first_map, **backbone}, "refiner": refiner}
     if "compute" in config:
         return config

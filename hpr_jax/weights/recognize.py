@@ -35,7 +35,9 @@ def recognize(
     """
     if CLASS_LAYER not in tensors:
         raise UserError(f"{source} holds no detector with official names: it has no {CLASS_LAYER}.")
-    published, given = model_settings(meta.get("cfg")), {key for key, _ in overrides}
+    stated = meta.get("model")
+    published = stated if isinstance(stated, Mapping) else model_settings(meta.get("cfg"))
+    given = {key for key, _ in overrides}
     kind, plain = _kind(tensors, published, source), not any(".regional_ca." in name for name in tensors)
     swin = "backbone.patch_embed.projection.weight" in tensors
     two_stage = "pos_trans_fc.weight" in tensors
@@ -183,6 +185,7 @@ def _set_published(config: ConfigDict, published: Mapping[str, Any]) -> None:
     if isinstance(published.get("positional_encoding"), Mapping):
         take(model.encoder, "position_temperature", "positional_encoding.temperature", 10000)
         take(model.encoder, "position_offset", "positional_encoding.offset", 0)
+    take(model.refiner, "output_epsilon", "bbox_head.inverse_sigmoid_eps")
     take(config.evaluate, "detections", "test_cfg.max_per_img")
     if model.queries.kind != "top":
         take(model.queries, "count", "num_queries")

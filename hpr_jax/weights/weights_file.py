@@ -8,11 +8,18 @@ import numpy as np
 
 from hpr_jax.errors import UserError
 from hpr_jax.weights.arrays_file import read_arrays
+from hpr_jax.weights.detrex import DETREX
+from hpr_jax.weights.families import as_official
+from hpr_jax.weights.hugging_face import HUGGING_FACE
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
+
+# Other projects whose detectors are known.
+FAMILIES = (DETREX, HUGGING_FACE)
 
 
 def read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-    """The tensors of a `.pth` or `.npz` file, by name, and what the file says of itself.
+    """The tensors of a `.pth` or `.npz` file, by name, and what the file says of itself. Detectors of the other projects
+    that are known, `FAMILIES`, get the official names.
 
     Raises:
       UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
@@ -24,7 +31,24 @@ def read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
         content = read_checkpoint(path)
         tensors, meta = find_tensors(content, str(path)), content.get("meta")
     check_numbers(tensors, path)
-    return tensors, meta if isinstance(meta, Mapping) else {}
+    return by_official_name(tensors, meta if isinstance(meta, Mapping) else {}, str(path))
+
+
+def by_official_name(
+    tensors: dict[str, np.ndarray], meta: Mapping[str, Any], source: str
+) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """Brings a detector of another project to the official names; leaves all others as they are.
+
+    Args:
+      source: the name of the file, for messages.
+
+    Raises:
+      UserError: it is of a known project, and holds what none of its detectors that are known here has.
+    """
+    for family in FAMILIES:
+        if family.mark in tensors:
+            return as_official(family, tensors, meta, source)
+    return tensors, meta
 
 
 def check_numbers(tensors: Mapping[str, np.ndarray], path: Path) -> None:

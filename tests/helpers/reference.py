@@ -87,6 +87,7 @@ def model_config(model: str) -> dict:
             "final_norm": not two_stage,
             "look_forward_twice": not two_stage,
             "refine_epsilon": 1e-5 if two_stage else 1e-3,
+            "output_epsilon": 1e-5,
             "region": {
                 "strides": strides if levels == s["num_levels"] else (4, *strides),
                 "output_size": s["roi_output_size"],

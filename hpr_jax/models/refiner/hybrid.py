@@ -92,7 +92,8 @@ class HybridRefiner(nnx.Module):
       final_norm: whether there is a norm in front of the heads.
       look_forward_twice: whether the boxes that a layer's losses look at have gradients for the layer before it, too (DINO,
         Zhang et al. 2023, section 3.5).
-      refine_epsilon: coordinates of reference boxes are kept so far from 0 and 1 before they are moved.
+      refine_epsilon, output_epsilon: coordinates of reference boxes are kept so far from 0 and 1 before layers move them,
+        and before heads make predictions of them.
       nms_threshold: IoU above which a query suppresses a worse one in DDQ's selection of distinct queries between layers;
         None: no selection.
       region: how the features of regions are taken.
@@ -111,6 +112,7 @@ class HybridRefiner(nnx.Module):
         final_norm: bool = True,
         look_forward_twice: bool = True,
         refine_epsilon: float = 1e-3,
+        output_epsilon: float = 1e-5,
         nms_threshold: float | None,
         region: RegionSettings,
         remat: bool,
@@ -123,7 +125,8 @@ class HybridRefiner(nnx.Module):
         self.norm: LayerNorm | None = nnx.data(layer_norm(channels, rngs=rngs) if final_norm else None)
         self.branch_norms = nnx.List([layer_norm(channels, rngs=rngs) for _ in branches if final_norm])
         self.branches = tuple(branches)
-        self.look_forward_twice, self.refine_epsilon = look_forward_twice, refine_epsilon
+        self.look_forward_twice = look_forward_twice
+        self.refine_epsilon, self.output_epsilon = refine_epsilon, output_epsilon
         self.nms_threshold, self.region = nms_threshold, region
         self.remat, self.implementation = remat, implementation
 
