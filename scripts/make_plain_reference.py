@@ -7,6 +7,7 @@
 The detectors are those of mmdetection's own config files, made small, with random weights; the sizes and the images are in
 `config.json` and `inputs.npz` in the folder. Each gets three files, which hold what those of the official models do:
 `NAME_state_dict.npz`, `NAME_eval.npz` (stages and detections) and `NAME_train.npz` (stages, losses, gradients of a step).
+Those with five levels get a fourth, `NAME_border_eval.npz` (tokens inside, queries, detections).
 
 mmcv-lite is mmcv without its compiled operations. Of these the detectors need NMS, which is computed here.
 """
@@ -230,6 +231,36 @@ def evaluate(model: Any, inputs: Any) -> dict[str, np.ndarray]:
     return record.numpy()
 
 
+def border_images(inputs: Any) -> list[np.ndarray]:
+    """Images `[3, h, w]` whose finest of five levels has 250 columns or 250 rows. In exact numbers one of these lies at the
+    border near which tokens do not count as inside; mmdetection's float32 puts it on one side."""
+    wide = inputs["image.2"].astype(np.float32)
+    return [wide[:, :, :1000], wide[:, :, 1000:].swapaxes(1, 2)]
+
+
+def evaluate_border(model: Any, inputs: Any) -> dict[str, np.ndarray]:
+    """Which tokens are inside, queries and detections, for each image alone."""
+    arrays = {}
+    for image, pixels in enumerate(border_images(inputs)):
+        generate = model.gen_encoder_output_proposals
+
+        def record(*arguments: Any, image: int = image, generate: Any = generate) -> Any:
+            memory, proposals = generate(*arguments)
+            arrays[f"encoder_inside.{image}"] = np.isfinite(proposals.numpy()).all(axis=-1)
+            return memory, proposals
+
+        model.gen_encoder_output_proposals = record
+        size = np.array([pixels.shape[1:]])
+        nothing = {"gt_boxes_xyxy.0": np.zeros((0, 4)), "gt_labels.0": np.zeros(0, int)}
+        found = evaluate(model, {"images": pixels[None], "image_sizes_hw": size, **nothing})
+        model.gen_encoder_output_proposals = generate
+        kept = ("pred.0.scores", "pred.0.labels", "pred.0.boxes_xyxy")
+        arrays |= {name.replace(".0.", f".{image}."): found[name] for name in kept}
+        name = "pre_decoder.decoder.reference_points"
+        arrays[f"{name}.{image}"] = found[name]
+    return arrays
+
+
 def train(model: Any, inputs: Any) -> dict[str, np.ndarray]:
     torch.manual_seed(SEED)
     model.train()
@@ -267,6 +298,8 @@ def main() -> None:
         weights = {path: value.numpy() for path, value in model.state_dict().items()}
         train_inputs = without_padding(inputs) if type(model) is DeformableDETR else inputs
         files = {"state_dict": weights, "eval": evaluate(model, inputs), "train": train(model, train_inputs)}
+        if MODELS[name][1] == 5:
+            files["border_eval"] = evaluate_border(model.eval(), dict(np.load(FOLDER / "border_inputs.npz")))
         for part, arrays in files.items():
             np.savez_compressed(arguments.output / f"{name}_{part}.npz", **arrays)
             print(name, part, len(arrays), "arrays")

@@ -348,14 +348,13 @@ class TestPadding:
 @functools.cache
 def border_evaluation(model):
     """The images of the border case, padded into one batch: outputs and sizes."""
-    inputs = arrays("border_inputs")
-    height, width = inputs["image_sizes_hw"].max(axis=0)
-    originals = [inputs[f"image.{image}"] for image in range(len(inputs["image_sizes_hw"]))]
+    originals = reference.border_images(model)
+    height, width = np.max([image.shape[1:] for image in originals], axis=0)
     images, image_sizes = reference.padded(originals, height, width)
     return run(reference.detector(model), images, image_sizes), image_sizes
 
 
-@pytest.mark.parametrize("model", reference.models_with("border_eval", MODELS, ours=["dino"]))
+@pytest.mark.parametrize("model", reference.models_with("border_eval", MODELS, ours=["dino", "plain_ddq_5scale"]))
 class TestBorder:
     """Maps with 50 or 250 rows or columns: some of their centres, as 49.5 / 50 = 0.99, lie exactly where a token begins to
     count as near the border, and the ranking of all tokens depends on the side they fall on."""

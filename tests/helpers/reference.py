@@ -148,6 +148,14 @@ def training_images(model: str) -> tuple[jax.Array, jax.Array]:
     return normalised, image_sizes
 
 
+def border_images(model: str) -> list[np.ndarray]:
+    """The images `[3, h, w]` of the border case; for five levels they come from a wide one, see make_plain_reference.py."""
+    inputs = arrays("border_inputs")
+    if model.endswith("5scale"):
+        return [inputs["image.2"][:, :, :1000], inputs["image.2"][:, :, 1000:].swapaxes(1, 2)]
+    return [inputs[f"image.{image}"] for image in range(len(inputs["image_sizes_hw"]))]
+
+
 def padded(images: Sequence[np.ndarray], height: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Images `[3, h, w]` in one batch `[B, height, width, 3]`, and their sizes `[B, 2]`; what is padded is not zero."""
     batch = np.full((len(images), height, width, 3), 7.0, np.float32)
