@@ -8,18 +8,22 @@ import numpy as np
 
 from hpr_jax.errors import UserError
 from hpr_jax.weights.arrays_file import read_arrays
+from hpr_jax.weights.safetensors_file import SUFFIX as SAFETENSORS
+from hpr_jax.weights.safetensors_file import read_safetensors
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
 
 
 def read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-    """The tensors of a `.pth` or `.npz` file, by name, and what the file says of itself.
+    """The tensors of a `.pth`, `.npz` or `.safetensors` file, by name, and what the file says of itself.
 
     Raises:
-      UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
+      UserError: the file is none of these, or damaged, or its tensors are no finite real numbers.
     """
     meta: Any = None
     if path.suffix == ".npz":
         tensors = read_arrays(path)
+    elif path.suffix == SAFETENSORS:
+        tensors, meta = read_safetensors(path)
     else:
         content = read_checkpoint(path)
         tensors, meta = find_tensors(content, str(path)), content.get("meta")
