@@ -303,7 +303,9 @@ TRAIN = {
     "keep_checkpoints": _count("Checkpoints that are kept, beside the best one."),
     "evaluate_every": _steps("Steps, or epochs where the length is in epochs, between two evaluations."),
     "best_metric": Setting(
-        "Metric of the best checkpoint, and of early stopping; AR is that with the most detections.", str, choices=BEST_METRICS
+        "Metric of the best checkpoint, and of early stopping; AR is that with the most detections.",
+        str,
+        choices=BEST_METRICS,
     ),
     "patience": Setting(
         "Evaluations in a row that may gain no more than min_gain together; then the run ends early. 0: it never does.",
@@ -313,7 +315,8 @@ TRAIN = {
     ),
     "min_gain": _probability("Gain of the metric below which evaluations try the patience."),
     "initial_weights": Setting(
-        "Weights to start from: a checkpoint or workdir, or a .pth or .npz file of a detector or a backbone; random: none; "
+        "Weights to start from: a checkpoint, workdir or published folder, hf://owner/name of one on the Hugging Face hub, "
+        "or a .pth, .npz or .safetensors file of a detector or a backbone; random: none; "
         "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them.",
         str,
     ),
