@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from hpr_jax.config import from_plain, to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import abstract_detector
+from hpr_jax.runtime.devices import data_mesh, on_devices_of
 from hpr_jax.weights import convert, published_folder
 from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.checkpoint_writer import Checkpoints
@@ -351,6 +353,14 @@ def test_names_of_detectors(kind, name):
     plain = copy.deepcopy(made(kind)[1].config)
     plain["model"]["refiner"]["auxiliaries"] = []
     assert detector_name(plain).startswith(name.removeprefix("HPR-"))
+
+
+def test_weights_on_the_host_go_to_the_devices(tmp_path):
+    """Evaluation puts weights there, wherever they come from."""
+    state = nnx.state(open_source(publish(tmp_path / "folder")).load())
+    placed = on_devices_of(data_mesh(), state)
+    assert all(isinstance(array, jax.Array) for array in jax.tree.leaves(placed))
+    np.testing.assert_array_equal(placed.encoder.level_embedding, made("ddq")[0].encoder.level_embedding)
 
 
 def test_the_same_detections(tmp_path):
