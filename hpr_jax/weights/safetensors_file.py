@@ -88,8 +88,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], texts: Mapp
     Raises:
       UserError: a tensor is of a type that is not written, or the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     # The library writes the memory behind an array as it lies.
     arrays = {name: np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C") for name, tensor in tensors.items()}
@@ -98,7 +97,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], texts: Mapp
             raise UserError(f"{name} is of type {array.dtype}; safetensors files are written of {', '.join(_DTYPES)}.")
     try:
         with whole_file(path) as partial:
-            save_file(arrays, partial, dict(texts))
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"The weight file {path} cannot be written: {reason}.") from error
+            # The library's own files are readable by their owner alone.
+            partial.write_bytes(save(arrays, dict(texts)))
+    except OSError as error:
+        raise UserError(f"The weight file {path} cannot be written: {error.strerror}.") from error

@@ -119,6 +119,12 @@ def test_places_without_a_file(tmp_path):
         read_weights(tmp_path / "w.safetensors")
 
 
+def test_files_may_be_read_by_whoever_may_read_others(tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", {"a": np.zeros(1)}, {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
     for wrong in (np.array(["text"]), np.zeros(1, ml_dtypes.float8_e4m3fn), np.zeros(1, np.complex128)):
         with pytest.raises(UserError, match=r"a is of type .*; safetensors files are written of F16"):
