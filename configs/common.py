@@ -138,9 +138,10 @@ def base() -> ConfigDict:
         "best_metric": "AP",
         "patience": 0,
         "min_gain": 0.0,
-        # Weights to start from: a checkpoint or workdir of this project, or a .pth or .npz file of an official detector or
-        # of a backbone. The number of classes may differ. `random` asks for random weights; empty, for pre-trained weights
-        # of the backbone from data/ or torch's hub cache.
+        # Weights to start from: a checkpoint, workdir or published folder of this project, hf://owner/name of one on the
+        # Hugging Face hub, or a .pth, .npz or .safetensors file of an official detector or of a backbone. The number of
+        # classes may differ. `random` asks for random weights; empty, for pre-trained weights of the backbone from data/
+        # or torch's hub cache.
         "initial_weights": "",
     }
     config.optimizer = {

@@ -327,7 +327,8 @@ TRAIN = {
     ),
     "min_gain": _probability("Gain of the metric below which evaluations try the patience."),
     "initial_weights": Setting(
-        "Weights to start from: a checkpoint or workdir, or a .pth or .npz file of a detector or a backbone; random: none; "
+        "Weights to start from: a checkpoint, workdir or published folder, hf://owner/name of one on the Hugging Face hub, "
+        "or a .pth, .npz or .safetensors file of a detector or a backbone; random: none; "
         "'': pre-trained weights of the backbone from data/ or torch's hub cache, where the backbone needs them.",
         str,
     ),

@@ -240,24 +240,25 @@ def border_images(inputs: Any) -> list[np.ndarray]:
 
 def evaluate_border(model: Any, inputs: Any) -> dict[str, np.ndarray]:
     """Which tokens are inside, queries and detections, for each image alone."""
+    generate, inside = model.gen_encoder_output_proposals, []
+
+    def record(*arguments: Any) -> Any:
+        memory, proposals = generate(*arguments)
+        inside.append(np.isfinite(proposals.numpy()).all(axis=-1))
+        return memory, proposals
+
+    model.gen_encoder_output_proposals = record
     arrays = {}
     for image, pixels in enumerate(border_images(inputs)):
-        generate = model.gen_encoder_output_proposals
-
-        def record(*arguments: Any, image: int = image, generate: Any = generate) -> Any:
-            memory, proposals = generate(*arguments)
-            arrays[f"encoder_inside.{image}"] = np.isfinite(proposals.numpy()).all(axis=-1)
-            return memory, proposals
-
-        model.gen_encoder_output_proposals = record
         size = np.array([pixels.shape[1:]])
         nothing = {"gt_boxes_xyxy.0": np.zeros((0, 4)), "gt_labels.0": np.zeros(0, int)}
         found = evaluate(model, {"images": pixels[None], "image_sizes_hw": size, **nothing})
-        model.gen_encoder_output_proposals = generate
+        arrays[f"encoder_inside.{image}"] = inside[-1]
         kept = ("pred.0.scores", "pred.0.labels", "pred.0.boxes_xyxy")
         arrays |= {name.replace(".0.", f".{image}."): found[name] for name in kept}
         name = "pre_decoder.decoder.reference_points"
         arrays[f"{name}.{image}"] = found[name]
+    model.gen_encoder_output_proposals = generate
     return arrays
 
 

@@ -78,6 +78,7 @@ COMPILING_FILES = (
     "test_manual_axes.py",
     "test_old_checkpoints.py",
     "test_ops.py",
+    "test_published.py",
     "test_query_values.py",
     "test_recognize.py",
     "test_refiner_values.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpr_jax.errors import RunError, StoppedError, UserError
+from hpr_jax.weights.hub import is_hub
 
 # Settings from the command line: (dotted key, text) of each `--config.KEY=TEXT`.
 Overrides = list[tuple[str, str]]
@@ -37,6 +38,11 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def place(text: str) -> str | Path:
+    """A path on the command line, or the name of a repository on the Hugging Face hub."""
+    return text if is_hub(text) else path(text)
+
+
 def add_config(parser: CommandParser, meaning: str) -> None:
     """Adds `--config`, and to the help the two ways to change and to list settings."""
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help=meaning)
@@ -52,7 +58,10 @@ def add_checkpoint(parser: CommandParser) -> None:
     """Adds `--workdir` and `--checkpoint`."""
     parser.add_argument("--workdir", type=path, metavar="DIR", help="folder of a run, whose best checkpoint is used")
     parser.add_argument(
-        "--checkpoint", type=path, metavar="PATH", help="a checkpoint, or a file of published weights, to use instead"
+        "--checkpoint",
+        type=place,
+        metavar="PATH",
+        help="a checkpoint, a published folder or hf://owner/name, or a file of published weights, to use instead",
     )
 
 

@@ -1,27 +1,47 @@
-"""Converts official PyTorch weights to a checkpoint of this project, or back.
+"""Converts weights: official files to checkpoints of this project and back, and detectors to their published form and back.
 
 examples:
   python -m hpr_jax.main convert --config configs/ddq.py:r50_1x official.pth runs/official
   python -m hpr_jax.main convert --to-torch runs/official back.pth
+  python -m hpr_jax.main convert --publish runs/mine mine              # config.json, model.safetensors, README.md
+  python -m hpr_jax.main convert --publish runs/mine mine.safetensors  # all in one file
+  python -m hpr_jax.main convert --publish runs/mine hf://me/mine      # on the Hugging Face hub
+  python -m hpr_jax.main convert hf://me/mine runs/again
 """
 
 from argparse import Namespace
+from pathlib import Path
 
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, path
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, path, place
 from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.settings import check
+from hpr_jax.weights.hub import is_hub
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("source", type=path, help="the .pth file, or with --to-torch a checkpoint or workdir")
-    parser.add_argument("target", type=path, help="a new workdir, or with --to-torch a .pth file")
-    add_config(parser, "the model that the weights belong to")
+    parser.add_argument(
+        "source",
+        type=place,
+        help="a file of weights, a checkpoint or workdir, a published folder, or hf://owner/name",
+    )
+    parser.add_argument(
+        "target",
+        type=place,
+        help="a new workdir; with --to-torch a .pth file; with --publish a new folder, .safetensors file, or hf://owner/name",
+    )
+    add_config(parser, "the model that the weights of a .pth or .npz file belong to")
     parser.add_argument(
         "--annotations", type=path, metavar="FILE.json", help="COCO annotation file whose categories are the classes"
     )
-    parser.add_argument("--to-torch", action="store_true", help="the other way: a checkpoint to a .pth file")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--to-torch", action="store_true", help="a checkpoint to a .pth file for the official code")
+    way.add_argument(
+        "--publish",
+        action="store_true",
+        help="a detector to the form for others; repositories that are new are public, so make a private one beforehand",
+    )
 
 
 def run(arguments: Namespace, overrides: Overrides) -> None:
@@ -31,18 +51,58 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
       UserError, RunError: the command cannot be carried out.
     """
     if arguments.to_torch:
-        if arguments.config or arguments.annotations or overrides:
-            raise UserError("--to-torch takes the config and the classes from the checkpoint; leave out the other options.")
-        start()
-        from hpr_jax.weights.convert import to_torch
+        _to_torch(arguments, overrides)
+    elif arguments.publish:
+        _publish(arguments, overrides)
+    else:
+        _to_checkpoint(arguments, overrides)
 
-        to_torch(arguments.source, arguments.target)
+
+def _to_torch(arguments: Namespace, overrides: Overrides) -> None:
+    if arguments.config or arguments.annotations or overrides:
+        raise UserError("--to-torch takes the config and the classes from the checkpoint; leave out the other options.")
+    start()
+    from hpr_jax.weights.convert import to_torch
+
+    to_torch(_path(arguments.source), _path(arguments.target))
+
+
+def _publish(arguments: Namespace, overrides: Overrides) -> None:
+    if arguments.annotations:
+        raise UserError("--publish takes the classes from the source; leave out --annotations, or make a checkpoint first.")
+    config = load_config(arguments.config, overrides) if arguments.config else None
+    start()
+    from hpr_jax.weights.convert import publish
+
+    publish(arguments.source, arguments.target, overrides, config)
+
+
+def _to_checkpoint(arguments: Namespace, overrides: Overrides) -> None:
+    source, target = arguments.source, _path(arguments.target)
+    if not arguments.config and (is_hub(source) or source.is_dir() or source.suffix == ".safetensors"):
+        if arguments.annotations:
+            raise UserError("--annotations goes with --config, for files that do not say what their weights are of.")
+        start()
+        from hpr_jax.weights.convert import to_checkpoint
+
+        to_checkpoint(source, target, overrides)
         return
     if not arguments.config:
-        raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch.")
+        raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch or --publish.")
     config = load_config(arguments.config, overrides)
     check(config)
     start()
     from hpr_jax.weights.convert import from_torch
 
-    from_torch(config, arguments.source, arguments.target, arguments.annotations)
+    from_torch(config, _path(source), target, arguments.annotations)
+
+
+def _path(where: str | Path) -> Path:
+    """A place that must be a path.
+
+    Raises:
+      UserError: it is a repository of the Hugging Face hub.
+    """
+    if isinstance(where, str):
+        raise UserError(f"{where} is a repository of the Hugging Face hub; such places go with --publish.")
+    return where

@@ -20,12 +20,12 @@ log = logging.getLogger("hpr_jax")
 
 
 def evaluate(
-    checkpoint: Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
+    checkpoint: str | Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
 ) -> EvaluationResult:
     """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
 
     Args:
-      checkpoint: a checkpoint's directory, a run's workdir, or a file of published weights; see `open_source`.
+      checkpoint: a checkpoint's directory, a run's workdir, or published weights; see `open_source`.
       output: folder for the two files, which the main process alone writes.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.

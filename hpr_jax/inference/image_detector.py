@@ -212,11 +212,12 @@ def load(
     overrides: Mapping[str, object] | None = None,
     config: ConfigDict | None = None,
 ) -> ImageDetector:
-    """Loads a detector from a checkpoint or a file of published weights, or makes one with random weights from a config.
+    """Loads a detector from a checkpoint or published weights, or makes one with random weights from a config.
 
     Args:
-      source: a run's workdir, a checkpoint's directory, a `.pth` or `.npz` file of an official detector or of mmdetection's
-        DINO or DDQ, or `path.py[:variant]` of a config.
+      source: a run's workdir, a checkpoint's directory, a folder that `convert --publish` wrote, `hf://owner/name` of one
+        on the Hugging Face hub, a `.pth`, `.npz` or `.safetensors` file of an official detector or of mmdetection's DINO or
+        DDQ, or `path.py[:variant]` of a config.
       class_names: with a config, the names of the classes; 80 numbered classes by default.
       seed: with a config, the seed of the random weights.
       overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
@@ -233,5 +234,5 @@ def load(
         check(config)
         module = random_detector(config.model, len(names), compute=config.compute, seed=seed)
         return ImageDetector(module, classes, config)
-    found = open_source(Path(source), settings, config)
+    found = open_source(source, settings, config)
     return ImageDetector(found.load(), found.classes, found.config)

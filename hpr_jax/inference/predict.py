@@ -29,7 +29,7 @@ INTERVAL = 2.0
 
 
 def predict(
-    checkpoint: Path,
+    checkpoint: str | Path,
     inputs: Sequence[Path],
     output: Path,
     threshold: float,
@@ -44,7 +44,7 @@ def predict(
     `predictions.json` is complete whenever it is looked at, and has what was found so far if the process is ended.
 
     Args:
-      checkpoint: a checkpoint's directory, a run's workdir, or a file of published weights; see `open_source`.
+      checkpoint: a checkpoint's directory, a run's workdir, or published weights; see `open_source`.
       inputs: image files, and folders of images.
       output: folder for the pictures and the JSON file.
       threshold: lowest score of the detections.

@@ -79,11 +79,12 @@ def local_part(array: jax.Array, axis: int = 0) -> np.ndarray:
 
 
 def on_devices_of(mesh: Mesh, tree: Any) -> Any:
-    """Makes a tree of arrays, which are whole on every device, one of the devices of `mesh`, all of this process."""
+    """Makes a tree of arrays, which are whole on every device or on the host, one of the devices of `mesh`, all of this
+    process."""
     sharding = NamedSharding(mesh, EVERYWHERE)
 
     def localise(x):
-        if x.is_fully_addressable:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return jax.device_put(x, sharding)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, [shard.data for shard in x.addressable_shards])
 

@@ -1,7 +1,9 @@
-"""Files that appear under their names when they are complete, so that whatever ends a process leaves none half written."""
+"""Files and folders that appear under their names when they are complete, so that whatever ends a process leaves none half
+written."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,31 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A context that gives the path of an empty folder to fill, which becomes `path` when the context ends without an error,
+    and is deleted when it does not.
+
+    Args:
+      path: what does not exist, or is an empty folder.
+
+    Raises:
+      OSError: the folder cannot be written, or `path` is in use; the message names `path`.
+    """
+    partial = path.with_name(f".{os.getpid()}.partial")
+    try:
+        with interruptible():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            # The system takes an empty folder's place alone.
+            partial.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:

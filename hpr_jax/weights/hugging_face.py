@@ -8,6 +8,8 @@ import numpy as np
 from hpr_jax.data.sources.coco import COCO_CLASSES
 from hpr_jax.weights.families import Family, Rule, Tensors
 
+# What the `config.json` of its folders calls the model.
+MODEL_TYPE = "deformable_detr"
 # Its word for a class that stands for nothing: COCO's category ids have gaps, and its models have a class for each number.
 NO_CLASS = "N/A"
 _PARAMETER = r"(weight|bias)"

@@ -79,24 +79,32 @@ class Entry:
         return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
+def foreign_part(detector: Detector) -> str | None:
+    """Which part of a detector the official models lack, as a sentence; None if they have all."""
+    branches, layers = detector.refiner.branches, detector.refiner.layers
+    primary = layers.primary.interaction
+    foreign = [branch for branch in branches if branch not in AUXILIARY_REFINERS]
+    if not isinstance(primary, DeformableInteraction):
+        foreign.insert(0, f"{type(primary).__name__} as the primary one")
+    if foreign:
+        return f"The official models have no refiner {foreign[0]!r}, so their weights fit no detector with one."
+    if len(branches) == 1 or (branches and (layers.merge_attention is None or layers.merge_ffn is None)):
+        return "The official models have both auxiliary refiners and merge behind attention and FFN, or are plain."
+    if branches and layers.merge_interaction is not None:
+        return "The official models do not merge behind the interaction."
+    return None
+
+
 def entries(detector: Detector, state: nnx.State | None = None) -> list[Entry]:
     """The official counterpart of every variable of `state`, by default of all the detector's.
 
     Raises:
       UserError: the detector has a refiner that the official models lack.
     """
+    problem = foreign_part(detector)
+    if problem:
+        raise UserError(problem)
     branches = detector.refiner.branches
-    primary = detector.refiner.layers.primary.interaction
-    foreign = [branch for branch in branches if branch not in AUXILIARY_REFINERS]
-    if not isinstance(primary, DeformableInteraction):
-        foreign.insert(0, f"{type(primary).__name__} as the primary one")
-    if foreign:
-        raise UserError(f"The official models have no refiner {foreign[0]!r}, so their weights fit no detector with one.")
-    layers = detector.refiner.layers
-    if len(branches) == 1 or (branches and (layers.merge_attention is None or layers.merge_ffn is None)):
-        raise UserError("The official models have both auxiliary refiners and merge behind attention and FFN, or are plain.")
-    if branches and layers.merge_interaction is not None:
-        raise UserError("The official models do not merge behind the interaction.")
     columns = (0, *(1 + _MERGE_ORDER.index(branch) for branch in branches))
     swin, first_map = isinstance(detector.backbone, SwinTransformer), detector.backbone.first_map
     flat = nnx.to_flat_state(nnx.state(detector) if state is None else state)

@@ -7,11 +7,12 @@ from typing import Any
 
 from hpr_jax.errors import UserError
 from hpr_jax.settings import RANDOM
+from hpr_jax.weights.hub import is_hub, local_path
 
 # Patterns of the names of weight files, by kind of backbone: torchvision's and SoCo's ResNet-50, and the original Swin-L.
 PATTERNS = {
-    "resnet": ("resnet50*.pth", "resnet50*.npz", "*soco*.pth"),
-    "swin": ("swin_large_patch4_window12_384*.pth", "swin_large_patch4_window12_384*.npz"),
+    "resnet": ("resnet50*.pth", "resnet50*.npz", "resnet50*.safetensors", "*soco*.pth"),
+    "swin": tuple(f"swin_large_patch4_window12_384*.{kind}" for kind in ("pth", "npz", "safetensors")),
 }
 # What messages call each kind of backbone.
 NAMES = {"resnet": "ResNet-50", "swin": "Swin-L"}
@@ -51,13 +52,15 @@ def initial_weights(config: Mapping[str, Any]) -> Path | None:
     given, model = config["train"]["initial_weights"], config["model"]
     if given in ("", RANDOM):
         return find_weights(model) if not given and wants_weights(model) else None
-    return Path(given).expanduser()
+    return local_path(given)
 
 
 def missing_weights(config: Mapping[str, Any]) -> str | None:
     """Why a run has no weights to begin with, as a part of a sentence; None if it has some or needs none."""
     given, model = config["train"]["initial_weights"], config["model"]
     if given == RANDOM:
+        return None
+    if is_hub(given):
         return None
     if given:
         path = Path(given).expanduser()

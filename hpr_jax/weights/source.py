@@ -1,9 +1,11 @@
-"""What a detector is loaded from: a checkpoint of this project, or a file of published weights."""
+"""What a detector is loaded from: a checkpoint of this project, a published folder, or a file of published weights."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from hpr_jax.config import override
@@ -14,7 +16,10 @@ from hpr_jax.settings import check
 from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
 from hpr_jax.weights.classes import guess_classes
 from hpr_jax.weights.find_checkpoint import find_checkpoint
+from hpr_jax.weights.hub import local_path
 from hpr_jax.weights.official import load_official
+from hpr_jax.weights.published import Published
+from hpr_jax.weights.published_folder import is_published_folder, published_in_file, read_published_folder
 from hpr_jax.weights.recognize import CLASS_LAYER, recognize
 from hpr_jax.weights.weights_file import read_weights
 
@@ -24,42 +29,76 @@ class Source:
     """A detector on disk.
 
     Attributes:
-      path: the checkpoint or the file.
+      path: the checkpoint, the folder or the file.
       classes: the classes that it was trained on.
       config: its config, with overrides.
       step: training steps, 0 if it is not known.
-      load: reads the weights.
+      metrics: of the evaluation at this step, if one is known.
+      build: reads the weights, into a detector that computes as a section `compute` says; None takes the defaults.
     """
 
     path: Path
     classes: Classes
     config: ConfigDict
     step: int
-    load: Callable[[], Detector]
+    metrics: dict[str, float]
+    build: Callable[[Mapping[str, Any] | None], Detector]
+
+    def load(self) -> Detector:
+        """The detector, which computes as its config says."""
+        return self.build(self.config.compute)
 
 
-def open_source(path: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None) -> Source:
-    """Looks at what is at a path.
+def open_source(place: str | Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None) -> Source:
+    """Looks at what is at a place.
 
     Args:
-      path: a checkpoint as `find_checkpoint` takes it; or a `.pth` or `.npz` file of an official detector, or of one of
-        mmdetection's that HPR builds on.
+      place: a checkpoint as `find_checkpoint` takes it; a folder as `published_folder` writes it, or the name of such a one
+        on the Hugging Face hub, `hf://owner/name`; or a `.pth`, `.npz` or `.safetensors` file of an official detector, or
+        of one of mmdetection's that HPR builds on.
       overrides: settings (dotted key, text) in place of the detector's.
       config: in place of the detector's; its model must be the same.
 
     Raises:
       UserError: there is no detector, or it is none that is known here, or a setting is wrong.
     """
-    path = path.expanduser()
+    path = local_path(place)
     if path.is_file():
         return _open_file(path, overrides, config)
+    if is_published_folder(path):
+        found = read_published_folder(path)
+        if isinstance(found, Published):
+            return _open_published(found, overrides, config)
+        return _open_tensors(path, *found, overrides, config)
     meta = read_meta(path)
     config = checkpoint_config(meta, overrides, config)
-    return Source(find_checkpoint(path), meta.classes, config, meta.step, lambda: load_detector(path, config.compute)[0])
+    return Source(
+        find_checkpoint(path), meta.classes, config, meta.step, meta.metrics, lambda compute: load_detector(path, compute)[0]
+    )
+
+
+def _open_published(published: Published, overrides: Sequence[tuple[str, str]], config: ConfigDict | None) -> Source:
+    meta = published.meta
+    config = checkpoint_config(meta, overrides, config)
+    return Source(published.path, meta.classes, config, meta.step, meta.metrics, published.build)
 
 
 def _open_file(path: Path, overrides: Sequence[tuple[str, str]], config: ConfigDict | None) -> Source:
     tensors, meta = read_weights(path)
+    published = published_in_file(path, tensors, meta)
+    if published:
+        return _open_published(published, overrides, config)
+    return _open_tensors(path, tensors, meta, overrides, config)
+
+
+def _open_tensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    meta: Mapping[str, Any],
+    overrides: Sequence[tuple[str, str]],
+    config: ConfigDict | None,
+) -> Source:
+    """A detector of another project, of which a file or folder holds tensors with official names."""
     if config is None:
         config = recognize(tensors, meta, str(path), overrides)
     else:
@@ -68,9 +107,9 @@ def _open_file(path: Path, overrides: Sequence[tuple[str, str]], config: ConfigD
     check(config)
     classes, step = guess_classes(meta, len(tensors.get(CLASS_LAYER, ()))), meta.get("iter")
 
-    def load() -> Detector:
-        detector = abstract_detector(config.model, len(classes.names), config.compute)
+    def build(compute: Mapping[str, Any] | None) -> Detector:
+        detector = abstract_detector(config.model, len(classes.names), compute)
         load_official(detector, tensors)
         return detector
 
-    return Source(path, classes, config, step if isinstance(step, int) and step >= 0 else 0, load)
+    return Source(path, classes, config, step if isinstance(step, int) and step >= 0 else 0, {}, build)

@@ -11,27 +11,38 @@ from hpr_jax.weights.arrays_file import read_arrays
 from hpr_jax.weights.detrex import DETREX
 from hpr_jax.weights.families import as_official
 from hpr_jax.weights.hugging_face import HUGGING_FACE
+from hpr_jax.weights.safetensors_file import SUFFIX as SAFETENSORS
+from hpr_jax.weights.safetensors_file import read_safetensors
 from hpr_jax.weights.torch_file import find_tensors, read_checkpoint
 
 # Other projects whose detectors are known.
 FAMILIES = (DETREX, HUGGING_FACE)
 
 
-def read_weights(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-    """The tensors of a `.pth` or `.npz` file, by name, and what the file says of itself. Detectors of the other projects
-    that are known, `FAMILIES`, get the official names.
+def read_weights(
+    path: Path, description: Mapping[str, Any] | None = None
+) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """The tensors of a `.pth`, `.npz` or `.safetensors` file, by name, and what the file says of itself. Detectors of
+    the other projects that are known, `FAMILIES`, get the official names.
+
+    Args:
+      description: what stands beside the file, and takes the place of what the file says.
 
     Raises:
-      UserError: the file is neither, or damaged, or its tensors are no finite real numbers.
+      UserError: the file is none of these, or damaged, or its tensors are no finite real numbers.
     """
     meta: Any = None
     if path.suffix == ".npz":
         tensors = read_arrays(path)
+    elif path.suffix == SAFETENSORS:
+        tensors, meta = read_safetensors(path)
     else:
         content = read_checkpoint(path)
         tensors, meta = find_tensors(content, str(path)), content.get("meta")
     check_numbers(tensors, path)
-    return by_official_name(tensors, meta if isinstance(meta, Mapping) else {}, str(path))
+    if description is None:
+        description = meta if isinstance(meta, Mapping) else {}
+    return by_official_name(tensors, description, str(path))
 
 
 def by_official_name(

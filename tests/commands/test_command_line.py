@@ -268,7 +268,7 @@ class TestWhatTrainingNeeds:
         assert (done.returncode, done.stdout) == (2, "")
         missing = (
             "the data set data/coco (config.data.directory) does not exist, and this backbone wants pre-trained weights, "
-            "and no ResNet-50 weights (resnet50*.pth, resnet50*.npz, *soco*.pth) are in data/ or "
+            "and no ResNet-50 weights (resnet50*.pth, resnet50*.npz, resnet50*.safetensors, *soco*.pth) are in data/ or "
             f"{elsewhere}/torch/hub/checkpoints/"
         )
         assert done.stderr == f"hpr_jax: Training cannot begin: {missing}. {MEND}.\n"

@@ -1,8 +1,8 @@
-"""Files appear when they are complete."""
+"""Files and folders appear when they are complete."""
 
 import pytest
 
-from hpr_jax.runtime.files import whole_file, write_whole
+from hpr_jax.runtime.files import whole_file, whole_folder, write_whole
 
 
 def test_a_file_takes_the_place_of_an_earlier_one(tmp_path):
@@ -33,3 +33,27 @@ def test_the_message_names_the_file_and_not_the_partial_one(tmp_path):
     with pytest.raises(OSError, match="Is a directory") as caught:
         write_whole(tmp_path / "x", b"")
     assert caught.value.filename == str(tmp_path / "x")
+
+
+def test_a_folder_takes_the_place_of_an_empty_one(tmp_path):
+    for path in (tmp_path / "new" / ("x" * 250), tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with whole_folder(path) as partial:
+            (partial / "a").write_bytes(b"1")
+            assert not path.exists() or not any(path.iterdir())
+        assert (path / "a").read_bytes() == b"1"
+        assert list(path.parent.glob(".*")) == []
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/mine").touch()
+
+    def fill(path):
+        with whole_folder(path) as partial:
+            (partial / "a").touch()
+
+    with pytest.raises(OSError, match="not empty") as caught:
+        fill(tmp_path / "x")
+    assert caught.value.filename == str(tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "x"]

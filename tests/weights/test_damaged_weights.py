@@ -4,12 +4,14 @@ import functools
 import io
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import accepted, damaged_bytes, examples, refused
+from safetensors.numpy import save
 from torch_files import Storage, legacy_file, mmengine_content, zip_file, zipped
 
 from hpr_jax.errors import UserError
@@ -46,6 +48,7 @@ def whole_files() -> dict[str, bytes]:
         "pickle.pth": pickled,
         "zip.npz": npz(a=array, b=array),
         "array.npz": array,
+        "all.safetensors": save({"a": np.arange(12, dtype=np.float32), "b": np.ones((3, 4), np.float16)}, {"text": "c"}),
     }
 
 
@@ -69,7 +72,7 @@ def memory():
 @given(st.data())
 def test_any_damage(tmp_path_factory, memory, data):
     kind = data.draw(st.sampled_from(sorted(whole_files())))
-    path = tmp_path_factory.getbasetemp() / f"damaged{kind[-4:]}"
+    path = tmp_path_factory.getbasetemp() / f"damaged{Path(kind).suffix}"
     path.write_bytes(packed(kind, data.draw(damaged_bytes(whole_files()[kind]))))
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]

@@ -18,6 +18,7 @@ from hpr_jax.weights.classes import guess_classes
 from hpr_jax.weights.hugging_face import NO_CLASS
 from hpr_jax.weights.official import load_official
 from hpr_jax.weights.recognize import CLASS_LAYER, recognize
+from hpr_jax.weights.safetensors_file import write_safetensors
 from hpr_jax.weights.source import open_source
 from hpr_jax.weights.torch_file import write_checkpoint
 from hpr_jax.weights.weights_file import by_official_name
@@ -133,44 +134,103 @@ class TestClassesOfHuggingFace:
         assert found["bbox_head.cls_branches.0.bias"].tolist() == [0, 1, 2, 3]
 
 
-def test_a_file_of_detrex_detects(tmp_path):
-    """The names of a small detector, made from mmdetection's by hand."""
-    renames = (
-        ("encoder.layers.", "transformer.encoder.layers."),
-        ("decoder.", "transformer.decoder."),
-        (".self_attn.attn.", ".attentions.0.attn."),
-        (".self_attn.", ".attentions.0."),
-        (".cross_attn.", ".attentions.1."),
-        (".ffn.", ".ffns.0."),
-        ("bbox_head.cls_branches", "class_embed"),
-        ("bbox_head.reg_branches", "bbox_embed"),
-        ("memory_trans_fc", "transformer.enc_output"),
-        ("memory_trans_norm", "transformer.enc_output_norm"),
-        ("level_embed", "transformer.level_embeds"),
-        ("query_embedding", "transformer.tgt_embed"),
-        ("dn_query_generator.label_embedding", "label_enc"),
-        ("gn", "norm"),
-        ("backbone.conv1", "backbone.stem.conv1"),
-        ("backbone.bn1", "backbone.stem.conv1.norm"),
-        *((f"backbone.layer{stage}", f"backbone.res{stage + 1}") for stage in range(1, 5)),
-        *((f".bn{number}.", f".conv{number}.norm.") for number in (1, 2, 3)),
-        ("downsample.0", "shortcut"),
-        ("downsample.1", "shortcut.norm"),
-    )
-    tensors = {}
-    for name, tensor in reference.arrays("plain_dino_state_dict").items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        for theirs, ours in renames:
-            name = name.replace(theirs, ours) if not name.startswith("label_enc") else name
-        if name.startswith("bbox_embed"):
-            head, layer, number, kind = name.split(".")
-            name = f"{head}.{layer}.layers.{int(number) // 2}.{kind}"
-        tensors[name] = tensor
+# How other names are made of mmdetection's, by hand: replaced in this order.
+RESNET = (("backbone.conv1", "backbone.stem.conv1"), ("backbone.bn1", "backbone.stem.conv1.norm"))
+DETREX_NAMES = (
+    ("encoder.layers.", "transformer.encoder.layers."),
+    ("decoder.", "transformer.decoder."),
+    (".self_attn.attn.", ".attentions.0.attn."),
+    (".self_attn.", ".attentions.0."),
+    (".cross_attn.", ".attentions.1."),
+    (".ffn.", ".ffns.0."),
+    ("bbox_head.cls_branches", "class_embed"),
+    ("memory_trans_fc", "transformer.enc_output"),
+    ("memory_trans_norm", "transformer.enc_output_norm"),
+    ("level_embed", "transformer.level_embeds"),
+    ("query_embedding", "transformer.tgt_embed"),
+    ("dn_query_generator.label_embedding", "label_enc"),
+    ("gn", "norm"),
+    *RESNET,
+    *((f"backbone.layer{stage}", f"backbone.res{stage + 1}") for stage in range(1, 5)),
+    *((f".bn{number}.", f".conv{number}.norm.") for number in (1, 2, 3)),
+    ("downsample.0", "shortcut"),
+    ("downsample.1", "shortcut.norm"),
+)
+HUGGING_FACE_NAMES = (
+    ("backbone.", "backbone.conv_encoder.model."),
+    ("neck.convs.0.conv", "input_proj.0.0"),
+    ("neck.convs.1.conv", "input_proj.1.0"),
+    ("neck.convs.2.conv", "input_proj.2.0"),
+    ("neck.extra_convs.0.conv", "input_proj.3.0"),
+    ("neck.convs.0.gn", "input_proj.0.1"),
+    ("neck.convs.1.gn", "input_proj.1.1"),
+    ("neck.convs.2.gn", "input_proj.2.1"),
+    ("neck.extra_convs.0.gn", "input_proj.3.1"),
+    (".self_attn.attn.", ".self_attn."),
+    (".cross_attn.", ".encoder_attn."),
+    ("ffn.layers.0.0", "fc1"),
+    ("ffn.layers.1", "fc2"),
+    ("norms.0", "self_attn_layer_norm"),
+    ("norms.2", "final_layer_norm"),
+    ("memory_trans_fc", "enc_output"),
+    ("memory_trans_norm", "enc_output_norm"),
+    ("pos_trans_fc", "pos_trans"),
+    ("bbox_head.cls_branches", "decoder.class_embed"),
+)
+
+
+def official_arrays(model):
+    """The tensors of a small reference model, without buffers that say nothing."""
+    everything = reference.arrays(f"{model}_state_dict")
+    return {name: tensor for name, tensor in everything.items() if not name.endswith("num_batches_tracked")}
+
+
+def renamed(name, table, boxes):
+    """mmdetection's name -> another project's; `boxes` is what it calls the heads of boxes."""
+    for theirs, ours in table:
+        name = name.replace(theirs, ours)
+    if name.startswith("bbox_head.reg_branches"):
+        _, _, layer, number, kind = name.split(".")
+        name = f"{boxes}.{layer}.layers.{int(number) // 2}.{kind}"
+    return name
+
+
+def test_a_file_of_detrex_loads(tmp_path):
+    expected = official_arrays("plain_dino")
+    tensors = {renamed(name, DETREX_NAMES, "bbox_embed"): tensor for name, tensor in expected.items()}
     write_checkpoint(tmp_path / "model.pth", tensors, {})
     source = open_source(tmp_path / "model.pth", [("model.heads", "4"), ("model.points", "4"), ("model.neck.groups", "8")])
     found, _ = by_official_name(tensors, {}, "FILE")
-    expected = {k: v for k, v in reference.arrays("plain_dino_state_dict").items() if not k.endswith("num_batches_tracked")}
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in found)
     assert source.load().query_init.content.shape == (40, 32)
+
+
+def test_a_folder_of_hugging_face_loads(tmp_path):
+    expected = official_arrays("plain_deformable_detr")
+    tensors = {}
+    for name, tensor in expected.items():
+        new = f"model.{renamed(name, HUGGING_FACE_NAMES, 'decoder.bbox_embed')}"
+        if "encoder.layers" in new:
+            new = new.replace("norms.1", "final_layer_norm") if "model.encoder" in new else new
+        new = new.replace("norms.1", "encoder_attn_layer_norm")
+        if "in_proj_" in new:
+            prefix, kind = new.split("in_proj_")
+            tensors |= {f"{prefix}{letter}_proj.{kind}": part for letter, part in zip("qkv", np.split(tensor, 3))}
+        else:
+            tensors[new] = tensor
+    labels = {str(number): f"label {number}" for number in range(reference.sizes()["num_classes"])}
+    config = {**HUGGING_FACE_CONFIG, "encoder_attention_heads": 4, "two_stage_num_proposals": 40, "id2label": labels}
+    write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = open_source(tmp_path, [("model.neck.groups", "8")])
+    assert source.config.model.queries.to_dict() == {"kind": "positions", "count": 40}
+    assert source.classes.names == tuple(labels.values())
+    found, _ = by_official_name(tensors, config, "FILE")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    source.load()
+    config["model_type"] = "detr"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its model_type is 'detr', and not 'hpr_jax'"):
+        open_source(tmp_path)
