@@ -31,6 +31,9 @@ def base() -> ConfigDict:
         "levels": 4,
         "points": 4,
         "hidden": 2048,
+        # Parts that are not trained, some of backbone, neck, encoder, queries, primary and merges. The first stages of the
+        # backbone alone are frozen by backbone.frozen_stages.
+        "frozen_parts": (),
         "pixel_mean": IMAGENET_MEAN,
         "pixel_std": IMAGENET_STD,
         "backbone": resnet(),

@@ -120,6 +120,7 @@ MERGE_POINTS = ("attention", "interaction", "ffn")
 DTYPES = ("float32", "bfloat16")
 OPERATIONS = ("auto", "xla", "pallas")
 MATCHING = ("auto", "scipy", "pallas")
+PARTS = ("backbone", "neck", "encoder", "queries", "primary", "merges")
 REMAT = ("backbone", "encoder", "refiner")
 AUGMENTATIONS = ("detr", "lsj")
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
@@ -133,6 +134,13 @@ MODEL = {
     "levels": _count("Levels of the feature pyramid."),
     "points": _count("Sampling points of each head on each level, in deformable attention."),
     "hidden": _count("Hidden channels of the feed-forward networks."),
+    "frozen_parts": Setting(
+        "Parts that are not trained; queries: the initial ones; primary: the primary refiner's path, heads and norms; "
+        "merges: the weights that merge refiners.",
+        str,
+        many=True,
+        choices=PARTS,
+    ),
     "pixel_mean": Setting(
         "Mean of red, green and blue, from 0 to 255, that is subtracted from images.", many=True, length=3
     ),

@@ -1,14 +1,15 @@
 """Trains a detector, or goes on with a run that was stopped.
 
-example:
+examples:
   python -m hpr_jax.main train --config configs/ddq.py:small --config.data.directory=DIR --workdir runs/mine
+  python -m hpr_jax.main train --finetune FILE --config.data.directory=DIR --workdir runs/mine
 """
 
 import logging
 from argparse import Namespace
 from pathlib import Path
 
-from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_config, check_folder, path
+from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_config, check_folder, path, place
 from hpr_jax.commands.start import start
 from hpr_jax.config import config_name, load_config
 from hpr_jax.data.presence import missing_data
@@ -19,6 +20,8 @@ from hpr_jax.weights.pretrained import missing_weights
 
 log = logging.getLogger("hpr_jax")
 
+# The config of --finetune without another one.
+FINE_TUNING = "finetune.py"
 # The end of the sentence that names missing data or weights: what can be done about it.
 MEND = """\
 `python -m hpr_jax.main make-shapes runs/demo/data` draws the data of the variant `demo`, which needs no weights; \
@@ -28,6 +31,12 @@ MEND = """\
 
 def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "what to train")
+    parser.add_argument(
+        "--finetune",
+        type=place,
+        metavar="PATH",
+        help="the detector to begin with, whatever `hpr_jax.load` takes; the recipe is --config (default: finetune.py)",
+    )
     parser.add_argument(
         "--workdir",
         type=path,
@@ -52,18 +61,27 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
       UserError: there is no such config, or no data or weights to begin with.
       RunError, StoppedError: as `hpr_jax.training.run.train` raises them.
     """
+    if arguments.finetune is not None:
+        arguments.config = arguments.config or FINE_TUNING
     if not arguments.config:
-        raise UserError("Training needs --config FILE.py[:VARIANT]; --help lists the commands.")
-    config = load_config(arguments.config, overrides)
+        raise UserError("Training needs --config FILE.py[:VARIANT], or --finetune PATH; --help lists the commands.")
     workdir = arguments.workdir or Path("runs", config_name(arguments.config))
     check_folder(workdir, "workdir")
+    if arguments.finetune is None:
+        config = load_config(arguments.config, overrides)
+    else:
+        start(distributed=arguments.distributed)
+        from hpr_jax.training.fine_tuning import fine_tuning_config
+
+        config = fine_tuning_config(load_config(arguments.config), arguments.finetune, overrides)
     check(config)
     # A run that has begun goes on from its checkpoints, and needs no initial weights.
     begun = has_begun(workdir)
     missing = [missing_data(config.data), None if begun else missing_weights(config)]
     if any(missing):
         raise UserError(f"Training cannot begin: {', and '.join(filter(None, missing))}. {MEND}.")
-    start(distributed=arguments.distributed)
+    if arguments.finetune is None:
+        start(distributed=arguments.distributed)
     log.info("The run %s is in %s.", arguments.config, workdir)
     from hpr_jax.training.run import train
 

@@ -30,6 +30,7 @@ from hpr_jax.models.backbones.swin import SwinTransformer
 from hpr_jax.models.detector import Backbone, Detector, QueryInit
 from hpr_jax.models.encoder import Encoder
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
+from hpr_jax.models.layers import freeze
 from hpr_jax.models.neck import ChannelMapper
 from hpr_jax.models.queries.denoising import Denoiser
 from hpr_jax.models.queries.distinct import DistinctQueries
@@ -168,7 +169,7 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
     # As published, the heads of a branch's layers start as copies of one head; in DDQ it is the same head for all branches.
     branch_heads = [head if distinct else PredictionHead(channels, num_classes, rngs=rngs) for _ in refiner.branches]
     layers, denoising = config["refiner"]["layers"], config["denoising"]
-    return Detector(
+    detector = Detector(
         backbone=backbone,
         neck=neck,
         encoder=encoder,
@@ -181,6 +182,24 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
         pixel_std=config["pixel_std"],
         dtype=computing.dtype,
     )
+    for part in config["frozen_parts"]:
+        for module in _modules_of(part, detector):
+            freeze(module)
+    return detector
+
+
+def _modules_of(part: str, detector: Detector) -> list[nnx.Module]:
+    """The modules of a part that `config.model.frozen_parts` names."""
+    refiner, layers = detector.refiner, detector.refiner.layers
+    modules: dict[str, list[Any]] = {
+        "backbone": [detector.backbone],
+        "neck": [detector.neck],
+        "encoder": [detector.encoder],
+        "queries": [detector.query_init],
+        "primary": [layers.primary, refiner.position, refiner.norm, detector.heads],
+        "merges": [layers.merge_attention, layers.merge_interaction, layers.merge_ffn],
+    }
+    return [module for module in modules[part] if module is not None]
 
 
 @contextlib.contextmanager

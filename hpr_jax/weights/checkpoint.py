@@ -99,7 +99,7 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     backbone = config["model"]["backbone"]
     first_map = {"first_map": 1 if backbone["kind"] == "resnet" else 0}
     refiner = {**_ADDED_REFINER_SETTINGS, **config["model"]["refiner"]}
-    config["model"] = {**config["model"], "backbone": {**first_map, **backbone}, "refiner": refiner}
+    config["model"] = {"frozen_parts": [], **config["model"], "backbone": {**first_map, **backbone}, "refiner": refiner}
     if "compute" in config:
         return config
     model = {key: value for key, value in config["model"].items() if key != "remat"}

@@ -53,6 +53,7 @@ def model_config(model: str) -> dict:
         "levels": levels,
         "points": s["num_points"],
         "hidden": s["feedforward_channels"],
+        "frozen_parts": (),
         "pixel_mean": (0.0, 0.0, 0.0),
         "pixel_std": (1.0, 1.0, 1.0),
         "backbone": {
