@@ -74,7 +74,8 @@ def base() -> ConfigDict:
     }
     config.loss = {"branch_weight": 0.5}
     config.data = {
-        # A folder in COCO layout, or the directory of one version of a TFDS data set, which has a dataset_info.json.
+        # A folder in COCO's, YOLO's or Pascal VOC's format, or the directory of one version of a TFDS data set, which has a
+        # dataset_info.json. What it is is recognised, unless the next four settings name other files than COCO's.
         "directory": "data/coco",
         "train_images": "train2017",
         "train_annotations": "annotations/instances_train2017.json",
@@ -83,6 +84,8 @@ def base() -> ConfigDict:
         # Splits of a TFDS directory; a part of a split is written like train[:90%].
         "train_split": "train",
         "val_split": "validation",
+        # Where the data has one split: so much of the images is validated on, chosen by a hash of their file names.
+        "val_fraction": 0.2,
         # Of samples that are stored in 16 bits so many are used, and the upper 8 of these are kept: 12, for example, where
         # an instrument stores 12 bits in 16.
         "image_bits": 16,
@@ -124,8 +127,8 @@ def base() -> ConfigDict:
         "checkpoint_every": 1000,
         "keep_checkpoints": 2,
         "evaluate_every": 8000,
-        # The best checkpoint is that of the best AP, AP50, AP75, AP_small, AP_medium, AP_large or AR. The run ends early when
-        # so many evaluations in a row (patience; 0: never) together gain no more than min_gain in it.
+        # The best checkpoint is that of the best AP, AP50, AP75, AP_small, AP_medium, AP_large or AR. The run ends early
+        # when so many evaluations in a row (patience; 0: never) together gain no more than min_gain in it.
         "best_metric": "AP",
         "patience": 0,
         "min_gain": 0.0,

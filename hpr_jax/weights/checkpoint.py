@@ -39,7 +39,14 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
         "patience": 0,
         "min_gain": 0.0,
     },
-    "data": {"workers": 0, "train_split": "train", "val_split": "validation", "image_bits": 16, "patience": 600.0},
+    "data": {
+        "workers": 0,
+        "train_split": "train",
+        "val_split": "validation",
+        "val_fraction": 0.2,
+        "image_bits": 16,
+        "patience": 600.0,
+    },
     "optimizer": {"merge_multiplier": 1.0, "merge_decay": True},
     "evaluate": {"max_detections": [1, 10, 100]},
 }
