@@ -1,14 +1,23 @@
 """Trains a detector, or goes on with a run that was stopped.
 
 example:
-  python -m hpr_jax.main train --config configs/ddq.py:small --config.data.directory=DIR --workdir runs/mine
+  python -m hpr_jax.main train --config configs/ddq.py:small --data DIR --workdir runs/mine
 """
 
 import logging
 from argparse import Namespace
 from pathlib import Path
 
-from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_config, check_folder, path
+from hpr_jax.commands.arguments import (
+    DISTRIBUTED,
+    CommandParser,
+    Overrides,
+    add_config,
+    add_data,
+    check_folder,
+    path,
+    with_data,
+)
 from hpr_jax.commands.start import start
 from hpr_jax.config import config_name, load_config
 from hpr_jax.data.presence import missing_data
@@ -28,6 +37,7 @@ MEND = """\
 
 def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "what to train")
+    add_data(parser)
     parser.add_argument(
         "--workdir",
         type=path,
@@ -54,7 +64,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     """
     if not arguments.config:
         raise UserError("Training needs --config FILE.py[:VARIANT]; --help lists the commands.")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, with_data(arguments.data, overrides))
     workdir = arguments.workdir or Path("runs", config_name(arguments.config))
     check_folder(workdir, "workdir")
     check(config)
