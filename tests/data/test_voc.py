@@ -152,8 +152,8 @@ class TestAnnotations:
             load(data)
 
     def test_large_files_are_refused(self, data):
-        (data / "Annotations/a.xml").write_bytes(b" " * (64 * 2**20 + 1))
-        with pytest.raises(UserError, match=r"a.xml has more than the 67,108,864 bytes"):
+        (data / "Annotations/a.xml").write_bytes(b" " * (8 * 2**20 + 1))
+        with pytest.raises(UserError, match=r"a.xml has more than the 8,388,608 bytes"):
             load(data)
 
 

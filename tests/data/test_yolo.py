@@ -316,6 +316,12 @@ class TestDataFile:
         with pytest.raises(UserError, match=r"data.yaml has more than the 1,048,576 bytes that such a file may have"):
             load(data)
 
+    def test_other_large_files_are_refused(self, data):
+        with (data / "labels/train/a.txt").open("ab") as file:
+            file.truncate(8 * 2**20 + 1)
+        with pytest.raises(UserError, match=r"a.txt has more than the 8,388,608 bytes that such a file may have"):
+            load(data)
+
     def test_small_ones_that_would_become_large_do_not(self, data):
         """Each line is the one before ten times over."""
         lines = ["a0: &a0 {x: y}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12)]

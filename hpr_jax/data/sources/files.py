@@ -8,11 +8,11 @@ from pathlib import Path
 from hpr_jax.data.images import SUFFIXES, open_without_waiting
 from hpr_jax.errors import UserError, shown
 
-# The annotations of one image, or a list of images, may have at most so many bytes: more would take the machine's memory.
-LARGEST_TEXT = 64 * 2**20
+# The annotations of one image may have at most so many bytes, and a list of images: more would take the machine's memory.
+LARGEST_ANNOTATIONS, LARGEST_LIST = 8 * 2**20, 64 * 2**20
 
 
-def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
+def read_bytes(path: Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
     Raises:
@@ -29,8 +29,8 @@ def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
     return data
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without the spaces around them.
+def read_lines(path: Path, most: int) -> list[str]:
+    """The lines of a text file of at most `most` bytes, without the spaces around them.
 
     Raises:
       UserError: the file is too large, or is not text in UTF-8.
@@ -38,7 +38,7 @@ def read_lines(path: Path) -> list[str]:
     """
     try:
         # Some editors of Windows begin files with a mark.
-        text = read_bytes(path).decode("utf-8-sig")
+        text = read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: byte {error.start} is none; save it as UTF-8.") from None
     return [line.strip() for line in text.split("\n")]

@@ -29,7 +29,16 @@ from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import SUFFIXES, read_size
 from hpr_jax.data.sources.coco import Content, Entry
 from hpr_jax.data.sources.coco_fields import FieldError, read_crowd, read_number, read_text
-from hpr_jax.data.sources.files import below, is_file, is_folder, names_with_suffix, read_bytes, read_lines
+from hpr_jax.data.sources.files import (
+    LARGEST_ANNOTATIONS,
+    LARGEST_LIST,
+    below,
+    is_file,
+    is_folder,
+    names_with_suffix,
+    read_bytes,
+    read_lines,
+)
 from hpr_jax.data.sources.source import TRAINING, VALIDATION, ReadSplit, Source, choose_splits
 from hpr_jax.errors import UserError, shown
 
@@ -114,7 +123,7 @@ def _read_list(path: Path, folder: Folder) -> list[str]:
       UserError: it names an image without annotations, or leads out of their folder.
     """
     known, names = set(folder.names()), []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, LARGEST_LIST), 1):
         name = line if line in known else _PRESENCE.sub("", line)
         if not name:
             continue
@@ -208,7 +217,7 @@ def parse_xml(path: Path) -> ET.Element:
     Raises:
       UserError: it is no XML, or declares a document type.
     """
-    data, parser = read_bytes(path), ET.XMLParser(target=_TreeBuilder())
+    data, parser = read_bytes(path, LARGEST_ANNOTATIONS), ET.XMLParser(target=_TreeBuilder())
     try:
         parser.feed(data)
         return parser.close()

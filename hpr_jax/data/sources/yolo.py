@@ -27,6 +27,8 @@ from hpr_jax.data.images import read_size
 from hpr_jax.data.sources.coco import Content, Entry, ids_of_names
 from hpr_jax.data.sources.coco_fields import read_number
 from hpr_jax.data.sources.files import (
+    LARGEST_ANNOTATIONS,
+    LARGEST_LIST,
     below,
     common_folder,
     find_image_files,
@@ -280,7 +282,7 @@ def _listed(data: DataFile, path: Path) -> Iterator[Path]:
     Raises:
       UserError: a line leads out of the data, or is no possible name.
     """
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, LARGEST_LIST), 1):
         if not line:
             continue
         places = [_below(data.directory, folder / line) for folder in (path.parent, data.base)]
@@ -315,7 +317,7 @@ def _annotations(
     path = data.directory / file
     return [
         {"image_id": image_id, **_parse_line(line, f"{file.as_posix()}, line {place}", size, data, ids)}
-        for place, line in enumerate(read_lines(path) if is_file(path) else (), 1)
+        for place, line in enumerate(read_lines(path, LARGEST_ANNOTATIONS) if is_file(path) else (), 1)
         if line
     ]
 
