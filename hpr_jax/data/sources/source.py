@@ -14,7 +14,7 @@ from hpr_jax.errors import UserError
 # The words by which folders and files name the splits, the ones that are preferred first.
 TRAINING = ("train", "training", "trainval")
 VALIDATION = ("val", "valid", "validation", "dev", "test", "testing")
-# The words of these splits contain the images of others.
+# The words for splits that have no images of `trainval`. Validating on one of them is said.
 _TEST = ("test", "testing")
 # What Roboflow puts behind the name of an image, in the names of its augmented copies.
 _COPY = re.compile(r"\.rf\.[0-9A-Za-z]+(?=\.\w+$)")
