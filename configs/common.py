@@ -86,7 +86,8 @@ def base() -> ConfigDict:
     # branch_weight: of all losses of each auxiliary branch; class_weight: of the class losses of matched queries.
     config.loss = {"branch_weight": 0.5, "class_weight": 1.0}
     config.data = {
-        # A folder in COCO layout, or the directory of one version of a TFDS data set, which has a dataset_info.json.
+        # A folder in COCO's, YOLO's or Pascal VOC's format, or the directory of one version of a TFDS data set, which has a
+        # dataset_info.json. What it is is recognised, unless the next four settings name other files than COCO's.
         "directory": "data/coco",
         "train_images": "train2017",
         "train_annotations": "annotations/instances_train2017.json",
@@ -95,6 +96,8 @@ def base() -> ConfigDict:
         # Splits of a TFDS directory; a part of a split is written like train[:90%].
         "train_split": "train",
         "val_split": "validation",
+        # Where the data has one split: so much of the images is validated on, chosen by a hash of their file names.
+        "val_fraction": 0.2,
         # Of samples that are stored in 16 bits so many are used, and the upper 8 of these are kept: 12, for example, where
         # an instrument stores 12 bits in 16.
         "image_bits": 16,

@@ -259,13 +259,23 @@ LOSS = {
     "aligned.tau": Setting("Ranks after which the weight of a query falls to 1/e.", above=0),
 }
 DATA = {
-    "directory": Setting("A folder in COCO layout, or the directory of one version of a TFDS data set.", str),
+    "directory": Setting(
+        "A folder of data in the format of COCO, YOLO or Pascal VOC, or the directory of one version of a TFDS data set; "
+        "which of these it is is recognised.",
+        str,
+    ),
     "train_images": Setting("Folder of the training images, below the directory.", str),
     "train_annotations": Setting("COCO annotations of the training images, below the directory.", str),
     "val_images": Setting("Folder of the validation images, below the directory.", str),
     "val_annotations": Setting("COCO annotations of the validation images, below the directory.", str),
     "train_split": Setting("Training split of a TFDS directory; a part is written train[:90%].", str),
     "val_split": Setting("Validation split of a TFDS directory.", str),
+    "val_fraction": Setting(
+        "Part of the images that is validated on and not trained on, by a hash of their file names, where the data was "
+        "recognised and has one split.",
+        above=0,
+        below=1,
+    ),
     "image_bits": Setting(
         "Bits that samples use where images store them in 16; the upper 8 of these are kept.", int, at_least=8, at_most=16
     ),

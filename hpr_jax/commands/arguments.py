@@ -13,6 +13,8 @@ from hpr_jax.weights.hub import is_hub
 # Settings from the command line: (dotted key, text) of each `--config.KEY=TEXT`.
 Overrides = list[tuple[str, str]]
 
+# The setting that the option --data gives.
+DIRECTORY = "data.directory"
 # The help of the option --distributed.
 DISTRIBUTED = """\
 be one of several processes, which Slurm, Open MPI or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID bring
@@ -52,6 +54,27 @@ def add_config(parser: CommandParser, meaning: str) -> None:
     parser.add_argument(
         "--help-config", action="store_true", help="list all settings with their values and meanings, and leave"
     )
+
+
+def add_data(parser: CommandParser) -> None:
+    """Adds `--data`, whose value `with_data` makes a setting of."""
+    parser.add_argument("--data", metavar="DIR", help="folder of the data, the same as --config.data.directory=DIR")
+
+
+def with_data(data: str | None, overrides: Overrides) -> Overrides:
+    """The settings from the command line, with the one that `--data` gives.
+
+    Raises:
+      UserError: `--data` names no folder, or another one than the settings.
+    """
+    if data is None:
+        return overrides
+    if not data:
+        raise UserError("--data names no folder; write --data DIR.")
+    for key, text in overrides:
+        if key == DIRECTORY and path(text) != path(data):
+            raise UserError(f"--data is {data} and --config.{DIRECTORY} is {text}; give one of the two.")
+    return [*overrides, (DIRECTORY, data)]
 
 
 def add_checkpoint(parser: CommandParser) -> None:

@@ -4,7 +4,7 @@ All annotations are read and all images are opened; bars say how long that takes
 sees them, go to a folder. The last line is the verdict; the exit code is 0 if the data is fit to train on, else 2.
 
 example:
-  python -m hpr_jax.main check-data --config configs/ddq.py --config.data.directory=DIR --output runs/check_data
+  python -m hpr_jax.main check-data --config configs/ddq.py --data DIR --output runs/check_data
 """
 
 import itertools
@@ -37,9 +37,9 @@ from hpr_jax.analysis.dataset import (
     plan_facts,
     training_obstacle,
 )
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, path
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, add_data, path, with_data
 from hpr_jax.config import load_config
-from hpr_jax.data.build import load_dataset, make_plan, make_views, room_for_boxes
+from hpr_jax.data.build import describe_data, load_dataset, make_plan, make_views, room_for_boxes
 from hpr_jax.data.dataset import Dataset, Problem
 from hpr_jax.data.loading.batches import Batch, TrainLoader
 from hpr_jax.errors import UserError
@@ -68,6 +68,8 @@ def check_data(config: ConfigDict, output: Path, samples: int) -> Verdict:
     warn_of_recipe(config)
     verdict = Verdict()
     datasets = _load(config, verdict)
+    if datasets:
+        print(f"{describe_data(config, **datasets)}.")
     facts: dict[str, AnnotationFacts] = {}
     images: dict[str, list[OpenedImage]] = {}
     for split, dataset in datasets.items():
@@ -268,6 +270,7 @@ def _draw_view(batch: Batch, index: int, names: Sequence[str]) -> np.ndarray:
 
 def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "what would be trained")
+    add_data(parser)
     parser.add_argument("--output", type=path, default=Path("runs/check_data"), help="folder of the pictures (%(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="pictures of augmented images (default %(default)s)")
 
@@ -282,6 +285,6 @@ def run(arguments: Namespace, overrides: Overrides) -> int:
         raise UserError("Checking data needs --config FILE.py[:VARIANT].")
     if arguments.samples < 0:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 0.")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, with_data(arguments.data, overrides))
     log_to_console()
     return 0 if check_data(config, arguments.output, arguments.samples).fit else 2

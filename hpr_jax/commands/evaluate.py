@@ -6,7 +6,17 @@ example:
 
 from argparse import Namespace
 
-from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_checkpoint, add_config, check_folder, path
+from hpr_jax.commands.arguments import (
+    DISTRIBUTED,
+    CommandParser,
+    Overrides,
+    add_checkpoint,
+    add_config,
+    add_data,
+    check_folder,
+    path,
+    with_data,
+)
 from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
@@ -15,6 +25,7 @@ from hpr_jax.errors import UserError
 def add_arguments(parser: CommandParser) -> None:
     add_checkpoint(parser)
     add_config(parser, "settings in place of the checkpoint's; the model must be the same")
+    add_data(parser)
     parser.add_argument(
         "--output",
         type=path,
@@ -34,6 +45,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
         raise UserError("Evaluating needs --workdir DIR, the folder of a run, or --checkpoint DIR and --output DIR.")
     check_folder(arguments.workdir, "workdir")
     check_folder(arguments.output, "output folder")
+    overrides = with_data(arguments.data, overrides)
     config = load_config(arguments.config, overrides) if arguments.config else None
     start(distributed=arguments.distributed)
     from hpr_jax.evaluation.evaluate import evaluate

@@ -1,15 +1,25 @@
 """Trains a detector, or goes on with a run that was stopped.
 
 examples:
-  python -m hpr_jax.main train --config configs/ddq.py:small --config.data.directory=DIR --workdir runs/mine
-  python -m hpr_jax.main train --finetune FILE --config.data.directory=DIR --workdir runs/mine
+  python -m hpr_jax.main train --config configs/ddq.py:small --data DIR --workdir runs/mine
+  python -m hpr_jax.main train --finetune FILE --data DIR --workdir runs/mine
 """
 
 import logging
 from argparse import Namespace
 from pathlib import Path
 
-from hpr_jax.commands.arguments import DISTRIBUTED, CommandParser, Overrides, add_config, check_folder, path, place
+from hpr_jax.commands.arguments import (
+    DISTRIBUTED,
+    CommandParser,
+    Overrides,
+    add_config,
+    add_data,
+    check_folder,
+    path,
+    place,
+    with_data,
+)
 from hpr_jax.commands.start import start
 from hpr_jax.config import config_name, load_config
 from hpr_jax.data.presence import missing_data
@@ -31,6 +41,7 @@ MEND = """\
 
 def add_arguments(parser: CommandParser) -> None:
     add_config(parser, "what to train")
+    add_data(parser)
     parser.add_argument(
         "--finetune",
         type=place,
@@ -61,6 +72,7 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
       UserError: there is no such config, or no data or weights to begin with.
       RunError, StoppedError: as `hpr_jax.training.run.train` raises them.
     """
+    overrides = with_data(arguments.data, overrides)
     if arguments.finetune is not None:
         arguments.config = arguments.config or FINE_TUNING
     if not arguments.config:

@@ -1,12 +1,8 @@
 """The data of a config: its sections `data` and `augmentation` are read here.
 
-To add a format in which data sets are stored, for example YOLO's:
-
-1. Write `sources/yolo.py` with two functions. `is_yolo(directory, *names)` says whether a directory has the format, and
-   `load_yolo(directory, *names, classes, masks=...)` reads a split as a `Dataset`; `names` are settings of the split. The
-   easiest way is to turn annotations into entries of COCO's form and to have `sources.coco.parse_entries` check them.
-2. Add a line to `FORMATS`: `Format(is_yolo, load_yolo, ("images", "annotations"))` gives the two functions the settings
-   `config.data.train_images` and `train_annotations`, or `val_images` and `val_annotations`.
+What `config.data.directory` holds is recognised by `sources/recognize.py`, where new formats of data sets are added. Formats
+whose splits are named by settings are in `FORMATS`: `Format(is_coco, load_coco, ("images", "annotations"))` gives the two
+functions the settings `config.data.train_images` and `train_annotations`, or `val_images` and `val_annotations`.
 """
 
 import dataclasses
@@ -27,6 +23,8 @@ from hpr_jax.data.decoding import MOST_BITS
 from hpr_jax.data.images import ImagesOfFewerBits
 from hpr_jax.data.loading.batch_plan import Shape, TrainPlan, choose_buckets
 from hpr_jax.data.sources.coco import is_coco, load_coco
+from hpr_jax.data.sources.recognize import names_leave_open, recognize, unrecognized
+from hpr_jax.data.sources.source import describe
 from hpr_jax.data.sources.tfds import find_below, is_tfds, load_tfds
 from hpr_jax.errors import UserError
 
@@ -81,6 +79,10 @@ def load_dataset(settings: Mapping[str, Any], split: str, classes: Classes | Non
 def _load(settings: Mapping[str, Any], split: str, classes: Classes | None, *, masks: bool) -> Dataset:
     """A split in whatever format its directory has."""
     directory = Path(settings["directory"]).expanduser()
+    left_open = names_leave_open(directory, settings)
+    source = recognize(directory) if left_open else None
+    if source is not None:
+        return source.load(split, settings["val_fraction"], classes, masks=masks)
     for form in FORMATS:
         names = form.names(settings, split)
         if form.is_format(directory, *names):
@@ -88,14 +90,23 @@ def _load(settings: Mapping[str, Any], split: str, classes: Classes | None, *, m
     version = find_below(directory)
     if version:
         raise UserError(f"{directory} has TFDS directories below it; set --config.data.directory={version}.")
-    # Most data sets are COCO folders; the error says what of one is missing.
+    if left_open:
+        raise UserError(unrecognized(directory))
+    # The settings name a COCO folder; the error says what of it is missing.
     return load_coco(directory, settings[f"{split}_images"], settings[f"{split}_annotations"], classes, masks=masks)
 
 
 def load_training_data(config: ConfigDict) -> tuple[Dataset, Dataset]:
-    """The training and the validation split, with all of their images."""
+    """The training and the validation split, with all of their images. Logs what the data was recognised as."""
     train = load_dataset(config.data, "train", masks=wants_masks(config))
-    return train, load_dataset(config.data, "val", train.classes)
+    val = load_dataset(config.data, "val", train.classes)
+    log.info("%s.", describe_data(config, train=train, val=val))
+    return train, val
+
+
+def describe_data(config: ConfigDict, **splits: Dataset) -> str:
+    """What the data of a config was recognised as, with what was read of it: `train`, `val` or both."""
+    return describe(Path(config.data.directory).expanduser(), splits.get("train"), splits.get("val"))
 
 
 def wants_masks(config: ConfigDict) -> bool:

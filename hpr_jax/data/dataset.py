@@ -247,6 +247,7 @@ class Dataset:
       truth: what evaluators compare detections with; None if only a part of the images is taken.
       dropped_boxes: objects that are left out because their box is impossible.
       dropped_masks: masks that are left out because they are impossible; the objects stay.
+      origin: what the data was recognised as, for messages: its format, and how it was split if the data does not say.
     """
 
     name: str
@@ -256,6 +257,7 @@ class Dataset:
     truth: "GroundTruth | None"
     dropped_boxes: tuple[Problem, ...] = ()
     dropped_masks: tuple[Problem, ...] = ()
+    origin: str = "COCO"
 
     def __len__(self) -> int:
         return len(self.records)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hpr_jax.data.decoding import MOST_BITS, advice_on_bits, bits_if_dark, decode
 
@@ -22,6 +22,10 @@ LARGEST_FILE = 2**30
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 # Below the limit Pillow warns at half of it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Suffixes of the files in a folder that are taken for images.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# EXIF orientations that swap height and width.
+_LYING = (5, 6, 7, 8)
 # Errors of a storage, not of one file in it.
 _STORAGE_ERRORS = {
     errno.ESTALE,
@@ -103,7 +107,7 @@ class ImageFile:
     def read(self) -> bytes:
         try:
             # Without waiting, since a pipe without a writer would be waited for forever.
-            with open(self.path, "rb", opener=_open_without_waiting) as file:
+            with open(self.path, "rb", opener=open_without_waiting) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise UnreadableImageError(f"{self.path} is no regular file")
@@ -133,7 +137,8 @@ def _trouble(folder: Path, error: OSError) -> str:
         return "cannot be reached"
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
+def open_without_waiting(path: str, flags: int) -> int:
+    """An opener for `open`, which does not wait for a pipe's writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -211,6 +216,33 @@ def read_image(path: Path, bits: int = MOST_BITS) -> np.ndarray:
         _said.add(advice)
         log.warning("%s has samples of 16 bits, and is dark: %s.", image.name, advice)
     return pixels
+
+
+def read_size(path: Path) -> tuple[int, int] | None:
+    """The (height, width) of an image file in pixels, turned as its EXIF orientation says; None if it cannot be read.
+
+    The header says it, so that large folders can be measured; only formats that Pillow does not know are decoded.
+    """
+    try:
+        with open(path, "rb", opener=open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            with Image.open(file) as image:
+                width, height = image.size
+                lying = image.getexif().get(ExifTags.Base.Orientation) in _LYING
+                return (width, height) if lying else (height, width)
+    except OSError as error:
+        # The errors of Pillow have no number.
+        if error.errno is not None:
+            return None
+    except Exception:
+        # Pillow raises errors of any type for damaged headers.
+        pass
+    try:
+        height, width = read_image(path).shape[:2]
+    except UnreadableImageError:
+        return None
+    return height, width
 
 
 def read_annotated_image(image: EncodedImage, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.data.build import load_dataset
+from hpr_jax.data.build import describe_data, load_dataset
 from hpr_jax.data.log_dropped import log_dropped
 from hpr_jax.data.suitability import check_evaluation_data
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
@@ -36,6 +36,7 @@ def evaluate(
     source = open_source(checkpoint, overrides, config)
     config, detector = source.config, source.load()
     dataset = load_dataset(config.data, "val", source.classes)
+    log.info("%s.", describe_data(config, val=dataset))
     check_evaluation_data(dataset, config.data.threads)
     log_dropped(dataset)
     log.info("%s: step %d; %d images of %s", source.path, source.step, len(dataset), dataset.name)

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpr_jax.data.images import SUFFIXES
 from hpr_jax.errors import UserError
-
-# Suffixes of the files in a folder that are taken for images.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def find_images(inputs: Sequence[Path], *, recursive: bool = False) -> list[Path]:

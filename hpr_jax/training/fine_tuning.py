@@ -26,7 +26,9 @@ def fine_tuning_config(recipe: ConfigDict, place: str | Path, overrides: Sequenc
       UserError: there is no detector, or a setting is wrong.
     """
     detector = open_source(place).config
+    frozen = recipe.model.frozen_parts
     recipe.model, recipe.loss = detector.model, detector.loss
+    recipe.model.frozen_parts = frozen
     recipe.evaluate = detector.evaluate
     recipe.train.initial_weights = str(place)
     scale = detector.evaluate.side / USUAL_SIDE

@@ -82,6 +82,21 @@ def answer(monkeypatch, capsys, *arguments):
             ("--config", DDQ, "--workdir", "w", "--config.data.directory=nowhere"),
             "data set nowhere (config.data.directory)",
         ),
+        (("--config", DDQ, "--data", "nowhere"), "data set nowhere (config.data.directory)"),
+        (
+            ("--config", DDQ, "--data", "here", "--config.data.directory", "there"),
+            "--data is here and --config.data.directory is there; give one of the two.",
+        ),
+        (
+            ("check-data", "--config", DDQ, "--config.data.directory=there", "--data=here"),
+            "--data is here and --config.data.directory is there; give one of the two.",
+        ),
+        (
+            ("evaluate", "--workdir", "w", "--data", "here", "--config.data.directory=there"),
+            "--data is here and --config.data.directory is there; give one of the two.",
+        ),
+        (("--config", DDQ, "--data="), "--data names no folder; write --data DIR."),
+        (("describe", "--config", DDQ, "--data", "here"), "There is no option --data"),
         (("evaluate", "--workdir", "nowhere"), "no checkpoint in nowhere"),
         (("predict", "--workdir", "nowhere", "x.jpg"), "no image or folder x.jpg"),
         (("predict", "--workdir", "nowhere"), "needs images"),

@@ -4,6 +4,7 @@ Other formats turn their annotations into entries of this one, and have `parse_e
 """
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -81,18 +82,78 @@ def load_coco(
         raise UserError(f"The image folder {directory / images} does not exist; set config.data.*_images.")
     if not path.is_file():
         raise UserError(f"The annotation file {path} does not exist; set config.data.*_annotations.")
+    with without_garbage_collection():
+        return load_content(read_content(path, directory / images), directory, classes, masks=masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """A split in COCO form, as it is before the checks of `load_content`.
+
+    Attributes:
+      name: the name that messages give the split.
+      fingerprint: that of the `Dataset`.
+      folder: folder that file names are relative to.
+      categories: entries of the categories.
+      entries: entries of the images, each with those of its annotations.
+    """
+
+    name: str
+    fingerprint: str
+    folder: Path
+    categories: Sequence[Mapping[str, Any]]
+    entries: Sequence[Entry]
+
+    @classmethod
+    def make(cls, name: str, folder: Path, categories: Sequence[Mapping[str, Any]], entries: Sequence[Entry]) -> "Content":
+        """A split without an annotation file of its own. Its fingerprint is that of the file that `json.dumps` makes."""
+        lists = {
+            "images": [image for image, _ in entries],
+            "annotations": [annotation for _, annotations in entries for annotation in annotations],
+            "categories": categories,
+        }
+        return cls(name, hashlib.sha256(json.dumps(lists).encode()).hexdigest(), folder, categories, entries)
+
+
+def read_content(path: Path, folder: Path) -> Content:
+    """Reads an annotation file whose images are in `folder`.
+
+    Raises:
+      UserError: the JSON is broken or incomplete, or a reference leads nowhere.
+    """
     data = path.read_bytes()
     fingerprint = hashlib.sha256(data).hexdigest()
+    content = _parse_json(path, data)
+    # COCO's has half a gigabyte, as much as everything that is kept of it.
+    del data
+    return Content(str(path), fingerprint, folder, content["categories"], group_annotations(content, path))
+
+
+def load_content(
+    content: Content, root: Path, classes: Classes | None = None, *, masks: bool = False, origin: str = "COCO"
+) -> Dataset:
+    """Checks a split in COCO form.
+
+    Args:
+      root: folder of the data, which no file name leads out of.
+      classes, masks: as in `load_coco`.
+      origin: that of the `Dataset`.
+
+    Raises:
+      UserError: as `file_names` and `parse_entries` do.
+    """
     with without_garbage_collection():
-        content = _parse_json(path, data)
-        # COCO's has half a gigabyte, as much as everything that is kept of it.
-        del data
-        entries = group_annotations(content, path)
-        names = file_names(entries, str(path), directory / images, directory)
-        parsed = parse_entries(
-            entries, content["categories"], str(path), ImageFolder(directory / images, names), classes, masks=masks
-        )
-    return Dataset(str(path), fingerprint, *parsed)
+        names = file_names(content.entries, content.name, content.folder, root)
+        images = ImageFolder(content.folder, names)
+        parsed = parse_entries(content.entries, content.categories, content.name, images, classes, masks=masks)
+    return Dataset(content.name, content.fingerprint, *parsed, origin=origin)
+
+
+def ids_of_names(names: Sequence[str], classes: Classes | None, otherwise: Sequence[int]) -> list[Id]:
+    """Category ids for a format that has none: those of the same names in `classes`, or else those given."""
+    if classes is not None and len(set(names)) == len(names) and sorted(names) == sorted(classes.names):
+        return [dict(zip(classes.names, classes.category_ids))[name] for name in names]
+    return list(otherwise)
 
 
 @contextlib.contextmanager

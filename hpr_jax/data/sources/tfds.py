@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hpr_jax.data.dataset import Classes, Dataset, Id
 from hpr_jax.data.decoding import MOST_BITS
 from hpr_jax.data.images import UnreadableImageError
-from hpr_jax.data.sources.coco import Entry, parse_entries, without_garbage_collection
+from hpr_jax.data.sources.coco import Entry, ids_of_names, parse_entries, without_garbage_collection
 from hpr_jax.data.sources.coco_fields import FieldError, read_id, read_text
 from hpr_jax.errors import UserError, shown
 
@@ -112,13 +112,13 @@ def load_tfds(directory: Path, split: str, classes: Classes | None = None, *, ma
             read_entry: ReadEntry = _exact_entry
         else:
             label_names = _check_features(features, directory)
-            ids = _category_ids(label_names, classes)
+            ids = ids_of_names(label_names, classes, range(len(label_names)))
             categories = [{"id": number, "name": label} for number, label in zip(ids, label_names)]
             read_entry = functools.partial(_plain_entry, ids=ids)
         scan = _Scan(str(directory), split, len(source), categories, read_entry)
         images = TfdsImages(str(directory), split, scan.names, exif=exact)
         parsed = parse_entries(scan, categories, name, images, classes, masks=masks)
-    return Dataset(name, scan.digest.hexdigest(), *parsed)
+    return Dataset(name, scan.digest.hexdigest(), *parsed, origin="TFDS")
 
 
 class _Scan:
@@ -225,13 +225,6 @@ def _check_features(features: Mapping[str, Any], directory: Path) -> list[str]:
     if form is not None and form.name != "REL_YXYX":
         raise UserError(f"The boxes of {directory} are {form.name}; detection wants TFDS's default, REL_YXYX.")
     return list(objects["label"].names)
-
-
-def _category_ids(names: Sequence[str], classes: Classes | None) -> list[Id]:
-    """Category ids of classes without any: those of the same names in `classes`, or else the labels."""
-    if classes is not None and len(set(names)) == len(names) and sorted(names) == sorted(classes.names):
-        return [dict(zip(classes.names, classes.category_ids))[name] for name in names]
-    return list(range(len(names)))
 
 
 @functools.lru_cache(maxsize=8)
