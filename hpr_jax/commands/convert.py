@@ -1,7 +1,7 @@
 """Converts weights: official files to checkpoints of this project and back, and detectors to their published form and back.
 
 examples:
-  python -m hpr_jax.main convert --config configs/ddq.py:r50_1x official.pth runs/official
+  python -m hpr_jax.main convert official.pth runs/official
   python -m hpr_jax.main convert --to-torch runs/official back.pth
   python -m hpr_jax.main convert --publish runs/mine mine              # config.json, model.safetensors, README.md
   python -m hpr_jax.main convert --publish runs/mine mine.safetensors  # all in one file
@@ -17,7 +17,6 @@ from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 from hpr_jax.settings import check
-from hpr_jax.weights.hub import is_hub
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -31,7 +30,7 @@ def add_arguments(parser: CommandParser) -> None:
         type=place,
         help="a new workdir; with --to-torch a .pth file; with --publish a new folder, .safetensors file, or hf://owner/name",
     )
-    add_config(parser, "the model that the weights of a .pth or .npz file belong to")
+    add_config(parser, "the model that the weights belong to, where a file does not say it")
     parser.add_argument(
         "--annotations", type=path, metavar="FILE.json", help="COCO annotation file whose categories are the classes"
     )
@@ -79,7 +78,7 @@ def _publish(arguments: Namespace, overrides: Overrides) -> None:
 
 def _to_checkpoint(arguments: Namespace, overrides: Overrides) -> None:
     source, target = arguments.source, _path(arguments.target)
-    if not arguments.config and (is_hub(source) or source.is_dir() or source.suffix == ".safetensors"):
+    if not arguments.config:
         if arguments.annotations:
             raise UserError("--annotations goes with --config, for files that do not say what their weights are of.")
         start()
@@ -87,8 +86,6 @@ def _to_checkpoint(arguments: Namespace, overrides: Overrides) -> None:
 
         to_checkpoint(source, target, overrides)
         return
-    if not arguments.config:
-        raise UserError("Give --config FILE.py[:VARIANT], the model that the weights belong to, or --to-torch or --publish.")
     config = load_config(arguments.config, overrides)
     check(config)
     start()

@@ -97,7 +97,7 @@ def test_folders_in_use_are_left_alone(tmp_path, config_file):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        (["a.pth", "run"], "Give --config"),
+        (["nowhere.pth", "run"], "no checkpoint in nowhere.pth"),
         (["--to-torch", "--config", "c.py", "run", "a.pth"], "leave out"),
         (["--to-torch", "nowhere", "a.pth"], "no checkpoint"),
         (["--config"], "expected one argument"),
