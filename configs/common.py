@@ -104,6 +104,8 @@ def base() -> ConfigDict:
         # Images without objects, and images with a side below min_side pixels, are left out of training.
         "keep_empty": False,
         "min_side": 32,
+        # Images of classes that a smaller part of the images shows are taken more often in an epoch (LVIS); 0: none are.
+        "repeat_threshold": 0.0,
         # Ground-truth boxes that a view has room for; 0: as many as the fullest training image has, and as can be pasted.
         "max_boxes": 0,
         # Number of static image shapes. They are chosen so that little is padded, and each is compiled once. By
@@ -162,6 +164,8 @@ def base() -> ConfigDict:
         "clip_norm": 0.1,
         "warmup_steps": 0,
         "warmup_factor": 1e-4,
+        # The rate falls by gamma at the milestones, or, with the schedule `cosine`, slowly to gamma of it at the end.
+        "schedule": "milestones",
         "milestones": (),
         "gamma": 0.1,
     }

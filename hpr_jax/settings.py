@@ -281,6 +281,12 @@ DATA = {
     ),
     "keep_empty": Setting("Whether images without objects are trained on.", bool),
     "min_side": Setting("Shortest side in pixels of images that are trained on.", int, at_least=0, at_most=MOST),
+    "repeat_threshold": Setting(
+        "Images of classes that a smaller part of the images shows are taken more often: of a class that a part f shows, "
+        "sqrt(repeat_threshold / f) times. 0: all images are taken once.",
+        at_least=0,
+        at_most=1,
+    ),
     "max_boxes": Setting(
         "Ground-truth boxes that a view has room for; 0: as many as the fullest image needs.", int, at_least=0, at_most=MOST
     ),
@@ -371,6 +377,12 @@ OPTIMIZER = {
         at_most=MOST_STEPS,
     ),
     "gamma": Setting("Factor by which the learning rate falls.", above=0, at_most=1),
+    "schedule": Setting(
+        "How the learning rate falls: by gamma at each of the milestones, or along a cosine from the end of the warm-up to "
+        "gamma times the rate at the end.",
+        str,
+        choices=("milestones", "cosine"),
+    ),
 }
 EVALUATE = {
     "batch_size": _count("Images of a batch on each device."),

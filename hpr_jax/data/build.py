@@ -22,6 +22,7 @@ from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.decoding import MOST_BITS
 from hpr_jax.data.images import ImagesOfFewerBits
 from hpr_jax.data.loading.batch_plan import Shape, TrainPlan, choose_buckets
+from hpr_jax.data.loading.repeats import repeat_factors
 from hpr_jax.data.sources.coco import is_coco, load_coco
 from hpr_jax.data.sources.recognize import names_leave_open, recognize, unrecognized
 from hpr_jax.data.sources.source import describe
@@ -129,7 +130,10 @@ def make_plan(config: ConfigDict, dataset: Dataset) -> TrainPlan:
     draw = functools.partial(_draw_geometries(settings), sizes, settings.to_dict())
     trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
     buckets = choose_buckets(trial, config.data.buckets, [] if settings.kind == "lsj" else _largest_shapes(settings, sizes))
-    return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed)
+    repeats = None
+    if config.data.repeat_threshold:
+        repeats = repeat_factors(*dataset.records.objects(), len(dataset), config.data.repeat_threshold)
+    return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed, repeats=repeats)
 
 
 def _draw_geometries(settings: ConfigDict) -> Callable[..., list[Geometry]]:

@@ -107,6 +107,12 @@ class Records:
         """Number of objects of each record: int64 `[K]`."""
         return np.diff(self.starts)[self.order]
 
+    def objects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Record and class of each object: int64 and int32 `[n]`."""
+        starts, ends = self.starts[self.order], self.starts[self.order + 1]
+        labels = [self.labels[start:end] for start, end in zip(starts, ends)]
+        return np.repeat(np.arange(len(self)), self.counts), np.concatenate([np.zeros(0, np.int32), *labels])
+
     def count_masks(self) -> int:
         """Number of objects that have a mask."""
         if self.masks is None:

@@ -75,7 +75,7 @@ def warn_of_recipe(config: ConfigDict) -> None:
             side,
         )
     length, unit = config.train.steps or config.train.epochs, "steps" if config.train.steps else "epochs"
-    milestones = config.optimizer.milestones
+    milestones = config.optimizer.milestones if config.optimizer.schedule == "milestones" else ()
     if milestones and not length / 10 <= max(milestones) < length:
         log.warning(
             "The learning rate falls at %s, and the length is %d %s: config.optimizer.milestones and "

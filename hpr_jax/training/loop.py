@@ -148,7 +148,7 @@ class TrainingLoop:
             batch = upcoming
             assert batch is not None, "every step before the last has a batch"
             with jax.transfer_guard("disallow"):
-                state, numbers = step_function(state, batch, learning_rate(self.config.optimizer, step))
+                state, numbers = step_function(state, batch, self.learning_rate(step))
             self.watch_compilation(step, step_function, batch.images.shape)
             # While the devices compute the step, the next batch is loaded and sent to them.
             lost: DataLostError | None = None
@@ -203,6 +203,10 @@ class TrainingLoop:
         initial = tuple(refiner.merge_initial) or (1.0,) * (1 + len(refiner.auxiliaries))
         log_merges(state.params, None if refiner.merge_xavier else initial)
         return metrics
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        return learning_rate(self.config.optimizer, step, self.config.train.steps)
 
     def read_numbers(self, step: int, numbers: StepNumbers) -> None:
         """Waits for the numbers of a step, and keeps those that later lines of the log need.
@@ -270,7 +274,7 @@ class TrainingLoop:
           loaded_ahead: whether batches could be loaded while steps ran, so that waiting for them says something.
         """
         seconds = time.perf_counter() - interval.began
-        images_per_second, rate = interval.images / seconds, learning_rate(self.config.optimizer, step - 1)
+        images_per_second, rate = interval.images / seconds, self.learning_rate(step - 1)
         terms = {f"term/{name}": float(value) for name, value in jax.device_get(numbers).items() if "/" in name}
         loss, data_wait = float(np.mean(self.progress.losses)), interval.waited / seconds
         self.progress.losses.clear()
@@ -290,7 +294,7 @@ class TrainingLoop:
         summary = f"loss {loss:.3f}, learning rate {rate:.2g}, {images_per_second:.2f} images/s"
         if data_wait > DATA_WAIT:
             summary += f", waiting for data {data_wait:.0%}"
-        self.bar.set_postfix_str(summary)
+        self.bar.set_postfix_str(f"{summary}, gradient {float(numbers['gradient_norm']):.2g}")
         progress_log.info("step %d of %d: %s", step, self.config.train.steps, summary)
         if data_wait > DATA_WAIT and loaded_ahead and not self._said_to_wait:
             self._said_to_wait = True

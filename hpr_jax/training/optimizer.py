@@ -1,6 +1,7 @@
 """AdamW as the official recipes set it up."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +11,24 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 
-def learning_rate(settings: Mapping[str, Any], step: int) -> float:
-    """Linear warm-up from `warmup_factor`, then a factor `gamma` at each milestone; `step` counts from 0.
+def learning_rate(settings: Mapping[str, Any], step: int, steps: int) -> float:
+    """Linear warm-up from `warmup_factor`, then a factor `gamma` at each milestone, or a cosine to `gamma` at the end.
 
     Of the `warmup_steps` the first has the factor, and the last the full rate, as in the official schedule.
+
+    Args:
+      settings: the section `optimizer`; milestones count steps.
+      step: counted from 0.
+      steps: of the whole run.
     """
     warmup, factor = settings["warmup_steps"], settings["warmup_factor"]
     ramp = factor + (1 - factor) * min(step / max(warmup - 1, 1), 1.0) if warmup else 1.0
-    passed = sum(step >= milestone for milestone in settings["milestones"])
-    return settings["learning_rate"] * ramp * settings["gamma"] ** passed
+    if settings["schedule"] == "cosine":
+        progress = max(step - warmup, 0) / max(steps - 1 - warmup, 1)
+        fall = settings["gamma"] + (1 - settings["gamma"]) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    else:
+        fall = settings["gamma"] ** sum(step >= milestone for milestone in settings["milestones"])
+    return settings["learning_rate"] * ramp * fall
 
 
 # The attributes through which a module has the layer that says where its deformable attention samples.

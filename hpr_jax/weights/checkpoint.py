@@ -44,10 +44,11 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
         "train_split": "train",
         "val_split": "validation",
         "val_fraction": 0.2,
+        "repeat_threshold": 0.0,
         "image_bits": 16,
         "patience": 600.0,
     },
-    "optimizer": {"merge_multiplier": 1.0, "merge_decay": True, "offsets_multiplier": 1.0},
+    "optimizer": {"merge_multiplier": 1.0, "merge_decay": True, "offsets_multiplier": 1.0, "schedule": "milestones"},
     "loss": {"class_weight": 1.0},
     "evaluate": {"max_detections": [1, 10, 100]},
 }

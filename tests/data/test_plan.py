@@ -12,6 +12,7 @@ from hpr_jax.data.augmentation.views import ViewMaker
 from hpr_jax.data.build import make_plan
 from hpr_jax.data.loading.batch_plan import TrainPlan, choose_buckets, evaluation_plan, fits, smallest_bucket
 from hpr_jax.data.loading.batches import EvaluationLoader, TrainLoader
+from hpr_jax.data.loading.repeats import draw_repeats, repeat_factors
 
 NESTED = [(32, 32), (64, 64), (96, 96)]
 
@@ -327,3 +328,45 @@ class TestFromAConfig:
         drawn = [[slot.geometry for slot in sorted(slots(plan, epoch), key=lambda slot: slot.index)] for epoch in range(2)]
         assert [geometry.flip for geometry in drawn[0]] != [geometry.flip for geometry in drawn[1]]
         assert [geometry.window for geometry in drawn[0]] != [geometry.window for geometry in drawn[1]]
+
+
+class TestRepeatedImages:
+    """Of eight images, six show cups, one a pen beside a cup, and one nothing."""
+
+    IMAGES = np.array([0, 0, 1, 2, 3, 4, 5, 5])
+    LABELS = np.array([0, 0, 0, 0, 0, 0, 0, 1], np.int32)
+
+    def factors(self, threshold=0.5):
+        return repeat_factors(self.IMAGES, self.LABELS, 8, threshold)
+
+    def test_an_image_has_the_factor_of_its_rarest_class(self):
+        np.testing.assert_allclose(self.factors(), [1, 1, 1, 1, 1, 2, 1, 1])
+        np.testing.assert_allclose(self.factors(1.0), [(8 / 6) ** 0.5] * 5 + [8**0.5] + [1, 1])
+
+    def test_without_objects_all_are_taken_once(self):
+        nothing = repeat_factors(np.zeros(0, int), np.zeros(0, int), 3, 0.5)
+        assert nothing.tolist() == [1, 1, 1]
+
+    def test_fractions_are_rounded_at_random_and_their_sum_stays(self):
+        factors, rng = np.array([1.25, 1.0, 2.5, 1.25]), np.random.default_rng(0)
+        drawn = np.array([draw_repeats(factors, rng) for _ in range(4000)])
+        assert set(drawn.sum(axis=1)) == {6}
+        assert np.all((drawn == np.floor(factors)) | (drawn == np.ceil(factors)))
+        np.testing.assert_allclose(drawn.mean(axis=0), factors, atol=0.03)
+
+    def test_a_sum_that_is_no_whole_number_is_rounded(self):
+        factors, rng = np.array([1.4, 1.9, 1.0]), np.random.default_rng(0)
+        drawn = np.array([draw_repeats(factors, rng) for _ in range(200)])
+        assert set(drawn.sum(axis=1)) == {4}
+        assert drawn.min() >= 1
+
+    def test_an_epoch_takes_them_with_geometries_and_seeds_of_their_own(self):
+        plan = TrainPlan(square(*[32] * 8), 8, batch_size=3, buckets=[(32, 32)], seed=1, repeats=self.factors())
+        assert plan.steps_per_epoch == 3
+        for epoch in range(5):
+            taken = slots(plan, epoch)
+            assert Counter(slot.index for slot in taken) == {index: 2 if index == 5 else 1 for index in range(8)}
+            assert len({slot.seed for slot in taken}) == 9
+            copies = [slot.geometry for slot in taken if slot.index == 5]
+            assert copies[0] != copies[1]
+        assert [slot.index for slot in slots(plan, 0)] != [slot.index for slot in slots(plan, 1)]

@@ -13,29 +13,46 @@ from hpr_jax.training.optimizer import Optimizer, learning_rate, moving_average
 from hpr_jax.training.state import TrainState
 from hpr_jax.training.step import TrainStep
 
-SCHEDULE = {"learning_rate": 1.0, "warmup_steps": 5, "warmup_factor": 0.5, "milestones": (6, 8, 10), "gamma": 0.1}
+SCHEDULE = {
+    "learning_rate": 1.0,
+    "warmup_steps": 5,
+    "warmup_factor": 0.5,
+    "milestones": (6, 8, 10),
+    "gamma": 0.1,
+    "schedule": "milestones",
+}
 
 
 class TestLearningRate:
     def test_the_warm_up_ends_at_the_full_rate(self):
-        rates = [learning_rate(SCHEDULE, step) for step in range(6)]
+        rates = [learning_rate(SCHEDULE, step, 12) for step in range(6)]
         assert rates == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0, 1.0])
 
     def test_a_warm_up_of_one_or_two_steps(self):
         for steps in (1, 2):
-            rates = [learning_rate({**SCHEDULE, "warmup_steps": steps}, step) for step in range(3)]
+            rates = [learning_rate({**SCHEDULE, "warmup_steps": steps}, step, 12) for step in range(3)]
             assert rates == pytest.approx([0.5, 1.0, 1.0])
 
     def test_each_milestone_multiplies_by_gamma(self):
-        rates = [learning_rate(SCHEDULE, step) for step in range(5, 12)]
+        rates = [learning_rate(SCHEDULE, step, 12) for step in range(5, 12)]
         assert rates == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
 
     def test_a_milestone_within_the_warm_up(self):
-        rates = [learning_rate({**SCHEDULE, "milestones": (2,)}, step) for step in (1, 2, 4)]
+        rates = [learning_rate({**SCHEDULE, "milestones": (2,)}, step, 12) for step in (1, 2, 4)]
         assert rates == pytest.approx([0.625, 0.075, 0.1])
 
+    def test_a_cosine_from_the_end_of_the_warm_up_to_the_end(self):
+        """Half of the way lies between the full rate and gamma."""
+        settings = {**SCHEDULE, "schedule": "cosine"}
+        rates = [learning_rate(settings, step, 16) for step in range(16)]
+        assert rates[:6] == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0, 1.0])
+        assert rates[10] == pytest.approx(0.55)
+        assert rates[15] == pytest.approx(0.1)
+        assert rates[5:] == sorted(rates[5:], reverse=True)
+        assert learning_rate(settings, 99, 16) == pytest.approx(0.1)
+
     def test_without_warm_up_and_milestones(self):
-        assert [learning_rate({**SCHEDULE, "warmup_steps": 0, "milestones": ()}, step) for step in (0, 99)] == [1.0, 1.0]
+        assert [learning_rate({**SCHEDULE, "warmup_steps": 0, "milestones": ()}, step, 12) for step in (0, 99)] == [1.0, 1.0]
 
 
 class TestMovingAverage:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, Slot
+from hpr_jax.data.loading.repeats import draw_repeats
 
 # Padded sides are multiples of this. Finer steps would save nothing, since the coarsest feature map has stride 64.
 GRID = 32
@@ -91,11 +92,22 @@ class TrainPlan:
       count: number of images in the data set, at least `batch_size`.
       buckets: padded shapes, smallest first, that hold every size which `draw` can give.
       seed: the epochs are drawn from it.
+      repeats: how often an epoch takes each image, on average, as `repeat_factors` says; None: once.
     """
 
-    def __init__(self, draw: DrawGeometry, count: int, *, batch_size: int, buckets: Sequence[Shape], seed: int):
+    def __init__(
+        self,
+        draw: DrawGeometry,
+        count: int,
+        *,
+        batch_size: int,
+        buckets: Sequence[Shape],
+        seed: int,
+        repeats: np.ndarray | None = None,
+    ):
         self.draw, self.count, self.batch_size, self.buckets, self.seed = draw, count, batch_size, buckets, seed
-        self.steps_per_epoch = count // batch_size
+        self.repeats = repeats
+        self.steps_per_epoch = (count if repeats is None else round(float(repeats.sum()))) // batch_size
         self._cache_epochs()
 
     def _cache_epochs(self) -> None:
@@ -123,15 +135,27 @@ class TrainPlan:
         for other in later:
             yield from (slot for slot in self[other].slots if fits(slot.geometry.size, shape))
 
+    def _slots(self, epoch: int, rng: np.random.Generator) -> Iterator[Slot]:
+        """The slots of an epoch, in a random order."""
+        if self.repeats is None:
+            order = rng.permutation(self.count)
+            geometries = [self.draw(rng)]
+        else:
+            taken = draw_repeats(self.repeats, rng)
+            # The k-th copy of an image is number k * count more than the image.
+            numbers = [np.flatnonzero(taken > copy) + copy * self.count for copy in range(int(taken.max()))]
+            order = rng.permutation(np.concatenate(numbers))
+            geometries = [self.draw(rng) for _ in numbers]
+        for number in map(int, order):
+            copy, index = divmod(number, self.count)
+            # The seed is never (seed, epoch, 0), which NumPy takes for (seed, epoch), the epoch's own.
+            yield Slot(index, geometries[copy][index], (self.seed, epoch, number + 1))
+
     def _make_epoch(self, epoch: int) -> list[PlannedBatch]:
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.count)
-        geometries = self.draw(rng)
         waiting: dict[Shape, list[Slot]] = {}
         batches = []
-        for index in order:
-            # The seed is never (seed, epoch, 0), which NumPy takes for (seed, epoch), the epoch's own.
-            slot = Slot(int(index), geometries[index], (self.seed, epoch, int(index) + 1))
+        for slot in self._slots(epoch, rng):
             shape = smallest_bucket(self.buckets, slot.geometry.size)
             queue = waiting.setdefault(shape, [])
             queue.append(slot)
