@@ -7,10 +7,14 @@ __all__ = ["Detections", "ImageDetector", "UserError", "load", "load_config"]
 
 def __getattr__(name: str):
     # The command line answers mistakes before it imports JAX.
-    if name in ("Detections", "ImageDetector", "load"):
+    if name in ("ImageDetector", "load"):
         from hpr_jax.inference import image_detector as inference
 
         return getattr(inference, name)
+    if name == "Detections":
+        from hpr_jax.inference.detections import Detections
+
+        return Detections
     if name == "load_config":
         from hpr_jax.config import load_config
 

@@ -208,13 +208,21 @@ def read_image(path: Path, bits: int = MOST_BITS) -> np.ndarray:
       UnreadableImageError: the file is missing or not an image.
     """
     image = ImageFile(Path(path))
-    data = image.read()
-    _declared_size(data, image.name)
-    pixels = _decode(data, image.name, bits)
+    return read_image_bytes(image.read(), image.name, bits)
+
+
+def read_image_bytes(data: bytes, name: str, bits: int = MOST_BITS) -> np.ndarray:
+    """Decodes the content of a file as `read_image` does; `name` names it in messages.
+
+    Raises:
+      UnreadableImageError: it is not an image.
+    """
+    _declared_size(data, name)
+    pixels = _decode(data, name, bits)
     used = bits_if_dark(data, pixels)
     if used and (advice := advice_on_bits(used)) not in _said:
         _said.add(advice)
-        log.warning("%s has samples of 16 bits, and is dark: %s.", image.name, advice)
+        log.warning("%s has samples of 16 bits, and is dark: %s.", name, advice)
     return pixels
 
 

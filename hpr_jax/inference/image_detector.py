@@ -5,9 +5,8 @@ detector = hpr_jax.load("runs/ddq")
 result = detector("street.jpg")  # result.boxes, .scores, .labels, .names, .draw()
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,16 +14,14 @@ import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
 
 from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
-from hpr_jax.data.dataset import Classes, Id
-from hpr_jax.data.decoding import to_eight_bits
-from hpr_jax.data.images import UnreadableImageError, read_image
-from hpr_jax.errors import UserError
+from hpr_jax.data.dataset import Classes
 from hpr_jax.inference.detect import make_detect
-from hpr_jax.inference.drawing import draw
+from hpr_jax.inference.detections import Detections
+from hpr_jax.inference.explanation import Explanation, explain
+from hpr_jax.inference.pixels import ImageLike, as_array
 from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
@@ -33,50 +30,6 @@ from hpr_jax.weights.source import open_source
 
 # Sides of padded inputs are multiples of this many pixels, so that images of similar shape share one compiled program.
 GRID = 128
-
-ImageLike = np.ndarray | Image.Image | str | Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first.
-
-    Attributes:
-      image: RGB uint8 `[h, w, 3]`.
-      boxes: float32 xyxy `[n, 4]` in pixels of the image.
-      scores: float32 `[n]`, between 0 and 1.
-      labels: int32 `[n]`, class indices.
-      names: the class name of each detection.
-      category_ids: the category of each detection, as in the training annotations.
-    """
-
-    image: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    names: list[str]
-    category_ids: list[Id]
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def above(self, threshold: float) -> "Detections":
-        """The detections with at least this score."""
-        keep = self.scores >= threshold
-        where = np.flatnonzero(keep)
-        return Detections(
-            image=self.image,
-            boxes=self.boxes[keep],
-            scores=self.scores[keep],
-            labels=self.labels[keep],
-            names=[self.names[i] for i in where],
-            category_ids=[self.category_ids[i] for i in where],
-        )
-
-    def draw(self) -> np.ndarray:
-        """The image with boxes, names and scores on it, RGB uint8 `[h, w, 3]`."""
-        captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores)]
-        return draw(self.image, self.boxes, self.labels, captions)
 
 
 class ImageDetector:
@@ -106,22 +59,63 @@ class ImageDetector:
         """Detects objects.
 
         Args:
-          images: a path, a Pillow image, an array of uint8 or uint16, RGB `[h, w, 3]` or grey `[h, w]`, or a list or tuple
-            of such. Samples of 16 bits become 8 as `config.data.image_bits` says.
+          images: a path, the bytes of an image file, a Pillow image, an array of uint8 or uint16, RGB `[h, w, 3]` or grey
+            `[h, w]`, or a list or tuple of such. Samples of 16 bits become 8 as `config.data.image_bits` says. A list runs
+            in batches of `config.evaluate.batch_size` images, which find what each image alone would.
           threshold: lowest score of the detections.
 
         Raises:
           UserError: an image cannot be read, or an array is of another type or shape.
         """
-        if isinstance(images, list | tuple):
-            return [self(image, threshold) for image in images]
-        image = _as_array(images, self.config.data.image_bits)
-        geometry, padded, sizes = self._prepare(image)
-        boxes, scores, labels, valid = (a[0] for a in jax.device_get(self._detect(self._state, padded, sizes)))
+        bits = self.config.data.image_bits
+        if not isinstance(images, list | tuple):
+            (found,) = self._detect_batch([as_array(images, bits)])
+            return found.above(threshold)
+        arrays = [as_array(image, bits) for image in images]
+        found_by_place: dict[int, Detections] = {}
+        for places in self._batches(arrays):
+            found_by_place |= zip(places, self._detect_batch([arrays[place] for place in places]))
+        return [found_by_place[place].above(threshold) for place in range(len(arrays))]
+
+    def _batches(self, images: Sequence[np.ndarray]) -> Iterator[list[int]]:
+        """Places of images that go into one batch: they are padded to the same shape."""
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for place, image in enumerate(images):
+            by_shape.setdefault(_padded_shape(self._geometry(image)), []).append(place)
+        size = self.config.evaluate.batch_size
+        for places in by_shape.values():
+            yield from (places[start : start + size] for start in range(0, len(places), size))
+
+    def _detect_batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """What is found in images `[h, w, 3]` that are padded to the same shape.
+
+        A batch of several images that is not full is filled up with its first image, so that a shape has two programs: for a
+        single image, and for a full batch.
+        """
+        full = 1 if len(images) == 1 else self.config.evaluate.batch_size
+        prepared = [self._prepare(image) for image in images]
+        filled = [*prepared, *([prepared[0]] * (full - len(prepared)))]
+        padded, sizes = (np.concatenate(arrays) for arrays in list(zip(*filled))[1:])
+        found = jax.device_get(self._detect(self._state, padded, sizes))
+        return [
+            self._detections(image, geometry, *(array[place] for array in found))
+            for place, (image, (geometry, _, _)) in enumerate(zip(images, prepared))
+        ]
+
+    def _detections(
+        self,
+        image: np.ndarray,
+        geometry: Geometry,
+        boxes: np.ndarray,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        valid: np.ndarray,
+    ) -> Detections:
+        """What `make_detect` has found in one image, in pixels of that image."""
         height, width = image.shape[:2]
         scale = np.array([width / geometry.resized[1], height / geometry.resized[0]] * 2)
         names, ids = self.classes.names, self.classes.category_ids
-        found = Detections(
+        return Detections(
             image=image,
             # On a canvas larger than the image, boxes may reach beyond the image.
             boxes=np.clip(boxes[valid] * scale, 0, [width, height] * 2).astype(np.float32),
@@ -130,78 +124,51 @@ class ImageDetector:
             names=[names[label] for label in labels[valid]],
             category_ids=[ids[label] for label in labels[valid]],
         )
-        return found.above(threshold)
 
     def outputs(self, image: ImageLike) -> Outputs:
         """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and
         branch, memory, reference boxes, hidden states, attention masks. Boxes are cxcywh, relative to the image."""
-        _, padded, sizes = self._prepare(_as_array(image, self.config.data.image_bits))
+        _, padded, sizes = self._prepare(as_array(image, self.config.data.image_bits))
         return self._outputs(self._state, padded, sizes)
+
+    def explain(self, image: ImageLike, query: int | None = None) -> Explanation:
+        """How one query comes to its box, layer by layer: where it samples the image, and what each branch predicts.
+
+        Args:
+          image: as for a call.
+          query: number of a matching query; None for the one of the best detection.
+
+        Raises:
+          UserError: the image cannot be read, there is no such query, or the primary refiner does not sample.
+        """
+        array = as_array(image, self.config.data.image_bits)
+        geometry, padded, sizes = self._prepare(array)
+        return explain(self.module, array, geometry.resized, padded, sizes, query, self.classes.names)
+
+    def _geometry(self, image: np.ndarray) -> Geometry:
+        """How an image `[h, w, 3]` is resized."""
+        settings = self.config.evaluate
+        (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        return geometry
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
         """How an image `[h, w, 3]` is resized, the padded input uint8 `[1, H, W, 3]`, and its valid size int32 `[1, 2]`."""
-        settings = self.config.evaluate
-        (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        geometry = self._geometry(image)
         resized = apply_to_image(image, geometry)
-        height, width = (-(-side // GRID) * GRID for side in geometry.size)
-        padded = np.zeros((1, height, width, 3), np.uint8)
+        padded = np.zeros((1, *_padded_shape(geometry), 3), np.uint8)
         padded[0, : geometry.size[0], : geometry.size[1]] = resized
         return geometry, padded, np.array([geometry.size], np.int32)
+
+
+def _padded_shape(geometry: Geometry) -> tuple[int, int]:
+    """(height, width) to which an image is padded."""
+    height, width = (-(-side // GRID) * GRID for side in geometry.size)
+    return height, width
 
 
 def _all_outputs(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, sizes: jax.Array) -> Outputs:
     detector = nnx.merge(graph, state)
     return detector(detector.normalize(images, sizes), sizes)
-
-
-def _as_array(image: ImageLike, bits: int) -> np.ndarray:
-    """The pixels of an image, RGB uint8 `[h, w, 3]`.
-
-    Args:
-      bits: number of bits that samples use where they are stored in 16.
-
-    Raises:
-      UserError: it cannot be read, or is of another type or shape.
-    """
-    if isinstance(image, str | Path):
-        try:
-            return read_image(Path(image).expanduser(), bits)
-        except UnreadableImageError as error:
-            raise UserError(f"{error}.") from error
-    if isinstance(image, Image.Image):
-        return _from_pillow(image, bits)
-    try:
-        array = np.asarray(image)
-    except (TypeError, ValueError):
-        array = np.zeros(0)
-    if array.dtype.kind == "u" and array.itemsize == 2:
-        array = to_eight_bits(array, bits)
-    if array.ndim == 2 and array.dtype == np.uint8:
-        array = np.repeat(array[..., None], 3, axis=2)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        what = f"an array of {array.dtype} {list(array.shape)}" if array.size else f"of type {type(image).__name__}"
-        raise UserError(
-            f"An image is a path, a Pillow image, or an array of uint8 or uint16, RGB [h, w, 3] or grey [h, w]; this one is "
-            f"{what}."
-        )
-    return array
-
-
-def _from_pillow(image: Image.Image, bits: int) -> np.ndarray:
-    """The pixels of a Pillow image as a file of it would be read: turned by its EXIF orientation, palettes looked up, grey
-    as RGB, colours without their opacity, and of the `bits` bits that samples of 16 use, the upper 8."""
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            return np.repeat(to_eight_bits(np.asarray(image), bits)[..., None], 3, axis=2)
-        if image.mode in ("I", "F"):
-            raise UserError(f"A Pillow image of mode {image.mode!r} has no range of values; convert it to 'L' or 'RGB'.")
-        pixels = np.asarray(image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"The Pillow image cannot be decoded: {error}.") from error
-    if 0 in pixels.shape:
-        raise UserError("The Pillow image has no pixels.")
-    return pixels
 
 
 def load(

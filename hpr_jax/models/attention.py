@@ -111,12 +111,25 @@ class DeformableAttention(nnx.Module):
         Returns:
           `[B, Q, C]`, the residual included.
         """
-        batch, queries, _ = query.shape
-        shape = (batch, queries, self.heads, self.levels, self.points)
         # Padded tokens are zeroed behind the projection, since they would get its bias.
         value = jnp.where(memory.valid[..., None], self.value(memory.tokens), 0)
-        value = value.reshape(batch, -1, self.heads, value.shape[-1] // self.heads)
+        value = value.reshape(len(query), -1, self.heads, value.shape[-1] // self.heads)
+        pixels, weights = self.samples(query, position, memory, reference)
+        locations = pixels / jnp.array([(w, h) for h, w in memory.spatial_shapes], jnp.float32)[:, None]
+        sampled = deformable_sampling(value, memory.spatial_shapes, locations, weights, implementation=self.implementation)
+        return query + self.output(sampled)
 
+    def samples(
+        self, query: jax.Array, position: jax.Array, memory: Pyramid, reference: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Where the queries sample the memory; the arguments are those of a call.
+
+        Returns:
+          Points (x, y) in pixels of each level, `[B, Q, heads, levels, points, 2]`, and their weights, which sum to 1 in
+          each head, `[B, Q, heads, levels, points]`.
+        """
+        batch, queries, _ = query.shape
+        shape = (batch, queries, self.heads, self.levels, self.points)
         positioned = query + position
         offsets = self.offsets(positioned).reshape(*shape, 2).astype(jnp.float32)
         weights = self.weights(positioned).reshape(batch, queries, self.heads, -1)
@@ -127,10 +140,7 @@ class DeformableAttention(nnx.Module):
         if reference.shape[-1] == 4:
             # Around a box, an offset of P is half the side of the box; around a point, offsets are pixels.
             offsets = offsets / self.points * reference[..., 2:] * 0.5 * extent
-        pixels = reference[..., :2] * extent + offsets
-        locations = pixels / jnp.array([(w, h) for h, w in memory.spatial_shapes], jnp.float32)[:, None]
-        sampled = deformable_sampling(value, memory.spatial_shapes, locations, weights, implementation=self.implementation)
-        return query + self.output(sampled)
+        return reference[..., :2] * extent + offsets, weights
 
 
 def _compass(heads: int, levels: int, points: int) -> nnx.Initializer:

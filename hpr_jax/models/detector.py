@@ -114,10 +114,9 @@ class Detector(nnx.Module):
           train: whether there is what only losses read, such as dense queries.
           keys: `[B]`, a key for each image, for what is random in training (drop path); None: nothing is random.
         """
-        maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
-        memory = self.encoder(flatten(maps, map_sizes, sizes))
+        memory = self.remember(images, sizes, keys)
         matching, dense = self.query_init(memory, train=train)
-        queries = self._decoder_input(denoising, matching, dense)
+        queries = self.decoder_input(denoising, matching, dense)
         decoded = self.refiner(queries, memory, self.heads)
 
         normed, *branch_normed = self.refiner.normed(decoded)
@@ -152,7 +151,12 @@ class Detector(nnx.Module):
             ),
         )
 
-    def _decoder_input(
+    def remember(self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None) -> Pyramid:
+        """The memory of images; the arguments are those of a call."""
+        maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
+        return self.encoder(flatten(maps, map_sizes, sizes))
+
+    def decoder_input(
         self, denoising: DenoisingQueries | None, matching: InitialQueries, dense: InitialQueries | None
     ) -> DecoderInput:
         """Joins the kinds of queries. Denoising queries see their own group and the matching queries, matching queries see

@@ -12,8 +12,8 @@ from pictures import BLUE, GREEN, RED, dataset, plain
 
 from hpr_jax.data.images import read_image
 from hpr_jax.errors import UserError
+from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.drawing import contact_sheet, draw, write_image
-from hpr_jax.inference.image_detector import Detections
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
 # Boxes, labels and captions of no detection.

@@ -1,5 +1,7 @@
 """The image detector, with known detections: from an image of any form to boxes in its pixels."""
 
+import io
+import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ from PIL import Image
 
 import hpr_jax
 from hpr_jax.data.dataset import Classes
-from hpr_jax.inference.image_detector import Detections, ImageDetector
+from hpr_jax.errors import UserError
+from hpr_jax.inference.detections import Detections
+from hpr_jax.inference.image_detector import ImageDetector
 
 
 class Detect:
@@ -28,7 +32,8 @@ class Detect:
 
     def __call__(self, state, images, sizes):
         self.images, self.sizes = images, sizes
-        return self.arrays
+        self.batches = [*getattr(self, "batches", []), len(images)]
+        return tuple(np.repeat(array, len(images), axis=0) for array in self.arrays)
 
 
 def detector(detect, side=64, max_side=64, canvas=0, classes=CLASSES):
@@ -155,7 +160,7 @@ class TestForms:
             (np.zeros((0, 8, 3), np.uint8), "this one is of type ndarray"),
             (None, "an array of object"),
             (5, r"an array of int64 \[\]"),
-            (b"bytes", "this one is an array of"),
+            (b"bytes", "The image of 5 bytes"),
             (Image.new("F", (8, 8)), "mode 'F' has no range of values; convert it to 'L' or 'RGB'"),
             (Image.new("RGB", (0, 8)), "has no pixels"),
         ],
@@ -215,7 +220,7 @@ class TestSelection:
             drawn.append(arguments)
             return "picture"
 
-        monkeypatch.setattr("hpr_jax.inference.image_detector.draw", draw)
+        monkeypatch.setattr("hpr_jax.inference.detections.draw", draw)
         image = plain(64, 64, RED)
         result = detector(Detect((0, 0, 9, 9), (8, 8, 32, 16), scores=[0.751, 0.5], labels=[1, 2]))(image, 0.0)
         assert result.draw() == "picture"
@@ -224,3 +229,78 @@ class TestSelection:
         assert boxes.tolist() == [[0, 0, 9, 9], [8, 8, 32, 16]]
         assert labels.tolist() == [1, 2]
         assert captions == ["pen 0.75", "hat 0.50"]
+
+
+class TestLists:
+    """Batches are of four images, which are padded to the same shape."""
+
+    def made(self, detect):
+        made = detector(detect)
+        made.config.evaluate.batch_size = 4
+        return made
+
+    def test_images_of_a_shape_share_batches(self):
+        detect = Detect((0, 0, 9, 9))
+        found = self.made(detect)([plain(64, 64, RED)] * 9, 0.0)
+        # The last one is alone, and runs in the program for a single image.
+        assert detect.batches == [4, 4, 1]
+        assert [len(one) for one in found] == [1] * 9
+
+    def test_a_batch_that_is_not_full_is_filled_up(self):
+        detect = Detect((0, 0, 9, 9))
+        assert len(self.made(detect)([plain(64, 64, RED)] * 6)) == 6
+        assert detect.batches == [4, 4]
+
+    def test_results_come_in_the_order_of_the_images(self):
+        """Those of another shape run apart."""
+        detect = Detect((0, 0, 64, 64))
+        images = [plain(64, 64, RED), plain(600, 30, BLUE), plain(32, 32, RED), plain(300, 15, BLUE)]
+        made = detector(detect, side=64, max_side=640)
+        made.config.evaluate.batch_size = 4
+        found = made(images, 0.0)
+        assert all(one.image is image for one, image in zip(found, images))
+        assert detect.batches == [4, 4]
+
+    def test_an_empty_list(self):
+        assert self.made(Detect((0, 0, 9, 9)))([]) == []
+
+
+class TestWhatDetectionsTell:
+    FOUND = Detections(
+        plain(40, 60, RED),
+        np.array([[1, 2, 3, 4]] * 6, np.float32),
+        np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], np.float32),
+        np.array([0, 1, 2, 0, 1, 2], np.int32),
+        ["cup", "pen", "hat"] * 2,
+        [2, 5, 9] * 2,
+    )
+
+    def test_a_line(self):
+        assert repr(self.FOUND) == (
+            "<Detections in 60x40 pixels: cup 0.90, pen 0.80, hat 0.70, cup 0.60, pen 0.50 and 1 more>"
+        )
+        assert repr(self.FOUND.above(1.0)) == "<Detections in 60x40 pixels: none>"
+
+    def test_a_dictionary_of_json(self):
+        found = json.loads(json.dumps(self.FOUND.above(0.75).to_dict()))
+        assert (found["height"], found["width"]) == (40, 60)
+        first, second = found["detections"]
+        assert first == {"box": [1, 2, 3, 4], "score": pytest.approx(0.9), "label": 0, "name": "cup", "category_id": 2}
+        assert second["name"] == "pen"
+
+    def test_detections_of_supervision(self):
+        found = self.FOUND.to_supervision()
+        assert found.xyxy.tolist() == self.FOUND.boxes.tolist()
+        assert found.class_id.tolist() == [0, 1, 2, 0, 1, 2]
+        assert list(found["class_name"]) == self.FOUND.names
+        assert len(self.FOUND.above(1.0).to_supervision()) == 0
+
+    def test_a_picture_in_notebooks(self):
+        assert Image.open(io.BytesIO(self.FOUND._repr_png_())).size == (60, 40)
+
+
+def test_bytes_of_a_file_are_an_image():
+    made = detector(Detect((0, 0, 9, 9)))
+    assert made(png(plain(30, 20, RED))).image.tolist() == plain(30, 20, RED).tolist()
+    with pytest.raises(UserError, match=r"The image of 7 bytes .*"):
+        made(b"nothing")

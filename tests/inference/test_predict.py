@@ -16,7 +16,7 @@ from mutations import examples
 from pictures import BLUE, GREEN, RED, plain, png
 
 from hpr_jax.errors import UserError
-from hpr_jax.inference.image_detector import Detections
+from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.predict import predict
 
 # Names of files, which have at most 255 bytes; some are alike but for the suffix.

@@ -277,7 +277,7 @@ class TestDecoderInput:
         denoising = DenoisingQueries(labels=jnp.zeros((1, 5), jnp.int32), boxes=jnp.full((1, 5, 4), 0.1), **layout)
         detector = stub(denoiser=stub(embed=lambda queries: jnp.full((1, 5, 2), 1.0)), dtype=jnp.float32)
         matching, dense = initial(2.0, 0.2, [True, True, False]), initial(3.0, 0.3, [True, True])
-        join = jax.jit(functools.partial(Detector._decoder_input, detector))
+        join = jax.jit(functools.partial(Detector.decoder_input, detector))
         return join(denoising, matching, dense)
 
     def test_who_sees_whom(self):
@@ -313,7 +313,7 @@ class TestDecoderInput:
 
     def test_a_query_without_a_token_is_seen_by_none_when_alone(self):
         detector = stub(denoiser=None, dtype=jnp.float32)
-        join = jax.jit(lambda matching: Detector._decoder_input(detector, None, matching, None))
+        join = jax.jit(lambda matching: Detector.decoder_input(detector, None, matching, None))
         queries = join(initial(2.0, 0.2, [True, False]))
         assert queries.mask.tolist() == [[[True, False], [True, False]]]
         zeros = jnp.zeros((1, 1, 2, 1))
@@ -377,7 +377,8 @@ class TestWhatFollowsTheDecoder:
             branch_heads=[StubHeads(100), StubHeads(1000)],
             dtype=jnp.float32,
         )
-        detector._decoder_input = functools.partial(Detector._decoder_input, detector)
+        detector.decoder_input = functools.partial(Detector.decoder_input, detector)
+        detector.remember = functools.partial(Detector.remember, detector)
         return jax.jit(functools.partial(Detector.__call__, detector))(np.ones((2, 2, 2, 3)), np.array([[2, 2], [2, 1]]))
 
     def test_every_branch_has_its_own_norm_and_heads(self):

@@ -44,6 +44,7 @@ def refine(**merges):
     paths = StubPath(10, 1, 1, (2, 3, 5)), StubPath(20, 1, 2, (3, 5, 2)), StubPath(30, 2, 1, (5, 2, 3))
     none = dict.fromkeys(("merge_attention", "merge_interaction", "merge_ffn"))
     layer = stub(primary=paths[0], auxiliaries=paths[1:], **{**none, **merges})
+    layer.attended = functools.partial(RefinerLayer.attended, layer)
     # In float64, which holds all the numbers exactly.
     ones: Any = np.ones((1, 1, 1))
     refined, branches = RefinerLayer.__call__(layer, ones, ones, None, stub())
@@ -133,6 +134,8 @@ def decode(boxes, content, shift, *, num_denoising=0, nms_threshold=None, refine
         implementation=None,
         remat=False,
     )
+    stubs.mask_of = functools.partial(HybridRefiner.mask_of, stubs)
+    stubs.position_of = functools.partial(HybridRefiner.position_of, stubs)
     heads: Any = StubHeads(shift)
     matching = 4 - num_denoising
     queries = DecoderInput(

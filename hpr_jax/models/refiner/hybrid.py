@@ -136,6 +136,22 @@ class HybridRefiner(nnx.Module):
         maps = memory.tokens, memory.spatial_shapes, memory.level_sizes
         return roi_align(*maps, pixels, **dataclasses.asdict(self.region), implementation=self.implementation)
 
+    def mask_of(self, queries: DecoderInput, selected: jax.Array) -> jax.Array:
+        """Which queries see which in a layer, bool `[B, Q, Q]`, given the selected matching queries, bool `[B, M]`."""
+        mask = queries.mask
+        if self.nms_threshold is not None:
+            matching = mask[:, queries.matching, queries.matching] & distinct_attention(selected)
+            mask = mask.at[:, queries.matching, queries.matching].set(matching)
+        return mask
+
+    def position_of(self, queries: DecoderInput, boxes: jax.Array) -> jax.Array | None:
+        """The position encodings of the queries in a layer, `[B, Q, C]`, given the boxes in front of it, `[B, Q, 4]`."""
+        if self.position is None:
+            return queries.position
+        content = queries.content
+        # Boxes are encoded relative to the valid area, not to the padded map.
+        return self.position(box_encoding(boxes, content.shape[-1] // 2).astype(content.dtype))
+
     def normed(self, decoded: DecoderOutput) -> list[jax.Array]:
         """What the heads of the primary branch and of each auxiliary branch read, `[layers, B, Q, C]` each."""
         hidden = [decoded.hidden, *jnp.unstack(decoded.branches, axis=1)]
@@ -151,15 +167,9 @@ class HybridRefiner(nnx.Module):
         def step(carry, per_layer):
             content, boxes, selected = carry
             layer, heads = per_layer
-            mask = queries.mask
-            if self.nms_threshold is not None:
-                matching = mask[:, queries.matching, queries.matching] & distinct_attention(selected)
-                mask = mask.at[:, queries.matching, queries.matching].set(matching)
+            mask = self.mask_of(queries, selected)
             regions = self.regions(memory, boxes) if needs_regions else None
-            position = queries.position
-            if self.position is not None:
-                # Boxes are encoded relative to the valid area, not to the padded map.
-                position = self.position(box_encoding(boxes, content.shape[-1] // 2).astype(content.dtype))
+            position = self.position_of(queries, boxes)
             content, branches = layer(content, position, mask, Surroundings(memory, boxes, regions))
 
             offsets = heads.offsets(content, queries.num_dense)

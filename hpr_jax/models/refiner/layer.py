@@ -97,15 +97,21 @@ class RefinerLayer(nnx.Module):
           The refined queries `[B, Q, C]`, and the results of the auxiliary paths `[branches, B, Q, C]`.
         """
         paths = [self.primary, *self.auxiliaries]
-
-        def merged(merge, xs):
-            return xs if merge is None else [merge(xs), *xs[1:]]
-
-        xs = [query + path.attention.self_attention(query, position, mask) for path in paths]
-        xs = merged(self.merge_attention, xs)
+        xs = self.attended(query, position, mask)
         xs = [path.interaction(path.norm1(x), position, surroundings) for path, x in zip(paths, xs)]
-        xs = merged(self.merge_interaction, xs)
+        xs = _merged(self.merge_interaction, xs)
         xs = [path.ffn(path.norm2(x)) for path, x in zip(paths, xs)]
-        xs = merged(self.merge_ffn, xs)
+        xs = _merged(self.merge_ffn, xs)
         refined, *branches = [path.norm3(x) for path, x in zip(paths, xs)]
         return refined, jnp.stack(branches) if branches else jnp.zeros((0, *query.shape), query.dtype)
+
+    def attended(self, query: jax.Array, position: jax.Array, mask: jax.Array | None) -> list[jax.Array]:
+        """The queries of each path, `[B, Q, C]`, behind its self-attention; the arguments are those of a call."""
+        paths = [self.primary, *self.auxiliaries]
+        xs = [query + path.attention.self_attention(query, position, mask) for path in paths]
+        return _merged(self.merge_attention, xs)
+
+
+def _merged(merge: Merge | None, xs: list[jax.Array]) -> list[jax.Array]:
+    """What goes on in each path behind a part of it: in the primary one the merge of all."""
+    return xs if merge is None else [merge(xs), *xs[1:]]
