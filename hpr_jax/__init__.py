@@ -1,22 +1,23 @@
 """Hybrid Proposal Refiner (CVPR 2024): DETR-style object detection in JAX."""
 
+import importlib
+
 from hpr_jax.errors import UserError
 
-__all__ = ["Detections", "ImageDetector", "UserError", "load", "load_config"]
+__all__ = ["Callback", "Detections", "ImageDetector", "UserError", "load", "load_config", "train"]
+
+# Where the names are that are imported when they are asked for: the command line answers mistakes before it imports JAX.
+_PLACES = {
+    "Callback": "hpr_jax.training.callbacks",
+    "Detections": "hpr_jax.inference.detections",
+    "ImageDetector": "hpr_jax.inference.image_detector",
+    "load": "hpr_jax.inference.image_detector",
+    "load_config": "hpr_jax.config",
+    "train": "hpr_jax.training.python",
+}
 
 
 def __getattr__(name: str):
-    # The command line answers mistakes before it imports JAX.
-    if name in ("ImageDetector", "load"):
-        from hpr_jax.inference import image_detector as inference
-
-        return getattr(inference, name)
-    if name == "Detections":
-        from hpr_jax.inference.detections import Detections
-
-        return Detections
-    if name == "load_config":
-        from hpr_jax.config import load_config
-
-        return load_config
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'hpr_jax' has no attribute {name!r}")

@@ -24,6 +24,7 @@ from hpr_jax.inference.explanation import Explanation, explain
 from hpr_jax.inference.pixels import ImageLike, as_array
 from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
+from hpr_jax.runtime.compilation_cache import enable_compilation_cache
 from hpr_jax.settings import check
 from hpr_jax.types import Outputs
 from hpr_jax.weights.source import open_source
@@ -193,6 +194,8 @@ def load(
     Raises:
       UserError: there is nothing to load at `source`, or a setting does not exist.
     """
+    # In a notebook the next start finds the programs of this one.
+    enable_compilation_cache()
     settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
     if str(source).partition(":")[0].endswith(".py"):
         config = load_config(str(source), settings)

@@ -17,6 +17,7 @@ from hpr_jax.data.loading.batches import Batch
 from hpr_jax.errors import DataLostError, RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
+from hpr_jax.training.callbacks import Callbacks
 from hpr_jax.training.merges import log_merges
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
@@ -38,6 +39,8 @@ TOLD, EVERY = 100, 1000
 # Seconds of waiting for a batch after which the log says so for the first time, and seconds between two looks at whether the
 # run was asked to stop meanwhile.
 LONG_WAIT, LOOK = 60.0, 1.0
+# What steps count for the loop alone.
+COUNTS = ("reports", "stop")
 # What a metric is where there is nothing to count.
 UNDEFINED = -1.0
 
@@ -84,6 +87,7 @@ class TrainingLoop:
       writer: takes the numbers of the run.
       requests: tells whether this process was asked to stop.
       progress: what a run must remember beside its state; it is saved in checkpoints.
+      callbacks: hear of steps, evaluations and checkpoints, and may end the run.
       bar: the progress bar on a terminal.
       best: the best value so far of the metric that tells the best checkpoint; below 0 before the first evaluation.
       compiled: how many programs the step has compiled.
@@ -97,6 +101,7 @@ class TrainingLoop:
     writer: MetricWriter
     requests: StopRequests
     progress: Progress
+    callbacks: Callbacks
 
     def __post_init__(self) -> None:
         # None: hidden where standard error is no terminal. There the log has lines of progress instead.
@@ -144,7 +149,7 @@ class TrainingLoop:
         # Waiting for the first batch goes to an interval that is thrown away: nothing could be loaded ahead of it.
         upcoming = self._fetch(step, batches, Interval())
         interval = Interval()
-        while step < settings.steps and not self.is_out_of_patience():
+        while step < settings.steps and not (self.callbacks.ended or self.is_out_of_patience()):
             batch = upcoming
             assert batch is not None, "every step before the last has a batch"
             with jax.transfer_guard("disallow"):
@@ -187,11 +192,13 @@ class TrainingLoop:
                     # Training needs no evaluation; without the last one, the run has no result yet.
                     lost = error if last else lost
                 interval = Interval()
-            ends_early = evaluates and not last and self.is_out_of_patience()
+            ends_early = not last and (self.callbacks.ended or (evaluates and self.is_out_of_patience()))
             # Saved after the log and the evaluation: a run that goes on from this step does not write them again.
             if saves or stops or lost or ends_early:
                 self._save(step, state)
-            if ends_early:
+            if ends_early and self.callbacks.ended:
+                log.info("A callback ends the run behind step %d of %d.", step, settings.steps)
+            elif ends_early:
                 self._say_that_it_ends_early(step)
             if stops and not (last or ends_early):
                 raise self.requests.stop(step)
@@ -222,6 +229,7 @@ class TrainingLoop:
                 f"The loss is not finite at step {step}: {', '.join(offending)}. "
                 + (f"The checkpoint of step {latest.step} is kept." if latest else "There was no checkpoint yet.")
             )
+        self.callbacks.on_step(step, {name: float(value) for name, value in values.items() if name not in COUNTS})
         self.progress.losses.append(float(values["loss"]))
         self.progress.reports += int(values["reports"])
         self._any_stop = bool(values["stop"])
@@ -308,6 +316,7 @@ class TrainingLoop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.checkpoints.save(step, evaluation_variables(state), training_arrays(state), self._meta(step, {}))
+        self.callbacks.on_checkpoint(step, self.checkpoints.workdir)
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Evaluates a state, writes the metrics, and saves the state if it is the best so far; returns the metrics.
@@ -325,6 +334,7 @@ class TrainingLoop:
         if value == UNDEFINED:
             log.warning("step %d: the validation images have no objects for %s.", step, self.config.train.best_metric)
         self.progress.note_evaluation(value, self.config.train.min_gain)
+        self.callbacks.on_evaluation(step, result)
         if value > self.best:
             self.checkpoints.save_best(step, evaluation_variables(state), self._meta(step, result.metrics))
             self.best = value

@@ -1,6 +1,7 @@
 """Puts a training run together from its config and its data."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
 from hpr_jax.training.build import check_batch, check_matching, in_steps, make_optimizer, warn_of_recipe
+from hpr_jax.training.callbacks import Callback, Callbacks
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
@@ -54,12 +56,20 @@ def report_data(train: Dataset, usable: Dataset, val: Dataset) -> None:
     )
 
 
-def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, take_over: bool = False) -> dict[str, float]:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    accept_changes: bool = False,
+    take_over: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, float]:
     """Trains, going on from the workdir's latest checkpoint if there is one; returns the metrics of the last evaluation.
 
     Args:
       accept_changes: goes on even if settings or data are others than those that the run began with.
       take_over: begins even if the file system cannot tell whether another run is at work in the workdir.
+      callbacks: what hears of steps, evaluations and checkpoints, and may end the run.
 
     Raises:
       UserError: the run cannot be trained with these settings or data, or another run is at work in the workdir.
@@ -126,7 +136,7 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
             settings.matching,
         )
         with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
-            loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
+            loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress, Callbacks(callbacks))
             batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
             try:
                 return loop.run(step_function, state, batches)

@@ -30,6 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int):
+        self.workdir = workdir
         self._latest, self._best, self._keep = (workdir / LATEST).resolve(), (workdir / BEST).resolve(), keep
         if is_main_process():
             _delete_partial(self._latest)

@@ -20,10 +20,12 @@ from flax import nnx
 from scripted_run import script
 from workdirs import events, lines
 
+import hpr_jax
 from hpr_jax.errors import StoppedError, UserError
 from hpr_jax.runtime.devices import data_mesh
 from hpr_jax.runtime.logs import log_to_console
 from hpr_jax.training import run
+from hpr_jax.training.callbacks import Callback
 from hpr_jax.training.run import train
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.workdir_lock import owned
@@ -393,3 +395,64 @@ class TestEarlyStopping:
     def test_a_metric_of_nothing_is_told(self, scripted, coco, tmp_path, caplog):
         train(settings(coco, steps=3, evaluate_every=3, best_metric="AP_large"), tmp_path)
         assert "step 3: the validation images have no objects for AP_large." in caplog.messages
+
+
+class Listener(Callback):
+    """Remembers what it hears, and ends the run behind a step or evaluation."""
+
+    def __init__(self, end_step=None, end_evaluation=None):
+        self.heard, self.end_step, self.end_evaluation = [], end_step, end_evaluation
+
+    def on_step(self, step, numbers):
+        self.heard.append(("step", step, numbers["loss"]))
+        return step == self.end_step
+
+    def on_evaluation(self, step, result):
+        self.heard.append(("evaluation", step, result.metrics["AP"]))
+        return step == self.end_evaluation
+
+    def on_checkpoint(self, step, workdir):
+        self.heard.append(("checkpoint", step, workdir.name))
+
+
+class TestCallbacks:
+    def test_they_hear_of_everything_in_order(self, scripted, coco, tmp_path):
+        listener = Listener()
+        train(settings(coco, steps=4, evaluate_every=2, checkpoint_every=3), tmp_path, callbacks=[listener])
+        name = tmp_path.name
+        assert listener.heard == [
+            *[("step", 1, 1.0), ("step", 2, 2.0), ("evaluation", 2, 0.5)],
+            *[("step", 3, 3.0), ("checkpoint", 3, name)],
+            *[("step", 4, 4.0), ("evaluation", 4, 0.5), ("checkpoint", 4, name)],
+        ]
+
+    def test_a_step_can_end_the_run_which_then_goes_on(self, scripted, coco, tmp_path):
+        """The numbers of a step come when the next one runs, unless the log reads them before."""
+        config = settings(coco, steps=9, log_every=100)
+        assert train(config, tmp_path, callbacks=[Listener(), Listener(end_step=3)])["AP"] == 0.5
+        (last,) = (tmp_path / "checkpoints").iterdir()
+        assert last.name == "4"
+        train(config, tmp_path)
+        assert len(scripted.rates) == 9
+
+    def test_an_evaluation_can_end_the_run(self, scripted, coco, tmp_path, caplog):
+        with caplog.at_level("INFO", "hpr_jax"):
+            train(settings(coco, steps=9, evaluate_every=2), tmp_path, callbacks=[Listener(end_evaluation=4)])
+        assert "A callback ends the run behind step 4 of 9." in caplog.messages
+        assert evaluated_steps(tmp_path) == [2, 4]
+
+    def test_training_from_python(self, scripted, coco, tmp_path):
+        listener = Listener()
+        steps = {"train.steps": 3, "train.epochs": 0, "train.log_every": 1}
+        config = settings(coco)
+        result = hpr_jax.train(config, workdir=tmp_path / "run", overrides=steps, callbacks=[listener])
+        assert (result.workdir, result.metrics["AP"]) == (tmp_path / "run", 0.5)
+        assert [step for kind, step, _ in listener.heard if kind == "step"] == [1, 2, 3]
+        assert config.train.steps == 4, "the config of the caller stays as it is"
+
+    def test_wrong_settings_from_python(self, coco, tmp_path):
+        with pytest.raises(UserError, match=r"There is no setting config\.train\.step"):
+            hpr_jax.train(settings(coco), workdir=tmp_path / "run", overrides={"train.step": 3})
+        with pytest.raises(UserError, match="nowhere"):
+            hpr_jax.train("ddq.py:demo", data=tmp_path / "nowhere", workdir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
