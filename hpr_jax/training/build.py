@@ -63,6 +63,15 @@ def check_matching(matching: str, platform: str) -> None:
         )
 
 
+def advice_on_dtype(dtype: str, platform: str) -> str | None:
+    """What to think about where the type of activations does not suit the platform, as a sentence; None where it does."""
+    if platform == "gpu" and dtype == "float32":
+        return "Activations are float32; on GPUs, --config.compute.dtype=bfloat16 is faster and takes less memory."
+    if platform == "cpu" and dtype == "bfloat16":
+        return "Activations are bfloat16, which CPUs compute slowly; --config.compute.dtype=float32 is faster there."
+    return None
+
+
 def warn_of_recipe(config: ConfigDict) -> None:
     """Warns about settings that are valid but probably mistakes."""
     side, canvas = config.augmentation.lsj.side, config.evaluate.canvas

@@ -20,7 +20,7 @@ from hpr_jax.models.build import Compute
 from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
-from hpr_jax.training.build import check_batch, check_matching, in_steps, make_optimizer, warn_of_recipe
+from hpr_jax.training.build import advice_on_dtype, check_batch, check_matching, in_steps, make_optimizer, warn_of_recipe
 from hpr_jax.training.callbacks import Callback, Callbacks
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
@@ -85,6 +85,9 @@ def train(
     check_batch(config, mesh.size)
     check_matching(config.train.matching, mesh.devices.flat[0].platform)
     warn_of_recipe(config)
+    advice = advice_on_dtype(config.compute.dtype, mesh.devices.flat[0].platform)
+    if advice:
+        log.info("%s", advice)
     train_split, val_set = load_training_data(config)
     train_set = train_split.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     check_training_data(train_split, train_set, config.data.min_side, config.data.threads)

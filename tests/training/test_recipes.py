@@ -11,7 +11,7 @@ from hpr_jax.losses.aligned import AlignedMatchedLoss
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.losses.matched import FocalMatchedLoss
 from hpr_jax.settings import check
-from hpr_jax.training.build import check_matching, in_steps, warn_of_recipe
+from hpr_jax.training.build import advice_on_dtype, check_matching, in_steps, warn_of_recipe
 
 MODELS = ("deformable_detr", "dino", "align_detr", "ddq")
 ROWS = [
@@ -250,3 +250,9 @@ def test_settings_that_contradict_each_other(model, change, sentence):
 
     with pytest.raises(UserError, match=sentence):
         start()
+
+
+def test_types_that_do_not_suit_the_platform_are_told():
+    assert "bfloat16 is faster" in (advice_on_dtype("float32", "gpu") or "")
+    assert "float32 is faster" in (advice_on_dtype("bfloat16", "cpu") or "")
+    assert advice_on_dtype("float32", "cpu") is advice_on_dtype("bfloat16", "gpu") is None
