@@ -1,7 +1,8 @@
 """Draws what a detector finds in pictures, and writes the boxes as JSON.
 
-example:
+examples:
   python -m hpr_jax.main predict --workdir runs/mine street.jpg photographs/
+  python -m hpr_jax.main predict --workdir runs/mine --tile 800 --overlap 0.2 satellite.png
 """
 
 from argparse import Namespace
@@ -25,6 +26,13 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--recursive", action="store_true", help="take images of folders in the folders, too")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of a detection (default 0.3)")
+    parser.add_argument("--tile", type=int, metavar="SIDE", help="look at large images in tiles of so many pixels")
+    parser.add_argument(
+        "--overlap", type=float, default=0.2, help="part of a tile's side that neighbours share (default 0.2)"
+    )
+    parser.add_argument(
+        "--merge", default="nmm", help="how boxes on seams become one: nmm joins them, nms keeps the best (default nmm)"
+    )
 
 
 def run(arguments: Namespace, overrides: Overrides) -> None:
@@ -44,6 +52,20 @@ def run(arguments: Namespace, overrides: Overrides) -> None:
     start()
     from hpr_jax.inference.predict import predict
 
+    tiling = None
+    if arguments.tile is not None:
+        from hpr_jax.inference.tiles import Tiling
+
+        tiling = Tiling(arguments.tile, arguments.overlap, arguments.merge)
     output = arguments.output or arguments.workdir / "predictions"
     checkpoint = arguments.checkpoint or arguments.workdir
-    predict(checkpoint, arguments.inputs, output, arguments.threshold, overrides, config, recursive=arguments.recursive)
+    predict(
+        checkpoint,
+        arguments.inputs,
+        output,
+        arguments.threshold,
+        overrides,
+        config,
+        recursive=arguments.recursive,
+        tiling=tiling,
+    )

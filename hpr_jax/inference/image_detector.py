@@ -22,6 +22,7 @@ from hpr_jax.inference.detect import make_detect
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.explanation import Explanation, explain
 from hpr_jax.inference.pixels import ImageLike, as_array
+from hpr_jax.inference.tiles import Tiling, detect_in_tiles
 from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
@@ -125,6 +126,12 @@ class ImageDetector:
             names=[names[label] for label in labels[valid]],
             category_ids=[ids[label] for label in labels[valid]],
         )
+
+    def in_tiles(self, image: ImageLike, tiling: Tiling, threshold: float = 0.3) -> Detections:
+        """Detects objects in a picture that is too large for one look, tile by tile. Arguments and errors are those of a
+        call; all tiles run in one compiled shape."""
+        array = as_array(image, self.config.data.image_bits)
+        return detect_in_tiles(self, array, tiling, threshold, batch_size=self.config.evaluate.batch_size)
 
     def outputs(self, image: ImageLike) -> Outputs:
         """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and

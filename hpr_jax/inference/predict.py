@@ -18,6 +18,7 @@ from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.drawing import encode_image
 from hpr_jax.inference.find_images import find_images
 from hpr_jax.inference.image_detector import load
+from hpr_jax.inference.tiles import Tiling
 from hpr_jax.runtime.console import interruptible
 from hpr_jax.runtime.files import write_whole
 
@@ -38,6 +39,7 @@ def predict(
     config: ConfigDict | None = None,
     *,
     recursive: bool = False,
+    tiling: Tiling | None = None,
 ) -> None:
     """Writes a picture of each image with its detections, and `predictions.json` with boxes in pixels of the images.
 
@@ -52,6 +54,7 @@ def predict(
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
       recursive: takes images of folders in the folders, too.
+      tiling: looks at images tile by tile.
 
     Raises:
       UserError: there is no checkpoint or no image, no image can be processed, or predictions.json is another's.
@@ -71,7 +74,8 @@ def predict(
         try:
             for file in tqdm(files, desc="prediction", unit="image"):
                 try:
-                    found = detector(read_image(file, bits), threshold)
+                    pixels = read_image(file, bits)
+                    found = detector.in_tiles(pixels, tiling, threshold) if tiling else detector(pixels, threshold)
                     data = encode_image(found.draw(), PICTURES)
                 except Exception as error:
                     text = str(error) if isinstance(error, UnreadableImageError) else f"{file}: {_first_line(error)}"
