@@ -22,6 +22,7 @@ from hpr_jax.settings import check
 from hpr_jax.training.build import check_batch, check_matching, in_steps, make_optimizer, warn_of_recipe
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
+from hpr_jax.training.pictures import RunPictures
 from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import make_train_step
@@ -126,7 +127,9 @@ def train(config: ConfigDict, workdir: Path, *, accept_changes: bool = False, ta
             settings.matching,
         )
         with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
-            loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress)
+            drawn = workdir if settings.plots and is_main_process() else None
+            pictures = RunPictures(drawn, writer, {"training": train_set, "validation": val_set})
+            loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress, pictures)
             batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
             try:
                 return loop.run(step_function, state, batches)
