@@ -10,6 +10,9 @@ import supervision as sv
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.files import write_whole
 
+# The scale of captions, as OpenCV counts it, that can be read easily.
+LEGIBLE = 0.42
+
 
 def draw(
     image: np.ndarray,
@@ -17,6 +20,8 @@ def draw(
     labels: np.ndarray,
     captions: Sequence[str],
     colours: Sequence[str] | None = None,
+    *,
+    legible: bool = False,
 ) -> np.ndarray:
     """A copy of an image with boxes on it.
 
@@ -25,6 +30,7 @@ def draw(
       labels: int `[n]`; boxes of one label have one colour.
       captions: text at each box.
       colours: of the labels, like `#ff0000`; None takes supervision's.
+      legible: whether captions are large also in small images, and moved where they leave the image or cover one another.
     """
     height, width = image.shape[:2]
     # supervision draws on BGR, as OpenCV does.
@@ -36,7 +42,8 @@ def draw(
         scale = min(sv.calculate_optimal_text_scale(resolution), 0.6)
         palette = sv.ColorPalette.DEFAULT if colours is None else sv.ColorPalette.from_hex(list(colours))
         picture = sv.BoxAnnotator(palette, thickness).annotate(picture, detections)
-        label = sv.LabelAnnotator(palette, text_scale=scale, text_thickness=1, text_padding=2)
+        scale = max(scale, LEGIBLE) if legible else scale
+        label = sv.LabelAnnotator(palette, text_scale=scale, text_thickness=1, text_padding=2, smart_position=legible)
         picture = label.annotate(picture, detections, labels=list(captions))
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 

@@ -5,6 +5,7 @@ matplotlib's settings are as before when a figure is done.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,12 +43,17 @@ def draw_figure(
     from matplotlib.figure import Figure
 
     # Names of classes may have dollars, which are no formulas, and letters that the font lacks, of which matplotlib warns.
+    # It logs that the font has no weight of 700, which hotcoco asks for.
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
     with style(theme), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        fonts.setLevel(logging.ERROR)
         figure = Figure(figsize=(width, height), dpi=RESOLUTION, layout=layout)
         draw(figure)
         data = io.BytesIO()
         FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
+        fonts.setLevel(level)
     return data.getvalue()
 
 

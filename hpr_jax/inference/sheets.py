@@ -33,8 +33,8 @@ def draw_pair(
     boxes = corners([one["bbox"] for one in found])
     labels = np.array([classes.category_ids.index(one["category_id"]) for one in found], int)
     captions = [f"{names[label]} {one['score']:.2f}" for label, one in zip(labels, found)]
-    predicted = draw(image, boxes * scale, labels, captions)
-    true = draw(image, record.boxes * scale, record.labels, [names[label] for label in record.labels])
+    predicted = draw(image, boxes * scale, labels, captions, legible=True)
+    true = draw(image, record.boxes * scale, record.labels, [names[label] for label in record.labels], legible=True)
     return [titled(predicted, f"prediction (score >= {threshold:g})"), titled(true, "truth")]
 
 
@@ -69,7 +69,7 @@ def draw_view(batch: Batch, index: int, names: Sequence[str], height: int | None
     center, size = np.split(batch.boxes[index][valid] * [*pixels.shape[1::-1], *pixels.shape[1::-1]], 2, axis=1)
     boxes = np.concatenate([center - size / 2, center + size / 2], axis=1)
     labels = batch.labels[index][valid]
-    return draw(pixels, boxes, labels, [names[label] for label in labels])
+    return draw(pixels, boxes, labels, [names[label] for label in labels], legible=height is not None)
 
 
 def sheet(cells: Sequence[np.ndarray]) -> np.ndarray:

@@ -167,7 +167,10 @@ def draw_labels(splits: Mapping[str, Dataset], theme: Theme = LIGHT) -> bytes:
         axes.margins(x=0.1)
         more = f" (the {len(order)} most frequent of {len(names):,})" if len(order) < len(names) else ""
         finish_axes(axes, f"objects by class{more}", "share of the split's objects, %")
-        axes.legend(fontsize=8, loc="lower right")
+        # Bars of any length leave no room for a legend within the axes.
+        if legend := axes.get_legend():
+            legend.remove()
+        figure.legend(fontsize=8, loc="outside lower center", ncols=len(counts))
 
     return draw_figure(draw, 8, 1.6 + 0.32 * len(order) * max(1, len(counts) / 2), theme)
 

@@ -4,12 +4,14 @@ They are made from what the run has computed anyway. Nothing here draws random n
 goes wrong is one warning: a run is the same with and without pictures.
 """
 
+import functools
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from hpr_jax.data.dataset import Dataset, Id, Record
 from hpr_jax.data.images import read_annotated_image
@@ -62,7 +64,7 @@ class RunPictures:
             self._warn("curves", error)
             return
         for name, draw_curves in CURVES.items():
-            self._write(step, f"{name}.png", lambda draw_curves=draw_curves: draw_curves(metrics))
+            self._write(step, f"{name}.png", functools.partial(draw_curves, metrics))
         self._write(step, "predictions.jpg", lambda: self._draw_predictions(detections))
 
     @property
@@ -78,7 +80,7 @@ class RunPictures:
             data = make()
             if data is not None:
                 write_whole(self.workdir / FOLDER / name, data)
-                height, width = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2]
+                height, width = _size(data)
                 self.writer.write_image(step, f"{FOLDER}/{name.partition('.')[0]}", data, height, width)
         except Exception as error:
             self._warn(name, error)
@@ -108,6 +110,12 @@ class RunPictures:
         for record, image in self._images:
             cells += draw_pair(image, record, by_image[record.image_id], val.classes, THRESHOLD)
         return encode_image(sheet(cells), ".jpg") if cells else None
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """Height and width of the image in a file."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width
 
 
 def chosen_records(dataset: Dataset) -> list[Record]:
