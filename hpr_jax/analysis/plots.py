@@ -27,6 +27,9 @@ HEIGHT = 360
 RIGHT, FALSE, MISSED = "#3a8f4d", "#d1382c", "#2f62d9"
 COLOURS = (RIGHT, FALSE, MISSED)
 
+# Width and height of a figure with square axes, in inches: three are side by side on a wide screen.
+SQUARE = (3.3, 3.6)
+
 # Draws a figure for a light or a dark ground.
 Draw = Callable[[Theme], bytes]
 
@@ -51,7 +54,7 @@ def overall_curves(diagnosis: Diagnosis) -> Draw:
         pr_curve_iou_sweep(evaluation, iou_thrs=list(OVERLAPS), theme=theme, ax=ax)
         ax.legend(fontsize=8, loc="upper right")
 
-    return _figure(plot, _summarized(diagnosis), size=(5, 5.2))
+    return _figure(plot, _summarized(diagnosis), size=SQUARE)
 
 
 def class_curves(diagnosis: Diagnosis, overlap: float) -> Draw:
@@ -69,7 +72,7 @@ def class_curves(diagnosis: Diagnosis, overlap: float) -> Draw:
         names = [short_name(diagnosis.classes[label].name) for label in chosen]
         ax.legend(ax.lines, names, fontsize=8, loc="upper right")
 
-    return _figure(plot, _summarized(diagnosis), size=(5, 5.2))
+    return _figure(plot, _summarized(diagnosis), size=SQUARE)
 
 
 def confusion(diagnosis: Diagnosis) -> Draw:
@@ -92,7 +95,7 @@ def calibration(diagnosis: Diagnosis) -> Draw:
     """Shares of right detections over scores."""
     from hotcoco.plot import reliability_diagram
 
-    return _figure(reliability_diagram, diagnosis.calibration, size=(5, 5.2))
+    return _figure(reliability_diagram, diagnosis.calibration, size=SQUARE)
 
 
 def _summarized(diagnosis: Diagnosis) -> Any:

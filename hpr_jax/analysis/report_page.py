@@ -33,6 +33,7 @@ tr.marked { background: var(--mark); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; } img { display: block; max-width: 100%; height: auto; }
 summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
+@media (max-width: 45rem) { figure.broad { overflow-x: auto; } figure.broad img { max-width: none; width: 44rem; } }
 @media print { body { max-width: none; font-size: 11px; } nav { display: none; } figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; } .wide { overflow: visible; } }
 """
@@ -89,12 +90,17 @@ def figures(*content: Html) -> Html:
     return Html(f'<div class="figures">{join(content)}</div>')
 
 
-def drawn(draw: Callable[[Theme], bytes], description: str) -> Html:
-    """A figure that is drawn for a light and for a dark ground, of which a browser shows the one that fits."""
+def drawn(draw: Callable[[Theme], bytes], description: str, *, broad: bool = False) -> Html:
+    """A figure that is drawn for a light and for a dark ground, of which a browser shows the one that fits.
+
+    Args:
+      broad: whether phones shall move the figure sideways, and not shrink it until nothing can be read.
+    """
     light, dark = _inline(draw(LIGHT), "png"), _inline(draw(DARK), "png")
     source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
     image = f'<img src="{light}" alt="{text(description)}">'
-    return Html(f"<figure><picture>{source}{image}</picture></figure>")
+    kind = ' class="broad"' if broad else ""
+    return Html(f"<figure{kind}><picture>{source}{image}</picture></figure>")
 
 
 def photograph(jpeg: bytes, caption: object) -> Html:

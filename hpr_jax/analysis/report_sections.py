@@ -151,7 +151,7 @@ def _curve(name: str, draw: Callable[..., bytes | None], metrics: Metrics) -> Ht
     def draw_in(theme: Theme) -> bytes:
         return draw(metrics, theme) or b""
 
-    return drawn(draw_in, f"curves: {name}")
+    return drawn(draw_in, f"curves: {name}", broad=True)
 
 
 def _labels(subject: Subject) -> Html:
@@ -237,8 +237,8 @@ def calibration(subject: Subject) -> Html:
     if found is None:
         return paragraph("There are no detections, so there are no scores to look at.")
     said = (
-        f"If scores were probabilities, the share of right detections (at IoU {OVERLAP:g}) would be the score. On average it "
-        f"is off by {found['ece']:.3f} (ECE), at most by {found['mce']:.3f} (MCE)."
+        f"If scores were probabilities, the share of right detections (at IoU {OVERLAP:g}) would be the score. On average "
+        f"it is off by {found['ece']:.3f} (ECE), at most by {found['mce']:.3f} (MCE)."
     )
     return join([paragraph(said), drawn(plots.calibration(subject.diagnosis), "share of right detections over the score")])
 
@@ -273,8 +273,8 @@ def label_errors(subject: Subject) -> Html:
     if not doubts:
         return paragraph(f"No detection with a score of {DOUBT:g} or more contradicts the annotations.")
     said = (
-        f"{len(doubts):,} detections with a score of {DOUBT:g} or more contradict the annotations. The surest ones are worth a "
-        "look: either they are wrong, or the annotations are. Found boxes are red, annotated ones blue."
+        f"{len(doubts):,} detections with a score of {DOUBT:g} or more contradict the annotations. The surest ones are "
+        "worth a look: either they are wrong, or the annotations are. Found boxes are red, annotated ones blue."
     )
     pictures = [
         _photograph(plots.draw_doubt(diagnosis, doubt), _doubt_caption(diagnosis, doubt))
@@ -332,8 +332,8 @@ def settings(subject: Subject) -> Html:
     rows = [(key, value, default.get(key, "\u2013")) for key, value in leaves(config)]
     marked = [place for place, (_, value, usual) in enumerate(rows) if value != usual]
     said = (
-        f"{len(marked):,} settings differ from {name}, the packaged recipe that is nearest; they are marked. Lengths in epochs "
-        "have become steps."
+        f"{len(marked):,} settings differ from {name}, the packaged recipe that is nearest; they are marked. Lengths in "
+        "epochs have become steps."
     )
     shown = [(f"config.{key}", _shown(value), _shown(usual)) for key, value, usual in rows]
     head = ("setting", "value", name)

@@ -122,6 +122,7 @@ def draw_merges(metrics: Metrics, theme: Theme = LIGHT) -> bytes | None:
     if not found:
         return None
     merges, paths = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
+    largest = max(value for layers in found.values() for name in layers.values() for value in metrics.series(name)[1])
 
     def draw(figure: "Figure") -> None:
         from matplotlib import colormaps
@@ -134,7 +135,7 @@ def draw_merges(metrics: Metrics, theme: Theme = LIGHT) -> bytes | None:
                     colour = colormaps["viridis"](0.15 + 0.75 * number / max(1, len(layers) - 1))
                     curve(axes, *metrics.series(name), layer.replace("_", " "), color=colour)
                 finish_axes(axes, f"{merge}: {path}", y="mean size")
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.15 * largest or 1)
                 axes.label_outer()
                 if axes is not panels[0, 0] and (legend := axes.get_legend()):
                     legend.remove()
