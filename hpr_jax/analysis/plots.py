@@ -28,7 +28,7 @@ RIGHT, FALSE, MISSED = "#3a8f4d", "#d1382c", "#2f62d9"
 COLOURS = (RIGHT, FALSE, MISSED)
 
 # Width and height of a figure with square axes, in inches: three are side by side on a wide screen.
-SQUARE = (3.3, 3.6)
+SQUARE = (3.1, 3.4)
 
 # Draws a figure for a light or a dark ground.
 Draw = Callable[[Theme], bytes]
@@ -52,7 +52,7 @@ def overall_curves(diagnosis: Diagnosis) -> Draw:
 
     def plot(evaluation: Any, *, theme: Theme, ax: Any) -> None:
         pr_curve_iou_sweep(evaluation, iou_thrs=list(OVERLAPS), theme=theme, ax=ax)
-        ax.legend(fontsize=8, loc="upper right")
+        ax.legend(fontsize=8, loc="best")
 
     return _figure(plot, _summarized(diagnosis), size=SQUARE)
 
@@ -70,7 +70,7 @@ def class_curves(diagnosis: Diagnosis, overlap: float) -> Draw:
         pr_curve_top_n(evaluation, cat_ids=numbers, iou_thr=overlap, theme=theme, ax=ax)
         # hotcoco knows the classes by numbers.
         names = [short_name(diagnosis.classes[label].name) for label in chosen]
-        ax.legend(ax.lines, names, fontsize=8, loc="upper right")
+        ax.legend(ax.lines, names, fontsize=8, loc="best")
 
     return _figure(plot, _summarized(diagnosis), size=SQUARE)
 

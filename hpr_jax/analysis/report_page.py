@@ -25,13 +25,14 @@ h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2rem
 h3 { font-size: 1rem; margin: 1rem 0 .25rem; } p { margin: .5rem 0; max-width: 48rem; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem; } a { color: var(--lead); }
 .note, figcaption { color: var(--faint); font-size: .875rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; background: var(--card); font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: .25rem .6rem; text-align: right; }
 th:first-child, td:first-child, table.text td, table.text th { text-align: left; }
 tr.marked { background: var(--mark); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; max-width: 100%; } img { display: block; max-width: 100%; height: auto; }
+figure { margin: 0; max-width: 100%; } figure.photograph { display: table; }
+figcaption { display: table-caption; caption-side: bottom; } img { display: block; max-width: 100%; height: auto; }
 summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
 @media (max-width: 45rem) { figure.broad { overflow-x: auto; } figure.broad img { max-width: none; width: 44rem; } }
 @media print { body { max-width: none; font-size: 11px; } nav { display: none; } figure, tr { break-inside: avoid; }
@@ -105,9 +106,8 @@ def drawn(draw: Callable[[Theme], bytes], description: str, *, broad: bool = Fal
 
 def photograph(jpeg: bytes, caption: object) -> Html:
     """A picture with a caption."""
-    return Html(
-        f'<figure><img src="{_inline(jpeg, "jpeg")}" alt="{text(caption)}"><figcaption>{text(caption)}</figcaption></figure>'
-    )
+    image = f'<img src="{_inline(jpeg, "jpeg")}" alt="{text(caption)}">'
+    return Html(f'<figure class="photograph">{image}<figcaption>{text(caption)}</figcaption></figure>')
 
 
 def _inline(data: bytes, kind: str) -> str:

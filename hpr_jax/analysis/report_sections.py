@@ -66,6 +66,11 @@ class Subject:
         """The images that the diagnosis is of."""
         return self.diagnosis.dataset
 
+    def image_name(self, place: int) -> str:
+        """The name of an image, without the folder of the data."""
+        folder = str(Path(self.source.config.data.directory).expanduser())
+        return self.val.records[place].image.name.removeprefix(folder).lstrip("/\\")
+
 
 def number(value: float, digits: int = 3) -> str:
     """A fraction, or a dash where nothing defines it."""
@@ -216,7 +221,8 @@ def error_kinds(subject: Subject) -> Html:
     if errors is None:
         return paragraph("There are no detections, so every object is missed.")
     rows = [
-        (name, meaning, f"{errors['counts'][name]:,}", f"{errors['delta_ap'][name]:.3f}") for name, meaning in ERRORS.items()
+        (f"{name}: {meaning}", f"{errors['counts'][name]:,}", f"{errors['delta_ap'][name]:.3f}")
+        for name, meaning in ERRORS.items()
     ]
     said = (
         f"How much higher AP50, which is {errors['ap_base']:.3f}, would be without errors of one kind (TIDE). All "
@@ -226,7 +232,7 @@ def error_kinds(subject: Subject) -> Html:
         [
             paragraph(said),
             drawn(plots.errors(subject.diagnosis), "AP that each kind of error costs"),
-            table(("error", "what it is", "number", "costs AP50"), rows),
+            table(("error", "number", "costs AP50"), rows),
         ]
     )
 
@@ -252,13 +258,13 @@ def worst_images(subject: Subject) -> Html:
         f"{len(diagnosis.images):,} of {len(subject.val):,} images have errors; these have the most. Right detections are "
         "green, false ones red, missed objects blue."
     )
-    return join([paragraph(said), figures(*(_worst(diagnosis, image) for image in diagnosis.images[:MOST_IMAGES]))])
+    return join([paragraph(said), figures(*(_worst(subject, image) for image in diagnosis.images[:MOST_IMAGES]))])
 
 
-def _worst(diagnosis: Diagnosis, image: ImageErrors) -> Html:
-    name = diagnosis.dataset.records[image.place].image.name
+def _worst(subject: Subject, image: ImageErrors) -> Html:
+    name = subject.image_name(image.place)
     caption = f"{name}: {len(image.false)} false, {len(image.missed)} missed, {len(image.right)} right"
-    return _photograph(plots.draw_errors(diagnosis, image), caption)
+    return _photograph(plots.draw_errors(subject.diagnosis, image), caption)
 
 
 def _photograph(picture: bytes | None, caption: str) -> Html:
@@ -277,26 +283,26 @@ def label_errors(subject: Subject) -> Html:
         "worth a look: either they are wrong, or the annotations are. Found boxes are red, annotated ones blue."
     )
     pictures = [
-        _photograph(plots.draw_doubt(diagnosis, doubt), _doubt_caption(diagnosis, doubt))
+        _photograph(plots.draw_doubt(diagnosis, doubt), _doubt_caption(subject, doubt))
         for doubt in doubts[:MOST_DRAWN_DOUBTS]
     ]
-    rows = [_doubt_row(diagnosis, doubt) for doubt in doubts[:MOST_DOUBTS]]
+    rows = [_doubt_row(subject, doubt) for doubt in doubts[:MOST_DOUBTS]]
     listed = table(("image", "found", "score", "doubt"), rows, texts=True)
     return join([paragraph(said), figures(*pictures), folded(f"The {len(rows):,} surest", listed)])
 
 
-def _doubt_row(diagnosis: Diagnosis, doubt: Doubt) -> tuple[str, str, str, str]:
-    dataset, one = diagnosis.dataset, diagnosis.counting[doubt.detection]
+def _doubt_row(subject: Subject, doubt: Doubt) -> tuple[str, str, str, str]:
+    dataset, one = subject.val, subject.diagnosis.counting[doubt.detection]
     names, truth = dataset.classes.names, dataset.truth
     found = names[dataset.classes.category_ids.index(one["category_id"])]
     reason = DOUBTS.get(doubt.kind, doubt.kind)
     if doubt.annotation is not None and truth is not None:
         reason = f"{reason}: {names[truth.labels[doubt.annotation]]}"
-    return dataset.records[doubt.place].image.name, found, f"{one['score']:.2f}", reason
+    return subject.image_name(doubt.place), found, f"{one['score']:.2f}", reason
 
 
-def _doubt_caption(diagnosis: Diagnosis, doubt: Doubt) -> str:
-    image, found, score, reason = _doubt_row(diagnosis, doubt)
+def _doubt_caption(subject: Subject, doubt: Doubt) -> str:
+    image, found, score, reason = _doubt_row(subject, doubt)
     return f"{image}: {found} ({score}); {reason}"
 
 

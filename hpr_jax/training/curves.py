@@ -132,8 +132,12 @@ def draw_merges(metrics: Metrics, theme: Theme = LIGHT) -> bytes | None:
             for axes, path in zip(row, paths):
                 layers = found[merge, path]
                 for number, (layer, name) in enumerate(layers.items()):
-                    colour = colormaps["viridis"](0.15 + 0.75 * number / max(1, len(layers) - 1))
-                    curve(axes, *metrics.series(name), layer.replace("_", " "), color=colour)
+                    part = number / max(1, len(layers) - 1)
+                    # The ends of the scale would not be seen on grounds like them.
+                    colour = colormaps["viridis"](0.8 * part if theme == LIGHT else 0.3 + 0.7 * part)
+                    # Curves that lie on one another are seen, since those behind are wider.
+                    width = 4 - 2.5 * part
+                    curve(axes, *metrics.series(name), layer.replace("_", " "), color=colour, linewidth=width)
                 finish_axes(axes, f"{merge}: {path}", y="mean size")
                 axes.set_ylim(0, 1.15 * largest or 1)
                 axes.label_outer()
