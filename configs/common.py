@@ -146,6 +146,8 @@ def base() -> ConfigDict:
         "best_metric": "AP",
         "patience": 0,
         "min_gain": 0.0,
+        # Pictures of the first batch, labels, curves and predictions: in plots/ below the workdir, and in TensorBoard.
+        "plots": True,
         # Weights to start from: a checkpoint, workdir or published folder of this project, hf://owner/name of one on the
         # Hugging Face hub, or a .pth, .npz or .safetensors file of an official detector or of a backbone. The number of
         # classes may differ. `random` asks for random weights; empty, for pre-trained weights of the backbone from data/

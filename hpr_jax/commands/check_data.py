@@ -41,9 +41,10 @@ from hpr_jax.commands.arguments import CommandParser, Overrides, add_config, add
 from hpr_jax.config import load_config
 from hpr_jax.data.build import describe_data, load_dataset, make_plan, make_views, room_for_boxes
 from hpr_jax.data.dataset import Dataset, Problem
-from hpr_jax.data.loading.batches import Batch, TrainLoader
+from hpr_jax.data.loading.batches import TrainLoader
 from hpr_jax.errors import UserError
-from hpr_jax.inference.drawing import contact_sheet, draw, write_image
+from hpr_jax.inference.drawing import contact_sheet, write_image
+from hpr_jax.inference.sheets import draw_view
 from hpr_jax.runtime.logs import log_to_console
 from hpr_jax.settings import check
 
@@ -247,7 +248,7 @@ def _write_pictures(loader: TrainLoader, output: Path, samples: int) -> None:
         batch = loader[step]
         count = len(batch.images) // batch.views
         for place in range(min(count, samples - written)):
-            views = [_draw_view(batch, index, names) for index in range(place, len(batch.images), count)]
+            views = [draw_view(batch, index, names) for index in range(place, len(batch.images), count)]
             sheet = contact_sheet([views], height=max(view.shape[0] for view in views))
             write_image(output / f"sample_{written:03}.jpg", np.ascontiguousarray(sheet))
             written += 1
@@ -255,17 +256,6 @@ def _write_pictures(loader: TrainLoader, output: Path, samples: int) -> None:
             break
     kinds = "weak view, strong view" if loader.make_views.strong else "weak view"
     _print_line("pictures", f"{output}/sample_*.jpg: {written} images as training sees them ({kinds})")
-
-
-def _draw_view(batch: Batch, index: int, names: Sequence[str]) -> np.ndarray:
-    """The valid part of an image of a batch with its boxes: uint8 `[h, w, 3]`."""
-    height, width = batch.sizes[index]
-    valid = batch.valid[index]
-    center, size = np.split(batch.boxes[index][valid] * [width, height, width, height], 2, axis=1)
-    boxes = np.concatenate([center - size / 2, center + size / 2], axis=1)
-    labels = batch.labels[index][valid]
-    pixels = np.ascontiguousarray(batch.images[index, :height, :width])
-    return draw(pixels, boxes, labels, [names[label] for label in labels])
 
 
 def add_arguments(parser: CommandParser) -> None:

@@ -284,3 +284,17 @@ class Dataset:
         if not keep_empty:
             keep &= self.records.counts > 0
         return dataclasses.replace(self, records=self.records.take(keep), truth=None)
+
+    def first(self, count: int) -> "Dataset":
+        """The first images of a whole split, as a split of their own, which can be evaluated on."""
+        records, truth = self.records, self.truth
+        if truth is None:
+            raise ValueError(f"Only a part of {self.name} is taken, which has no ground truth of its own.")
+        count = min(count, len(records))
+        records = dataclasses.replace(
+            records, image_ids=records.image_ids[:count], sizes=records.sizes[:count], order=np.arange(count)
+        )
+        kept = truth.images < count
+        arrays = ("images", "labels", "boxes", "areas", "crowd")
+        truth = dataclasses.replace(truth, **{name: getattr(truth, name)[kept] for name in arrays})
+        return dataclasses.replace(self, records=records, truth=truth)

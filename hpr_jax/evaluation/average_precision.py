@@ -1,6 +1,7 @@
 """COCO average precision."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import tempfile
@@ -45,15 +46,42 @@ def coco_average_precision(
     Raises:
       UserError: the evaluator is not installed.
     """
-    coco, coco_eval = find_evaluator(evaluator)
-    images = _numbers(dataset.records.image_ids)
-    categories = _numbers(dataset.classes.category_ids)
-    if not images:
+    categories = dataset.classes.category_ids
+    if not dataset.records.image_ids:
+        find_evaluator(evaluator)
         return dict.fromkeys(metric_names(limits), -1.0), {category: {"AP": -1.0, "AP50": -1.0} for category in categories}
+    comparison = compare(dataset, detections, evaluator, limits)
+    return average_precision(comparison, limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Detections that were compared with the ground truth.
+
+    Attributes:
+      evaluation: a COCOeval, which has matched and accumulated.
+      images, categories: the numbers that it knows images and categories by. It knows annotations by their places in the
+        ground truth, and detections by their places in the list, both from 1 on.
+    """
+
+    evaluation: Any
+    images: dict[Id, int]
+    categories: dict[Id, int]
+
+
+def compare(
+    dataset: Dataset, detections: Sequence[Mapping[str, Any]], evaluator: str, limits: Sequence[int] = LIMITS
+) -> Comparison:
+    """Compares detections with the ground truth of a split that has images; arguments and errors are those of
+    `coco_average_precision`.
+
+    Without detections there is one with the score 0, which is too small to match an object: evaluators refuse an empty list.
+    """
+    coco, coco_eval = find_evaluator(evaluator)
+    images, categories = _numbers(dataset.records.image_ids), _numbers(dataset.classes.category_ids)
     results = [
         {**one, "image_id": images[one["image_id"]], "category_id": categories[one["category_id"]]} for one in detections
     ]
-    # The evaluators refuse an empty list. A detection that is too small to match an object gives the same numbers.
     results = results or [{"image_id": 1, "category_id": 1, "bbox": [0.0, 0.0, 1e-3, 1e-3], "score": 0.0}]
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "annotations.json"
@@ -63,6 +91,14 @@ def coco_average_precision(
         evaluation.params.maxDets = list(limits)
         evaluation.evaluate()
         evaluation.accumulate()
+    return Comparison(evaluation, images, categories)
+
+
+def average_precision(
+    comparison: Comparison, limits: Sequence[int] = LIMITS
+) -> tuple[dict[str, float], dict[Id, dict[str, float]]]:
+    """What `coco_average_precision` returns, of detections that were compared with these limits."""
+    evaluation = comparison.evaluation
     # [thresholds from 0.5 to 0.95, recalls, categories, sizes, limits], and the same without recalls
     precisions, recalls = (np.asarray(evaluation.eval[name]) for name in ("precision", "recall"))
     precision, last = precisions[:, :, :, 0, limits.index(100) if 100 in limits else -1], precisions[..., -1]
@@ -73,7 +109,7 @@ def coco_average_precision(
     place = {number: place for place, number in enumerate(evaluation.params.catIds)}
     per_category = {
         category: {"AP": _mean(precision[:, :, place[number]]), "AP50": _mean(precision[0, :, place[number]])}
-        for category, number in categories.items()
+        for category, number in comparison.categories.items()
     }
     return dict(zip(metric_names(limits), numbers)), per_category
 

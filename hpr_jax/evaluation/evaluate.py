@@ -1,6 +1,5 @@
 """Evaluates a checkpoint on the validation split of its config."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from hpr_jax.data.build import describe_data, load_dataset
 from hpr_jax.data.log_dropped import log_dropped
 from hpr_jax.data.suitability import check_evaluation_data
 from hpr_jax.evaluation.evaluator import EvaluationResult, Evaluator, log_table
+from hpr_jax.evaluation.result_files import DETECTIONS, METRICS, origin, write_result
 from hpr_jax.runtime.devices import is_main_process
-from hpr_jax.runtime.files import write_whole
 from hpr_jax.weights.source import open_source
 
 log = logging.getLogger("hpr_jax")
@@ -49,8 +48,6 @@ def evaluate(
     log_table(result)
     if not is_main_process():
         return result
-    write_whole(output / "detections.json", json.dumps(result.detections).encode())
-    metrics = {**result.metrics, "per_class": result.per_class}
-    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    log.info("Wrote %s and %s.", output / "metrics.json", output / "detections.json")
+    write_result(output, result, origin(source, dataset))
+    log.info("Wrote %s and %s.", output / METRICS, output / DETECTIONS)
     return result

@@ -10,14 +10,27 @@ import supervision as sv
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.files import write_whole
 
+# The scale of captions, as OpenCV counts it, that can be read easily.
+LEGIBLE = 0.42
 
-def draw(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+
+def draw(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    captions: Sequence[str],
+    colours: Sequence[str] | None = None,
+    *,
+    legible: bool = False,
+) -> np.ndarray:
     """A copy of an image with boxes on it.
 
     Args:
       boxes: xyxy in pixels `[n, 4]`.
       labels: int `[n]`; boxes of one label have one colour.
       captions: text at each box.
+      colours: of the labels, like `#ff0000`; None takes supervision's.
+      legible: whether captions are large also in small images, and moved where they leave the image or cover one another.
     """
     height, width = image.shape[:2]
     # supervision draws on BGR, as OpenCV does.
@@ -27,10 +40,28 @@ def draw(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, captions: Seq
         resolution = (width, height)
         thickness = max(1, sv.calculate_optimal_line_thickness(resolution) - 1)
         scale = min(sv.calculate_optimal_text_scale(resolution), 0.6)
-        picture = sv.BoxAnnotator(thickness=thickness).annotate(picture, detections)
-        label = sv.LabelAnnotator(text_scale=scale, text_thickness=1, text_padding=2)
+        palette = sv.ColorPalette.DEFAULT if colours is None else sv.ColorPalette.from_hex(list(colours))
+        picture = sv.BoxAnnotator(palette, thickness).annotate(picture, detections)
+        scale = max(scale, LEGIBLE) if legible else scale
+        label = sv.LabelAnnotator(palette, text_scale=scale, text_thickness=1, text_padding=2, smart_position=legible)
         picture = label.annotate(picture, detections, labels=list(captions))
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def scaled(image: np.ndarray, height: int) -> tuple[np.ndarray, float]:
+    """An image at another height, and the factor by which it was scaled. What is drawn afterwards can be read whatever the
+    size of the image was."""
+    factor = height / image.shape[0]
+    width = max(1, round(image.shape[1] * factor))
+    shrinks = factor < 1
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR), factor
+
+
+def titled(image: np.ndarray, title: str) -> np.ndarray:
+    """An image below a white strip with a title in it."""
+    strip = np.full((24, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(strip, title, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
+    return np.concatenate([strip, image])
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 256, gap: int = 4) -> np.ndarray:

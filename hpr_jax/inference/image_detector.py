@@ -6,7 +6,7 @@ result = detector("street.jpg")  # result.boxes, .scores, .labels, .names, .draw
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -132,6 +132,13 @@ class ImageDetector:
         call; all tiles run in one compiled shape."""
         array = as_array(image, self.config.data.image_bits)
         return detect_in_tiles(self, array, tiling, threshold, batch_size=self.config.evaluate.batch_size)
+
+    def prepared_batch(self, image: np.ndarray, count: int) -> Callable[[], object]:
+        """What detects objects in so many copies of an image at once, and waits for the result; the copies, RGB uint8
+        `[h, w, 3]` each, are prepared and on the device already."""
+        _, padded, sizes = self._prepare(image)
+        images, sizes = (jax.device_put(np.repeat(array, count, axis=0)) for array in (padded, sizes))
+        return lambda: jax.block_until_ready(self._detect(self._state, images, sizes))
 
     def outputs(self, image: ImageLike) -> Outputs:
         """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and

@@ -18,9 +18,10 @@ from hpr_jax.errors import DataLostError, RunError
 from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
 from hpr_jax.training.callbacks import Callbacks
-from hpr_jax.training.merges import log_merges
+from hpr_jax.training.merges import log_merges, merge_sizes
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
+from hpr_jax.training.pictures import RunPictures
 from hpr_jax.training.resume import Progress
 from hpr_jax.training.state import TrainState, evaluation_variables, training_arrays
 from hpr_jax.training.step import DeviceBatch, StepNumbers, TrainStep
@@ -88,6 +89,7 @@ class TrainingLoop:
       requests: tells whether this process was asked to stop.
       progress: what a run must remember beside its state; it is saved in checkpoints.
       callbacks: hear of steps, evaluations and checkpoints, and may end the run.
+      pictures: draws what the run trains on and what it finds.
       bar: the progress bar on a terminal.
       best: the best value so far of the metric that tells the best checkpoint; below 0 before the first evaluation.
       compiled: how many programs the step has compiled.
@@ -102,6 +104,7 @@ class TrainingLoop:
     requests: StopRequests
     progress: Progress
     callbacks: Callbacks
+    pictures: RunPictures
 
     def __post_init__(self) -> None:
         # None: hidden where standard error is no terminal. There the log has lines of progress instead.
@@ -247,6 +250,8 @@ class TrainingLoop:
                 log.warning("step %d: %s (%d such reports so far)", step + 1, report, self._reported)
             if self._reported == TOLD:
                 log.warning("From now on such reports are counted in metrics.jsonl, and one of %d is told.", EVERY)
+        if step == 0:
+            self.pictures.draw_data(batch)
         return to_devices(batch, self.mesh, {"reports": len(batch.reports), "stop": int(self.requests.noted is not None)})
 
     def _wait_for(self, step: int, batches: Iterator[Batch]) -> Batch:
@@ -326,10 +331,13 @@ class TrainingLoop:
         """
         result = self.evaluator.run(evaluation_variables(state))
         by_class = {f"val/class/{name}/AP": numbers["AP"] for name, numbers in result.per_class.items()}
-        self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()})
+        refiner = self.config.model.refiner
+        merges = merge_sizes(state.params, (refiner.primary, *refiner.auxiliaries))
+        self.writer.write(step, {f"val/{name}": value for name, value in result.metrics.items()} | merges)
         self.writer.write_board(step, by_class)
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
+        self.pictures.draw_evaluation(step, result.detections)
         value = self._metric(result.metrics)
         if value == UNDEFINED:
             log.warning("step %d: the validation images have no objects for %s.", step, self.config.train.best_metric)

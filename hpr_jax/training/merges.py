@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def log_merges(params: nnx.State, initial: Any) -> None:
       initial: what the weights of the paths began with, the primary one first; None if they were drawn at random.
     """
     for name, layer, weights in _merges(params):
-        paths = ", ".join(f"{weight:.3f}" for weight in np.abs(weights).reshape(-1, weights.shape[-1]).mean(axis=0))
+        paths = ", ".join(f"{weight:.3f}" for weight in _sizes(weights))
         log.info("%s of layer %d: weights of mean size (%s) of the paths, the primary one first", name, layer, paths)
         if initial is not None and np.max(np.abs(weights - np.asarray(initial))) < MOVED:
             log.warning(
@@ -35,6 +35,26 @@ def log_merges(params: nnx.State, initial: Any) -> None:
                 layer,
                 MOVED,
             )
+
+
+def merge_sizes(params: nnx.State, paths: Sequence[str]) -> dict[str, float]:
+    """The mean size of the weights of each path in each learned merge, by names like `merge/attention/layer_0/deformable`.
+
+    Args:
+      params: the detector's trained variables.
+      paths: the names of the refiners, the primary one first; if several are the same, they are numbered.
+    """
+    names = [path if paths.count(path) == 1 else f"{path}_{number}" for number, path in enumerate(paths)]
+    return {
+        f"merge/{name.removeprefix('merge_')}/layer_{layer}/{path}": float(size)
+        for name, layer, weights in _merges(params)
+        for path, size in zip(names, _sizes(weights))
+    }
+
+
+def _sizes(weights: np.ndarray) -> np.ndarray:
+    """The mean absolute weight of each path, of weights `[..., paths]`: `[paths]`."""
+    return np.abs(weights).reshape(-1, weights.shape[-1]).mean(axis=0)
 
 
 def _merges(params: nnx.State) -> Iterator[tuple[str, int, np.ndarray]]:

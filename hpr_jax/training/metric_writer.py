@@ -9,6 +9,7 @@ from typing import TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
 from hpr_jax.errors import RunError
@@ -70,6 +71,17 @@ class MetricWriter:
         try:
             for name, value in numbers.items():
                 self._put(Event(step=step, summary=scalar(name, value)))
+            self._board.flush()
+        except OSError as error:
+            raise self._failure(step, error) from error
+
+    def write_image(self, step: int, name: str, data: bytes, height: int, width: int) -> None:
+        """Writes a picture of a step, the content of a PNG or JPEG file, to TensorBoard; raises as `write` does."""
+        if self._file is None:
+            return
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        try:
+            self._put(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
             self._board.flush()
         except OSError as error:
             raise self._failure(step, error) from error

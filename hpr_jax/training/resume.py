@@ -35,6 +35,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.matching",
+    "train.plots",
 )
 
 

@@ -24,6 +24,7 @@ from hpr_jax.training.build import advice_on_dtype, check_batch, check_matching,
 from hpr_jax.training.callbacks import Callback, Callbacks
 from hpr_jax.training.loop import TrainingLoop
 from hpr_jax.training.metric_writer import MetricWriter
+from hpr_jax.training.pictures import RunPictures
 from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import make_train_step
@@ -139,7 +140,11 @@ def train(
             settings.matching,
         )
         with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
-            loop = TrainingLoop(config, mesh, checkpoints, evaluator, meta, writer, requests, progress, Callbacks(callbacks))
+            drawn = workdir if settings.plots and is_main_process() else None
+            pictures = RunPictures(drawn, writer, {"training": train_set, "validation": val_set})
+            loop = TrainingLoop(
+                config, mesh, checkpoints, evaluator, meta, writer, requests, progress, Callbacks(callbacks), pictures
+            )
             batches = train_batches(loader, start, max(start, steps), config.data.threads, config.data.workers)
             try:
                 return loop.run(step_function, state, batches)

@@ -38,6 +38,7 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
         "best_metric": "AP",
         "patience": 0,
         "min_gain": 0.0,
+        "plots": False,
     },
     "data": {
         "workers": 0,

@@ -33,6 +33,8 @@ def config(directory: Path | None = None, model: str = "ddq"):
     c.augmentation.update(sides=(SIDE,), max_side=SIDE)
     c.data.update(directory=str(directory), max_boxes=4, threads=1)
     c.train.update(batch_size=2, steps=4, log_every=2, checkpoint_every=2, evaluate_every=4)
+    # Pictures take seconds; tests/training/test_pictures.py has them.
+    c.train.plots = False
     c.evaluate.update(batch_size=2, side=SIDE, max_side=SIDE, detections=10)
     return c
 

@@ -20,7 +20,12 @@ def lines(workdir: Path) -> list[dict[str, float]]:
 
 def events(workdir: Path) -> list[tuple[int, str, float]]:
     """Step, name and value of each number in TensorBoard's files."""
-    return [(event.step, value.tag, value.simple_value) for event in _all_events(workdir) for value in event.summary.value]
+    return [(event.step, value.tag, value.simple_value) for event, value in values(workdir) if not value.HasField("image")]
+
+
+def values(workdir: Path) -> list[tuple[Event, Any]]:
+    """All numbers and images in TensorBoard's files, each with its event."""
+    return [(event, value) for event in _all_events(workdir) for value in event.summary.value]
 
 
 def session_starts(workdir: Path) -> list[int]:

@@ -36,6 +36,7 @@ FREE = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.matching",
+    "train.plots",
 }
 CLASSES = Classes(("cup", "pen"), (2, 5))
 RUN: dict[str, dict[str, Any]] = {
