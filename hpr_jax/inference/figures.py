@@ -4,10 +4,11 @@ matplotlib takes half a second to import, which happens when the first figure is
 matplotlib's settings are as before when a figure is done.
 """
 
+import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,19 +43,28 @@ def draw_figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Names of classes may have dollars, which are no formulas, and letters that the font lacks, of which matplotlib warns.
-    # It logs that the font has no weight of 700, which hotcoco asks for.
-    fonts = logging.getLogger("matplotlib.font_manager")
-    level = fonts.level
-    with style(theme), matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fonts.setLevel(logging.ERROR)
+    # Names of classes may have dollars, which are no formulas.
+    with _silence(), style(theme), matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(width, height), dpi=RESOLUTION, layout=layout)
         draw(figure)
         data = io.BytesIO()
         FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
-        fonts.setLevel(level)
     return data.getvalue()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """A context in which matplotlib neither warns of letters that the font lacks, nor logs that the font has not all of the
+    weights that hotcoco asks for."""
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fonts.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            fonts.setLevel(level)
 
 
 def curve(axes: "Axes", steps: Sequence[float], values: Sequence[float], label: str, **style: Any) -> None:

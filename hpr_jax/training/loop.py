@@ -337,7 +337,6 @@ class TrainingLoop:
         self.writer.write_board(step, by_class)
         log.info("step %d: AP %.4f, AP50 %.4f", step, result.metrics["AP"], result.metrics["AP50"])
         log_table(result)
-        self.pictures.draw_evaluation(step, result.detections)
         value = self._metric(result.metrics)
         if value == UNDEFINED:
             log.warning("step %d: the validation images have no objects for %s.", step, self.config.train.best_metric)
@@ -346,6 +345,8 @@ class TrainingLoop:
         if value > self.best:
             self.checkpoints.save_best(step, evaluation_variables(state), self._meta(step, result.metrics))
             self.best = value
+        # At last, since nothing depends on it.
+        self.pictures.draw_evaluation(step, result.detections)
         return result.metrics
 
     def _metric(self, metrics: Mapping[str, float]) -> float:

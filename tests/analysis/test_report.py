@@ -284,6 +284,19 @@ class TestStoredDetections:
         assert self.stored(folder) is None
 
 
+class TestFirstImages:
+    def test_are_a_split_of_their_own(self):
+        """Its ground truth is that of its images."""
+        part = split().first(1)
+        assert (len(part), part.records.image_ids, part.truth.labels.tolist()) == (1, (10,), [0, 1])
+        diagnosis = diagnose(part, DETECTIONS[:1], LIMITS)
+        assert [one.objects for one in diagnosis.classes] == [1, 1, 0]
+        assert diagnosis.metrics["AP50"] == pytest.approx(0.5)
+
+    def test_are_at_most_all(self):
+        assert len(split().first(99)) == 2
+
+
 class TestCommand:
     @pytest.fixture(autouse=True)
     def _log(self, restored_log):
