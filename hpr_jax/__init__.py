@@ -7,7 +7,11 @@ __all__ = ["Detections", "ImageDetector", "UserError", "load", "load_config"]
 
 def __getattr__(name: str):
     # The command line answers mistakes before it imports JAX.
-    if name in ("Detections", "ImageDetector", "load"):
+    if name == "load":
+        from hpr_jax.inference.load import load
+
+        return load
+    if name in ("Detections", "ImageDetector"):
         from hpr_jax.inference import image_detector as inference
 
         return getattr(inference, name)

@@ -7,7 +7,7 @@ result = detector("street.jpg")  # result.boxes, .scores, .labels, .names, .draw
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,19 +17,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes, Id
 from hpr_jax.data.decoding import to_eight_bits
 from hpr_jax.data.images import UnreadableImageError, read_image
 from hpr_jax.errors import UserError
-from hpr_jax.inference.detect import make_detect
+from hpr_jax.inference.detect import in_image_pixels, make_detect
 from hpr_jax.inference.drawing import draw
-from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
-from hpr_jax.settings import check
 from hpr_jax.types import Outputs
-from hpr_jax.weights.source import open_source
 
 # Sides of padded inputs are multiples of this many pixels, so that images of similar shape share one compiled program.
 GRID = 128
@@ -114,28 +110,37 @@ class ImageDetector:
           UserError: an image cannot be read, or an array is of another type or shape.
         """
         if isinstance(images, list | tuple):
-            return [self(image, threshold) for image in images]
-        image = _as_array(images, self.config.data.image_bits)
-        geometry, padded, sizes = self._prepare(image)
-        boxes, scores, labels, valid = (a[0] for a in jax.device_get(self._detect(self._state, padded, sizes)))
-        height, width = image.shape[:2]
-        scale = np.array([width / geometry.resized[1], height / geometry.resized[0]] * 2)
-        names, ids = self.classes.names, self.classes.category_ids
-        found = Detections(
-            image=image,
-            # On a canvas larger than the image, boxes may reach beyond the image.
-            boxes=np.clip(boxes[valid] * scale, 0, [width, height] * 2).astype(np.float32),
-            scores=scores[valid],
-            labels=labels[valid],
-            names=[names[label] for label in labels[valid]],
-            category_ids=[ids[label] for label in labels[valid]],
-        )
+            return [found.above(threshold) for found in self._detect_all(images)]
+        (found,) = self._detect_all([images])
         return found.above(threshold)
+
+    def _detect_all(self, images: Sequence[ImageLike]) -> Iterator[Detections]:
+        """What is found in each of some images, whatever its score."""
+        for one in images:
+            image = as_array(one, self.config.data.image_bits)
+            geometry, padded, sizes = self._prepare(image)
+            boxes, scores, labels, valid = (a[0] for a in jax.device_get(self._detect(self._state, padded, sizes)))
+            boxes = in_image_pixels(boxes, np.array(geometry.resized), np.array(image.shape[:2]))
+            yield self._detections(image, boxes, scores, labels, valid)
+
+    def _detections(
+        self, image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
+    ) -> Detections:
+        """The detections of an image out of arrays `[n, ...]`, of which `valid` says what counts."""
+        labels = labels[valid]
+        return Detections(
+            image=image,
+            boxes=boxes[valid],
+            scores=scores[valid],
+            labels=labels,
+            names=[self.classes.names[label] for label in labels],
+            category_ids=[self.classes.category_ids[label] for label in labels],
+        )
 
     def outputs(self, image: ImageLike) -> Outputs:
         """Everything that the network computes for one image, with a batch axis of 1: predictions of every layer and
         branch, memory, reference boxes, hidden states, attention masks. Boxes are cxcywh, relative to the image."""
-        _, padded, sizes = self._prepare(_as_array(image, self.config.data.image_bits))
+        _, padded, sizes = self._prepare(as_array(image, self.config.data.image_bits))
         return self._outputs(self._state, padded, sizes)
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
@@ -154,7 +159,7 @@ def _all_outputs(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, sizes
     return detector(detector.normalize(images, sizes), sizes)
 
 
-def _as_array(image: ImageLike, bits: int) -> np.ndarray:
+def as_array(image: ImageLike, bits: int) -> np.ndarray:
     """The pixels of an image, RGB uint8 `[h, w, 3]`.
 
     Args:
@@ -202,37 +207,3 @@ def _from_pillow(image: Image.Image, bits: int) -> np.ndarray:
     if 0 in pixels.shape:
         raise UserError("The Pillow image has no pixels.")
     return pixels
-
-
-def load(
-    source: str | Path,
-    *,
-    class_names: Sequence[str] | None = None,
-    seed: int = 0,
-    overrides: Mapping[str, object] | None = None,
-    config: ConfigDict | None = None,
-) -> ImageDetector:
-    """Loads a detector from a checkpoint or published weights, or makes one with random weights from a config.
-
-    Args:
-      source: a run's workdir, a checkpoint's directory, a folder that `convert --publish` wrote, `hf://owner/name` of one
-        on the Hugging Face hub, a `.pth`, `.npz` or `.safetensors` file of an official detector or of mmdetection's DINO or
-        DDQ, or `path.py[:variant]` of a config.
-      class_names: with a config, the names of the classes; 80 numbered classes by default.
-      seed: with a config, the seed of the random weights.
-      overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
-      config: with a checkpoint, taken in place of its own config; the model must be the same.
-
-    Raises:
-      UserError: there is nothing to load at `source`, or a setting does not exist.
-    """
-    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
-    if str(source).partition(":")[0].endswith(".py"):
-        config = load_config(str(source), settings)
-        names = tuple(class_names or (f"class {number}" for number in range(80)))
-        classes = Classes(names, tuple(range(1, len(names) + 1)))
-        check(config)
-        module = random_detector(config.model, len(names), compute=config.compute, seed=seed)
-        return ImageDetector(module, classes, config)
-    found = open_source(source, settings, config)
-    return ImageDetector(found.load(), found.classes, found.config)
