@@ -159,8 +159,8 @@ def _notes(description: Description, detector: Detector, checks: list[str]) -> d
             "where": "inside the programs, whose input is uint8",
         },
         "resize": resize_rule(description),
-        "scores": "Sigmoids of independent classes, in 0 to 1, highest first; a query may be detected as several classes. No "
-        "further non-maximum suppression is meant. Where valid is false there is no detection.",
+        "scores": "Sigmoids of independent classes, in 0 to 1, highest first; a query may be detected as several classes. "
+        "No further non-maximum suppression is meant. Where valid is false there is no detection.",
         "boxes": "(left, top, right, bottom) in pixels of the original image, between edges of pixels, clipped to the image",
     }
 

@@ -1,10 +1,10 @@
 """The folder in which a detector is exported: programs that JAX runs without this project, and a description of them.
 
-`export.json` describes the folder, and has the SHA-256 digest of each of its other files. A program is a function of images of
-one padded size, on one platform, in the form of `jax.export`. Its last arguments are
+`export.json` describes the folder, and has the SHA-256 digest of each of its other files. A program is a function of images
+of one size, on one platform, in the form of `jax.export`. Its last arguments are
 
-- of the kind `resized`: images uint8 `[B, H, W, 3]`, RGB, with the resized image at the top left; then the (height, width) of
-  the resized images, and those of the original images, int32 `[B, 2]` each;
+- of the kind `resized`: images uint8 `[B, H, W, 3]`, RGB, with the resized image at the top left; then the (height, width)
+  of the resized images, and those of the original images, int32 `[B, 2]` each;
 - of the kind `original`: images uint8 `[B, h, w, 3]` as they are; resizing them is a part of the program.
 
 If the weights are a file, they are in front of these, a dictionary of arrays by name. The result is a dictionary: `boxes`
@@ -117,7 +117,7 @@ def read_description(folder: Path) -> Description:
     try:
         return Description.from_json(content)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: a value is missing or of another kind; copy or export it again.") from error
+        raise UserError(f"{path} is damaged, a value is missing or of another kind; copy or export it again.") from error
 
 
 def _damage(folder: Path, files: Any) -> str | None:
@@ -168,7 +168,8 @@ def read_program(folder: Path, program: Program) -> export.Exported:
       UserError: this JAX cannot run it.
     """
     check_serialization()
-    oldest, newest = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
+    oldest = export.minimum_supported_calling_convention_version
+    newest = export.maximum_supported_calling_convention_version
     if not oldest <= program.calling_convention <= newest:
         mend = "install a newer JAX" if program.calling_convention > newest else "export the detector again"
         raise UserError(
@@ -179,6 +180,4 @@ def read_program(folder: Path, program: Program) -> export.Exported:
         return export.deserialize(bytearray((folder / program.file).read_bytes()))
     # JAX raises errors of several libraries.
     except Exception as error:
-        raise UserError(
-            f"{folder / program.file} is no program that this JAX can read; export the detector again."
-        ) from error
+        raise UserError(f"{folder / program.file} is no program that this JAX reads; export it again.") from error

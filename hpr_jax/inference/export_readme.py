@@ -39,11 +39,12 @@ data = (folder / about["weights"]).read_bytes()
 start = 8 + int.from_bytes(data[:8], "little")
 header = json.loads(data[8:start])
 header.pop("__metadata__", None)
-weights = {
-    name: np.frombuffer(data[start:][slice(*one["data_offsets"])], "<" + one["dtype"].lower()[0] + str(int(one["dtype"][1:]) // 8))
-    .reshape(one["shape"])
-    for name, one in header.items()
-}
+types = {"F32": "<f4", "I32": "<i4", "U32": "<u4"}
+weights = {}
+for name, one in header.items():
+    first, last = one["data_offsets"]
+    numbers = np.frombuffer(data[start + first : start + last], types[one["dtype"]])
+    weights[name] = numbers.reshape(one["shape"])
 """
 
 _CALL_RESIZED = """\
@@ -63,8 +64,9 @@ def resize_rule(description: Description) -> str:
     """How images are resized, in words."""
     side, longest = description.side, description.max_side
     rule = (
-        f"An image of h x w pixels is resized in proportion by s = min({side} / min(h, w), {longest} / max(h, w)), in float64, to "
-        "max(1, floor(h * s + 0.5)) x max(1, floor(w * s + 0.5)) pixels, as OpenCV's cv2.resize with INTER_LINEAR does it."
+        f"An image of h x w pixels is resized in proportion by s = min({side} / min(h, w), {longest} / max(h, w)), in "
+        "float64, to max(1, floor(h * s + 0.5)) x max(1, floor(w * s + 0.5)) pixels, as "
+        "OpenCV's cv2.resize with INTER_LINEAR does it."
     )
     if description.canvas:
         rule += f" The program itself puts it on a grey canvas of {description.canvas} x {description.canvas} pixels."

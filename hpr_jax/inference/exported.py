@@ -37,8 +37,8 @@ class ExportedDetector(ImageDetector):
         self._programs = [program for program in self.description.programs if program.platform == platform]
         if not self._programs:
             raise UserError(
-                f"The detector in {folder} was exported for {', '.join(sorted(platforms))}, and this JAX runs on {platform}; "
-                f"export it again with --platform {platform}."
+                f"The detector in {folder} was exported for {', '.join(sorted(platforms))}, and this JAX runs on "
+                f"{platform}; export it again with --platform {platform}."
             )
         read_program(folder, self._programs[0])
         weights = self.description.weights
