@@ -173,8 +173,8 @@ def read_program(folder: Path, program: Program) -> export.Exported:
     if not oldest <= program.calling_convention <= newest:
         mend = "install a newer JAX" if program.calling_convention > newest else "export the detector again"
         raise UserError(
-            f"{folder / program.file} has version {program.calling_convention} of JAX's calling convention, and this JAX runs "
-            f"{oldest} to {newest}; {mend}."
+            f"{folder / program.file} has version {program.calling_convention} of JAX's calling convention, and this JAX "
+            f"runs {oldest} to {newest}; {mend}."
         )
     try:
         return export.deserialize(bytearray((folder / program.file).read_bytes()))
