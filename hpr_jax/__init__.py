@@ -11,7 +11,7 @@ _PLACES = {
     "Callback": "hpr_jax.training.callbacks",
     "Detections": "hpr_jax.inference.detections",
     "ImageDetector": "hpr_jax.inference.image_detector",
-    "load": "hpr_jax.inference.image_detector",
+    "load": "hpr_jax.inference.load",
     "load_config": "hpr_jax.config",
     "train": "hpr_jax.training.python",
 }

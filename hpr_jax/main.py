@@ -23,7 +23,18 @@ from hpr_jax.errors import UserError
 from hpr_jax.settings import describe_settings, suggestion
 
 # The names of all commands. Each is a file of hpr_jax.commands, whose first line says what it does.
-COMMANDS = ("train", "evaluate", "predict", "report", "describe", "check-data", "convert", "make-tfds", "make-shapes")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "report",
+    "describe",
+    "check-data",
+    "convert",
+    "export",
+    "make-tfds",
+    "make-shapes",
+)
 
 OVERVIEW = """\
 usage: python -m hpr_jax.main [COMMAND] [OPTIONS] [--config.SECTION.KEY=VALUE ...]

@@ -70,6 +70,7 @@ COMPILING_FILES = (
     "test_costs.py",
     "test_describe.py",
     "test_detector.py",
+    "test_export.py",
     "test_grow.py",
     "test_initial_weights.py",
     "test_initialisation.py",

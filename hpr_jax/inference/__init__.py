@@ -1,5 +1,5 @@
 """From an image to boxes and pictures.
 
-`image_detector.py` is what notebooks use.
+`load.py` and `image_detector.py` are what notebooks use.
 May import weights and all wings below it.
 """

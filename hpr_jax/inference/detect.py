@@ -1,15 +1,22 @@
 """The compiled function from a padded batch of images to detections."""
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, whwh
 from hpr_jax.runtime.devices import EVERYWHERE, split_at
 from hpr_jax.types import Predictions
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
+
+# (height, width) -> (width, height, width, height).
+_WHWH = np.array([1, 0, 1, 0])
 
 
 @functools.lru_cache(maxsize=8)
@@ -27,16 +34,21 @@ def make_detect(graph: nnx.GraphDef, max_detections: int, mesh: Mesh | None = No
       mesh: splits the images over its devices; None for JAX's default device.
     """
 
-    def detect(state, images, sizes):
-        detector = nnx.merge(graph, state)
-        outputs = detector(detector.normalize(images, sizes), sizes)
-        last_layer = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
-        return top_detections(last_layer, sizes, max_detections)
-
+    detect = functools.partial(detections, graph, max_detections)
     if mesh is not None:
         specs = EVERYWHERE, split_at(0), split_at(0)
         detect = jax.shard_map(detect, mesh=mesh, in_specs=specs, out_specs=split_at(0), check_vma=False)
     return jax.jit(detect)
+
+
+def detections(
+    graph: nnx.GraphDef, max_detections: int, state: nnx.State, images: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the function of `make_detect` computes."""
+    detector = nnx.merge(graph, state)
+    outputs = detector(detector.normalize(images, sizes), sizes)
+    last_layer = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
+    return top_detections(last_layer, sizes, max_detections)
 
 
 def top_detections(
@@ -61,3 +73,19 @@ def top_detections(
     boxes = jnp.clip(cxcywh_to_xyxy(boxes) * scale, 0.0, scale)
     valid = scores >= 0
     return boxes, jnp.where(valid, scores, 0.0), (index % classes).astype(jnp.int32), valid
+
+
+def in_image_pixels(boxes: Array, resized: Array, original: Array) -> Array:
+    """Moves boxes from resized images to the images themselves, and clips them: on a canvas larger than the image, boxes may
+    reach beyond the image. NumPy and XLA compute the same bits.
+
+    Args:
+      boxes: float32 xyxy `[..., n, 4]` in pixels of the resized images.
+      resized, original: (height, width) of the images, `[..., 2]`.
+
+    Returns:
+      float32 xyxy `[..., n, 4]`.
+    """
+    limit = original[..., None, _WHWH].astype(np.float32)
+    scale = limit / resized[..., None, _WHWH].astype(np.float32)
+    return (boxes * scale).clip(np.float32(0), limit)

@@ -6,8 +6,7 @@ result = detector("street.jpg")  # result.boxes, .scores, .labels, .names, .draw
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import jax
@@ -15,20 +14,15 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hpr_jax.config import load_config
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes
-from hpr_jax.inference.detect import make_detect
+from hpr_jax.inference.detect import in_image_pixels, make_detect
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.explanation import Explanation, explain
 from hpr_jax.inference.pixels import ImageLike, as_array
 from hpr_jax.inference.tiles import Tiling, detect_in_tiles
-from hpr_jax.models.build import random_detector
 from hpr_jax.models.detector import Detector
-from hpr_jax.runtime.compilation_cache import enable_compilation_cache
-from hpr_jax.settings import check
 from hpr_jax.types import Outputs
-from hpr_jax.weights.source import open_source
 
 # Sides of padded inputs are multiples of this many pixels, so that images of similar shape share one compiled program.
 GRID = 128
@@ -69,15 +63,18 @@ class ImageDetector:
         Raises:
           UserError: an image cannot be read, or an array is of another type or shape.
         """
-        bits = self.config.data.image_bits
-        if not isinstance(images, list | tuple):
-            (found,) = self._detect_batch([as_array(images, bits)])
-            return found.above(threshold)
-        arrays = [as_array(image, bits) for image in images]
-        found_by_place: dict[int, Detections] = {}
-        for places in self._batches(arrays):
-            found_by_place |= zip(places, self._detect_batch([arrays[place] for place in places]))
-        return [found_by_place[place].above(threshold) for place in range(len(arrays))]
+        several = images if isinstance(images, list | tuple) else [images]
+        found = self._detect_all([as_array(image, self.config.data.image_bits) for image in several])
+        if isinstance(images, list | tuple):
+            return [one.above(threshold) for one in found]
+        return found[0].above(threshold)
+
+    def _detect_all(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """What is found in each of some images `[h, w, 3]`, whatever its score."""
+        found: dict[int, Detections] = {}
+        for places in self._batches(images):
+            found |= zip(places, self._detect_batch([images[place] for place in places]))
+        return [found[place] for place in range(len(images))]
 
     def _batches(self, images: Sequence[np.ndarray]) -> Iterator[list[int]]:
         """Places of images that go into one batch: they are padded to the same shape."""
@@ -98,33 +95,25 @@ class ImageDetector:
         prepared = [self._prepare(image) for image in images]
         filled = [*prepared, *([prepared[0]] * (full - len(prepared)))]
         padded, sizes = (np.concatenate(arrays) for arrays in list(zip(*filled))[1:])
-        found = jax.device_get(self._detect(self._state, padded, sizes))
-        return [
-            self._detections(image, geometry, *(array[place] for array in found))
-            for place, (image, (geometry, _, _)) in enumerate(zip(images, prepared))
-        ]
+        boxes, *others = jax.device_get(self._detect(self._state, padded, sizes))
+        found = []
+        for place, (image, (geometry, _, _)) in enumerate(zip(images, prepared)):
+            moved = in_image_pixels(boxes[place], np.array(geometry.resized), np.array(image.shape[:2]))
+            found.append(self._detections(image, moved, *(array[place] for array in others)))
+        return found
 
     def _detections(
-        self,
-        image: np.ndarray,
-        geometry: Geometry,
-        boxes: np.ndarray,
-        scores: np.ndarray,
-        labels: np.ndarray,
-        valid: np.ndarray,
+        self, image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray
     ) -> Detections:
-        """What `make_detect` has found in one image, in pixels of that image."""
-        height, width = image.shape[:2]
-        scale = np.array([width / geometry.resized[1], height / geometry.resized[0]] * 2)
-        names, ids = self.classes.names, self.classes.category_ids
+        """The detections of an image out of arrays `[n, ...]`, of which `valid` says what counts."""
+        labels = labels[valid]
         return Detections(
             image=image,
-            # On a canvas larger than the image, boxes may reach beyond the image.
-            boxes=np.clip(boxes[valid] * scale, 0, [width, height] * 2).astype(np.float32),
+            boxes=boxes[valid],
             scores=scores[valid],
-            labels=labels[valid],
-            names=[names[label] for label in labels[valid]],
-            category_ids=[ids[label] for label in labels[valid]],
+            labels=labels,
+            names=[self.classes.names[label] for label in labels],
+            category_ids=[self.classes.category_ids[label] for label in labels],
         )
 
     def in_tiles(self, image: ImageLike, tiling: Tiling, threshold: float = 0.3) -> Detections:
@@ -184,39 +173,3 @@ def _padded_shape(geometry: Geometry) -> tuple[int, int]:
 def _all_outputs(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, sizes: jax.Array) -> Outputs:
     detector = nnx.merge(graph, state)
     return detector(detector.normalize(images, sizes), sizes)
-
-
-def load(
-    source: str | Path,
-    *,
-    class_names: Sequence[str] | None = None,
-    seed: int = 0,
-    overrides: Mapping[str, object] | None = None,
-    config: ConfigDict | None = None,
-) -> ImageDetector:
-    """Loads a detector from a checkpoint or published weights, or makes one with random weights from a config.
-
-    Args:
-      source: a run's workdir, a checkpoint's directory, a folder that `convert --publish` wrote, `hf://owner/name` of one
-        on the Hugging Face hub, a `.pth`, `.npz` or `.safetensors` file of an official detector or of mmdetection's DINO or
-        DDQ, or `path.py[:variant]` of a config.
-      class_names: with a config, the names of the classes; 80 numbered classes by default.
-      seed: with a config, the seed of the random weights.
-      overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
-      config: with a checkpoint, taken in place of its own config; the model must be the same.
-
-    Raises:
-      UserError: there is nothing to load at `source`, or a setting does not exist.
-    """
-    # In a notebook the next start finds the programs of this one.
-    enable_compilation_cache()
-    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
-    if str(source).partition(":")[0].endswith(".py"):
-        config = load_config(str(source), settings)
-        names = tuple(class_names or (f"class {number}" for number in range(80)))
-        classes = Classes(names, tuple(range(1, len(names) + 1)))
-        check(config)
-        module = random_detector(config.model, len(names), compute=config.compute, seed=seed)
-        return ImageDetector(module, classes, config)
-    found = open_source(source, settings, config)
-    return ImageDetector(found.load(), found.classes, found.config)

@@ -17,7 +17,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.drawing import encode_image
 from hpr_jax.inference.find_images import find_images
-from hpr_jax.inference.image_detector import load
+from hpr_jax.inference.load import load
 from hpr_jax.inference.tiles import Tiling
 from hpr_jax.runtime.console import interruptible
 from hpr_jax.runtime.files import write_whole

@@ -89,5 +89,5 @@ class Encoder(nnx.Module):
                 temperature=self.position_temperature,
                 offset=self.position_offset,
             )
-            encodings.append(encoding.reshape(len(encoding), -1, channels) + self.level_embedding[level])
+            encodings.append(encoding.reshape(encoding.shape[0], -1, channels) + self.level_embedding[level])
         return join_levels(encodings).astype(pyramid.tokens.dtype)

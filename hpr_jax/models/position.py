@@ -27,7 +27,7 @@ def map_encoding(
     Returns:
       `[B, height, width, channels]`.
     """
-    batch = len(sizes)
+    batch = sizes.shape[0]
     scale = 2 * jnp.pi / (sizes.astype(jnp.float32) + 1e-6)
     y = (jnp.arange(1, height + 1) + offset) * scale[:, :1]
     x = (jnp.arange(1, width + 1) + offset) * scale[:, 1:]

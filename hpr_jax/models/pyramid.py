@@ -69,5 +69,5 @@ def pixel_centers(pyramid: Pyramid) -> jax.Array:
         y = (jnp.arange(height) + 0.5) / size[:, :1]
         x = (jnp.arange(width) + 0.5) / size[:, 1:]
         grid = jnp.stack(jnp.broadcast_arrays(x[:, None, :], y[:, :, None]), axis=-1)
-        centers.append(grid.reshape(len(size), height * width, 2))
+        centers.append(grid.reshape(size.shape[0], height * width, 2))
     return join_levels(centers)

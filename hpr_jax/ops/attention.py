@@ -112,7 +112,7 @@ def _head_by_head(function: Callable[..., Any], *arguments: jax.Array) -> Any:
 
     def run(loop, *arguments):
         *arrays, mask = arguments
-        mask = jnp.broadcast_to(mask, (len(arrays[0]), *mask.shape[1:]))
+        mask = jnp.broadcast_to(mask, (arrays[0].shape[0], *mask.shape[1:]))
 
         def image(args):
             *arrays, mask = args

@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
+
+from hpr_jax.ops.platform import target_platform
 
 
 def by_chunks(function: Callable[[Any], jax.Array], size: int, rows: Any) -> jax.Array:
@@ -18,20 +21,22 @@ def by_chunks(function: Callable[[Any], jax.Array], size: int, rows: Any) -> jax
     Returns:
       `[N, ...]`.
     """
-    length = len(jax.tree.leaves(rows)[0])
+    length = jax.tree.leaves(rows)[0].shape[0]
     # GPUs are faster with all rows at once.
-    if jax.default_backend() != "cpu" or length <= size:
+    if target_platform() != "cpu" or (not is_symbolic_dim(length) and length <= size):
         return function(rows)
     return out_of_chunks(length, jax.lax.map(jax.checkpoint(function), in_chunks(size, length, rows)))
 
 
 def in_chunks(size: int, length: int, tree: Any, *, mode: str = "constant") -> Any:
-    """Cuts arrays `[length, ...]` into equal chunks of at most `size` rows: `[chunks, rows, ...]`, for `jax.lax.scan`.
+    """Cuts arrays `[length, ...]` into equal chunks of at most `size` rows: `[chunks, rows, ...]`, for `jax.lax.scan`. Where
+    the length is a symbol, as in programs for any batch, chunks have `size` rows.
 
     The last chunk is filled up with zeros, or as another `mode` of `jnp.pad` does.
     """
     chunks = -(-length // size)
-    size = -(-length // chunks)
+    if not is_symbolic_dim(length):
+        size = -(-length // chunks)
 
     def cut(array):
         padding = [(0, chunks * size - length)] + [(0, 0)] * (array.ndim - 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.order import compute_after
 from hpr_jax.ops.padding import zero_padding
+from hpr_jax.ops.platform import target_platform
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int, sizes: jax.Array) -> jax.Array:
@@ -25,7 +26,7 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, sizes: jax.Array) 
       `[B, ceil(h / stride), ceil(w / stride), out]` in the type of x. Outside the valid area, which is
       ceil(sizes / stride), are arbitrary finite values.
     """
-    convolve: Callable[..., jax.Array] = _by_taps if jax.default_backend() == "cpu" else _plain
+    convolve: Callable[..., jax.Array] = _by_taps if target_platform() == "cpu" else _plain
     return convolve(*vary_alike(zero_padding(x, sizes), kernel), stride)
 
 

@@ -120,7 +120,7 @@ def _xla(spatial_shapes, value, locations, weights):
         table, locations, weights = args
         return weighted_rows(table, *_corners(spatial_shapes, locations, weights)).astype(value.dtype)
 
-    return _by_image(jax.lax.map(sample_head, jax.tree.map(_by_head, (value, locations, weights))), len(value))
+    return _by_image(jax.lax.map(sample_head, jax.tree.map(_by_head, (value, locations, weights))), value.shape[0])
 
 
 def _xla_backward(spatial_shapes, value, locations, weights, gradient):
@@ -150,7 +150,7 @@ def _xla_backward(spatial_shapes, value, locations, weights, gradient):
         return table_gradient.astype(value.dtype), *pullback(out_of_chunks(queries, weight_gradient))
 
     found = jax.lax.map(head_gradients, jax.tree.map(_by_head, (value, locations, weights, gradient)))
-    return jax.tree.map(lambda array: _by_image(array, len(value)), found)
+    return jax.tree.map(lambda array: _by_image(array, value.shape[0]), found)
 
 
 def _by_head(array):

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import jax
 
+from hpr_jax.ops.platform import target_platform
+
 log = logging.getLogger("hpr_jax")
 
 Result = TypeVar("Result")
@@ -36,7 +38,7 @@ def dispatch(
       ValueError: an unknown name, or a kernel asked for by name that cannot run.
     """
     if implementation is None:
-        platform = jax.default_backend()
+        platform = target_platform()
         if obstacle:
             why = f": {obstacle}" if platform == "gpu" else f" (default platform: {platform})"
             _log_once(f"{operation} runs as XLA{why}.")
@@ -50,8 +52,8 @@ def dispatch(
         raise ValueError(
             f"{operation} has no implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}."
         )
-    if implementation == "pallas" and jax.default_backend() != "gpu":
-        obstacle = f"it needs an NVIDIA GPU, and the default platform is {jax.default_backend()}"
+    if implementation == "pallas" and target_platform() != "gpu":
+        obstacle = f"it needs an NVIDIA GPU, and the default platform is {target_platform()}"
     if obstacle:
         raise ValueError(
             f"{operation} cannot run as {implementation!r}: {obstacle}; use 'xla', or None for whichever can run."

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from hpr_jax.ops.platform import target_platform
+
 
 def compute_after(other: jax.Array, x: jax.Array) -> jax.Array:
     """Returns x unchanged, but on CPUs makes XLA compute `other` first, by a false dependency.
@@ -11,7 +13,7 @@ def compute_after(other: jax.Array, x: jax.Array) -> jax.Array:
     in memory everything that they are made of. On CPUs it ignores optimisation barriers, but not a dependency on a number.
     If the first number of `other` is NaN, so is the result.
     """
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return x
     first = other.ravel()[0]
     return x + jnp.where(jnp.isnan(first), first, 0).astype(x.dtype)

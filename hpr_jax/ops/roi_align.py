@@ -167,7 +167,7 @@ def _xla(features, regions, bins, ratio):
             return weighted_rows(table, *_rows(chunk, bins, ratio)).astype(table.dtype)
 
         sampled = jax.lax.map(sample, in_chunks(CHUNK, count, regions, mode="edge"))
-        return out_of_chunks(count, sampled.reshape(len(sampled), -1, bins**2, channels))
+        return out_of_chunks(count, sampled.reshape(sampled.shape[0], -1, bins**2, channels))
 
     return jax.lax.map(per_image, (features, regions))
 
@@ -222,5 +222,5 @@ def _samples(regions, bins, ratio):
     rows = rows * regions.width[:, None, None] + regions.start[:, None, None]
     index = rows[:, :, None, :, None] + columns[:, None, :, None, :]
     weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-    shape = (len(rows), bins * bins, 4 * ratio * ratio)
+    shape = (rows.shape[0], bins * bins, 4 * ratio * ratio)
     return index.reshape(shape), weight.reshape(shape)

@@ -28,7 +28,7 @@ def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.
     table = table.astype(jnp.float32)
 
     def by_step(array):
-        return array.T.reshape(-1, CORNERS, len(array))
+        return array.T.reshape(-1, CORNERS, array.shape[0])
 
     def step(total, rows):
         index, weight = rows
@@ -36,7 +36,7 @@ def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.
             total += weight[k, :, None] * table.at[index[k]].get(mode="promise_in_bounds")
         return total, None
 
-    nothing = zeros((len(index), table.shape[1]), table, weight)
+    nothing = zeros((index.shape[0], table.shape[1]), table, weight)
     return jax.lax.scan(step, nothing, (by_step(index), by_step(weight)))[0]
 
 

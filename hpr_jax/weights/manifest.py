@@ -11,7 +11,7 @@ NAME = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of all files below the folder, and waits until it is on the disk."""
     with (folder / NAME).open("w") as file:
-        json.dump({name: _entry(folder / name) for name in _files(folder)}, file, indent=1)
+        json.dump({name: size_and_digest(folder / name) for name in _files(folder)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -34,7 +34,7 @@ def find_damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         try:
-            same = tuple(_entry(folder / name)) == expected
+            same = tuple(size_and_digest(folder / name)) == expected
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if not same:
@@ -47,7 +47,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
 
 
-def _entry(path: Path) -> tuple[int, str]:
-    """Size in bytes, and SHA-256 digest."""
+def size_and_digest(path: Path) -> tuple[int, str]:
+    """Size in bytes, and SHA-256 digest of a file."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

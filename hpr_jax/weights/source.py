@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from hpr_jax.config import override
+from hpr_jax.config import load_config, override
 from hpr_jax.data.dataset import Classes
-from hpr_jax.models.build import abstract_detector
+from hpr_jax.errors import UserError
+from hpr_jax.models.build import abstract_detector, random_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.settings import check
 from hpr_jax.weights.checkpoint import checkpoint_config, load_detector, read_meta
@@ -22,6 +23,9 @@ from hpr_jax.weights.published import Published
 from hpr_jax.weights.published_folder import is_published_folder, published_in_file, read_published_folder
 from hpr_jax.weights.recognize import CLASS_LAYER, recognize
 from hpr_jax.weights.weights_file import read_weights
+
+# The file that describes exported programs; `hpr_jax.inference.export_format` reads it.
+EXPORT = "export.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,10 @@ def open_source(place: str | Path, overrides: Sequence[tuple[str, str]] = (), co
       UserError: there is no detector, or it is none that is known here, or a setting is wrong.
     """
     path = local_path(place)
+    if is_exported_folder(path):
+        raise UserError(
+            f"{path} holds exported programs, which hpr_jax.load and predict take; here goes the detector they were made of."
+        )
     if path.is_file():
         return _open_file(path, overrides, config)
     if is_published_folder(path):
@@ -75,6 +83,36 @@ def open_source(place: str | Path, overrides: Sequence[tuple[str, str]] = (), co
     return Source(
         find_checkpoint(path), meta.classes, config, meta.step, meta.metrics, lambda compute: load_detector(path, compute)[0]
     )
+
+
+def is_exported_folder(path: Path) -> bool:
+    """Whether a folder holds a detector whose programs were exported."""
+    return (path / EXPORT).is_file()
+
+
+def random_source(
+    config: str, overrides: Sequence[tuple[str, str]] = (), class_names: Sequence[str] | None = None, seed: int = 0
+) -> Source:
+    """A detector with random weights.
+
+    Args:
+      config: `path.py[:variant]` of its config.
+      overrides: settings (dotted key, text) in place of the config's.
+      class_names: 80 numbered classes by default.
+      seed: of the weights.
+
+    Raises:
+      UserError: there is no such config, or a setting is wrong.
+    """
+    settings = load_config(config, overrides)
+    names = tuple(class_names or (f"class {number}" for number in range(80)))
+    check(settings)
+
+    def build(compute: Mapping[str, Any] | None) -> Detector:
+        return random_detector(settings.model, len(names), compute=compute, seed=seed)
+
+    classes = Classes(names, tuple(range(1, len(names) + 1)))
+    return Source(Path(config), classes, settings, 0, {}, build)
 
 
 def _open_published(published: Published, overrides: Sequence[tuple[str, str]], config: ConfigDict | None) -> Source:

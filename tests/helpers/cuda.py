@@ -1,6 +1,5 @@
 """Lowers programs for CUDA, and compiles their Triton kernels, on a machine without a GPU."""
 
-import contextlib
 import importlib.util
 import re
 import subprocess
@@ -10,22 +9,10 @@ from typing import NamedTuple
 
 import jax
 
+from hpr_jax.kernels.abstract_gpu import abstract_gpu
+
 # Whether Triton's compiler is installed.
 HAS_COMPILER = importlib.util.find_spec("triton") is not None
-
-
-def _pretended_device():
-    """A context in which Pallas kernels can be lowered for CUDA. JAX 0.11 and newer need a device for that, which may be
-    abstract; older versions do not."""
-    try:
-        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-    except ImportError:
-        return contextlib.nullcontext()
-    try:
-        device = AbstractDevice("NVIDIA H200", None, "cuda")
-    except TypeError:
-        return contextlib.nullcontext()
-    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def triton_ir(function, *arguments) -> dict[str, str]:
@@ -44,7 +31,7 @@ def triton_ir(function, *arguments) -> dict[str, str]:
     from jax._src.lib.mlir import ir
     from jaxlib.triton import dialect
 
-    with _pretended_device():
+    with abstract_gpu():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     found: dict[str, str] = {}
 

@@ -125,7 +125,7 @@ def anchors_inside(memory: Pyramid) -> jax.Array:
         rows, columns = (between(length, memory.level_sizes[:, level, axis]) for axis, length in enumerate((height, width)))
         if not 0.01 < _anchor_side(level) < 0.99:
             rows = jnp.zeros_like(rows)
-        inside.append((rows[:, :, None] & columns[:, None, :]).reshape(len(rows), height * width))
+        inside.append((rows[:, :, None] & columns[:, None, :]).reshape(rows.shape[0], height * width))
     return join_levels(inside)[..., None]
 
 

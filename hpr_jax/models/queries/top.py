@@ -28,6 +28,8 @@ class TopQueries(nnx.Module):
         logits, _ = self.generator.candidates(tokens, self.head)
         queries, channels = self.content.shape
         index, found = best_tokens(logits, memory.valid, queries)
-        content = jnp.broadcast_to(self.content.get_value().astype(memory.tokens.dtype), (len(logits), queries, channels))
+        content = jnp.broadcast_to(
+            self.content.get_value().astype(memory.tokens.dtype), (logits.shape[0], queries, channels)
+        )
         proposals = self.generator.chosen(tokens, self.head, index, found)
         return InitialQueries(content, proposals, duplicates=jnp.zeros_like(found)), None

@@ -40,6 +40,6 @@ class DynamicConv(nnx.Module):
             expand = affine(query, *to_expand).reshape(-1, self.hidden, channels)
             x = jax.nn.relu(self.norm1(regions @ squeeze))
             x = jax.nn.relu(self.norm2(x @ expand))
-            return self.project(x.reshape(len(query), -1))
+            return self.project(x.reshape(query.shape[0], -1))
 
         return query + jax.nn.relu(self.norm3(map_regions(filtered, query, surroundings)))

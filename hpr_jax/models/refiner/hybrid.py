@@ -184,7 +184,7 @@ class HybridRefiner(nnx.Module):
                 selected = select(jax.nn.sigmoid(scores), boxes[:, queries.matching], selected, queries.duplicates)
             return (content, boxes, selected), (content, branches, refined, selected)
 
-        batch = len(queries.content)
+        batch = queries.content.shape[0]
         all_selected = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
         _, (hidden, branches, refined, selected) = jax.lax.scan(

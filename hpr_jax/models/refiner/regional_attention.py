@@ -40,6 +40,6 @@ class RegionalAttention(nnx.Module):
             spawned = self.spawn(query).reshape(-1, self.samples, channels)
             key = attention.project(regions, slice(1, 2)) + encoded
             x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
-            return self.project(x.reshape(len(query), -1))
+            return self.project(x.reshape(query.shape[0], -1))
 
         return query + jax.nn.relu(self.norm(map_regions(attended, query, surroundings)))

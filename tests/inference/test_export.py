@@ -1,0 +1,279 @@
+"""Exported detectors: programs that know nothing of this project, and detect what the detectors detect."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax import export
+
+import hpr_jax
+from hpr_jax.data.dataset import Classes
+from hpr_jax.inference.export import Wanted, default_sizes, export_program, write_exported
+from hpr_jax.inference.export_format import ORIGINAL
+from hpr_jax.inference.exported import ExportedDetector
+from hpr_jax.inference.image_detector import ImageDetector
+from hpr_jax.models.build import random_detector
+from hpr_jax.weights.source import Source
+
+pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+
+CLASSES = Classes(("cup", "pen", "hat"), (2, 5, 9))
+LANDSCAPE = np.random.default_rng(0).integers(0, 256, (48, 60, 3)).astype(np.uint8)
+PORTRAIT = np.ascontiguousarray(LANDSCAPE.swapaxes(0, 1))
+
+
+def source(model="deformable_detr", *, plain=True, side=64, max_side=64, canvas=0):
+    """A tiny detector with random weights; a plain one has one refiner."""
+    config = tiny.config(model=model)
+    config.evaluate.update(side=side, max_side=max_side, canvas=canvas)
+    if plain:
+        config.model.refiner.auxiliaries = ()
+
+    def build(compute):
+        return random_detector(config.model, tiny.CLASSES, compute=compute)
+
+    return Source(Path("tiny"), CLASSES, config, 0, {}, build)
+
+
+def detector(made):
+    return ImageDetector(made.load(), made.classes, made.config)
+
+
+def same(found, expected):
+    for name in ("boxes", "scores", "labels"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert (found.names, found.category_ids) == (expected.names, expected.category_ids)
+    assert len(found)
+
+
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory):
+    """A folder with the weights in the programs, of two sizes; tests must not change it."""
+    folder = tmp_path_factory.mktemp("exported") / "inside"
+    write_exported(folder, source(), Wanted(sizes=((128, 128), (64, 128))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """A folder with the weights beside the program, for two images; tests must not change it."""
+    folder = tmp_path_factory.mktemp("exported") / "beside"
+    write_exported(folder, source(), Wanted(batch=2, weights_beside=True))
+    return folder
+
+
+# A process that has no other packages of its own than these, and finds no others.
+ALONE = """
+import importlib.abc, sys
+
+class Barrier(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("hpr_jax", "flax", "cv2", "ml_collections", "safetensors", "optax", "orbax"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Barrier())
+import numpy as np
+image, original_size = np.load("image.npy"), (48, 60)
+"""
+
+
+def follow_readme(folder, place, image):
+    """What the lines of a folder's README find in an image, in a process that has JAX and NumPy alone."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    lines = lines.replace('Path(".")', f"Path({str(folder)!r})")
+    np.save(place / "image.npy", image)
+    (place / "lines.py").write_text(f"{ALONE}{lines}\nnp.savez('found.npz', **found)\n")
+    environment = {**tiny.process_environment(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    subprocess.run([sys.executable, "lines.py"], cwd=place, env=environment, check=True, capture_output=True)
+    return np.load(place / "found.npz")
+
+
+@pytest.mark.parametrize("kind", ["inside", "beside"])
+def test_the_lines_of_the_readme(kind, request, tmp_path):
+    import cv2
+
+    folder = request.getfixturevalue(kind)
+    found = follow_readme(folder, tmp_path, cv2.resize(LANDSCAPE, (64, 51), interpolation=cv2.INTER_LINEAR))
+    expected = detector(source())(LANDSCAPE, 0.0)
+    valid = found["valid"][0]
+    for name in ("boxes", "scores", "labels"):
+        if kind == "inside":
+            np.testing.assert_array_equal(found[name][0][valid], getattr(expected, name))
+        else:
+            # Two images at once are rounded otherwise than one.
+            np.testing.assert_allclose(found[name][0][valid], getattr(expected, name), atol=1e-4)
+
+
+def test_a_loaded_folder_is_an_image_detector(inside):
+    loaded, whole = hpr_jax.load(inside), detector(source())
+    assert isinstance(loaded, ExportedDetector)
+    assert loaded.classes == CLASSES
+    # Portraits of 64 x 51 fit the larger program alone, to whose size an ImageDetector pads, too.
+    same(loaded(PORTRAIT, 0.0), whole(PORTRAIT, 0.0))
+    for found, expected in zip(loaded([PORTRAIT, PORTRAIT], 0.0), whole([PORTRAIT, PORTRAIT], 0.0), strict=True):
+        same(found, expected)
+    with pytest.raises(hpr_jax.UserError, match="returns detections alone"):
+        loaded.outputs(PORTRAIT)
+    with pytest.raises(hpr_jax.UserError, match="were chosen when it was exported"):
+        hpr_jax.load(inside, overrides={"evaluate.side": 32})
+
+
+def test_the_smallest_size_that_fits_is_chosen(inside):
+    loaded = ExportedDetector(inside)
+
+    def chosen(height, width):
+        image = np.zeros((height, width, 3), np.uint8)
+        program = loaded._choose(image, loaded._resized_size(image))
+        return program.height, program.width
+
+    assert chosen(48, 60) == chosen(10, 1000) == chosen(64, 64) == (64, 128)
+    loaded._programs = [program for program in loaded._programs if program.height == 64]
+    loaded.description = loaded.description.__class__(**{**vars(loaded.description), "side": 100, "max_side": 100})
+    with pytest.raises(hpr_jax.UserError, match=r"60x48 pixels .* becomes 100x80 and fits no program .* --size 100x80"):
+        chosen(60, 48)
+
+
+def test_several_images_at_once(beside):
+    loaded, whole = hpr_jax.load(beside), detector(source())
+    images = [LANDSCAPE, PORTRAIT, LANDSCAPE[:30]]
+    for image, found in zip(images, loaded(images, 0.0), strict=True):
+        np.testing.assert_array_equal(found.image, image)
+        expected = whole(image, 0.0)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+
+
+def test_programs_that_resize(tmp_path):
+    made = source()
+    write_exported(tmp_path / "x", made, Wanted(sizes=((48, 60),), images=ORIGINAL))
+    loaded = hpr_jax.load(tmp_path / "x")
+    same(loaded(LANDSCAPE, 0.0), detector(made)(LANDSCAPE, 0.0))
+    with pytest.raises(hpr_jax.UserError, match=r"60x48 pixels .* fits no program .* --image-size 60x48"):
+        loaded(PORTRAIT)
+
+
+def test_canvases_are_made_inside(tmp_path):
+    made = source(canvas=96)
+    write_exported(tmp_path / "x", made, Wanted())
+    same(hpr_jax.load(tmp_path / "x")(LANDSCAPE, 0.0), detector(made)(LANDSCAPE, 0.0))
+    with pytest.raises(hpr_jax.UserError, match="smaller than the canvas of 96x96"):
+        write_exported(tmp_path / "y", made, Wanted(sizes=((64, 128),)))
+
+
+@pytest.mark.parametrize(("model", "plain"), [("ddq", False), ("ddq", True), ("dino", False), ("align_detr", False)])
+def test_programs_of_all_detectors(model, plain):
+    """For any number of images: what has shapes that are symbols can be exported for one number, too."""
+    made = source(model, plain=plain)
+    for platform in ("cpu", "tpu"):
+        module = made.build({"operations": "xla", "remat": ()})
+        exported = export_program(module, made.config, platform, (128, 128), Wanted(batch=None, weights_beside=True))
+        assert exported.platforms == (platform,)
+
+
+def test_any_number_of_images(tmp_path):
+    made = source()
+    write_exported(tmp_path / "x", made, Wanted(batch=None))
+    found, expected = hpr_jax.load(tmp_path / "x")(LANDSCAPE, 0.0), detector(made)(LANDSCAPE, 0.0)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    program = export.deserialize(bytearray((tmp_path / "x/cpu-128x128.jax_export").read_bytes()))
+    images, sizes = np.zeros((3, 128, 128, 3), np.uint8), np.full((3, 2), 64, np.int32)
+    assert jax.jit(program.call)(images, sizes, sizes)["boxes"].shape == (3, 10, 4)
+
+
+def test_kernels_are_asked_for():
+    made = source("ddq")
+    codes = []
+    for kernels in (False, True):
+        module = made.build({"operations": "auto" if kernels else "xla", "remat": ()})
+        wanted = Wanted(("cuda",), weights_beside=True, kernels=kernels)
+        codes.append(export_program(module, made.config, "cuda", (128, 128), wanted).mlir_module())
+    assert ["triton" in code for code in codes] == [False, True]
+    assert "custom_call @" not in codes[0].replace("custom_call @mhlo.topk", "")
+
+
+class TestMistakes:
+    def changed(self, inside, tmp_path, change):
+        """A copy of a folder whose description was changed, digests excepted."""
+        shutil.copytree(inside, tmp_path / "x")
+        content = json.loads((tmp_path / "x/export.json").read_bytes())
+        change(content)
+        (tmp_path / "x/export.json").write_text(json.dumps(content))
+        return tmp_path / "x"
+
+    @pytest.mark.parametrize("name", ["cpu-128x128.jax_export", "README.md"])
+    def test_damage(self, inside, tmp_path, name):
+        shutil.copytree(inside, tmp_path / "x")
+        data = bytearray((tmp_path / "x" / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / "x" / name).write_bytes(data)
+        with pytest.raises(hpr_jax.UserError, match=f"is damaged: {name} has changed"):
+            hpr_jax.load(tmp_path / "x")
+        (tmp_path / "x" / name).unlink()
+        with pytest.raises(hpr_jax.UserError, match=f"is damaged: {name} is missing"):
+            hpr_jax.load(tmp_path / "x")
+        (tmp_path / "x/export.json").write_text("{")
+        with pytest.raises(hpr_jax.UserError, match="damaged or no JSON"):
+            hpr_jax.load(tmp_path / "x")
+
+    def test_another_platform(self, inside, tmp_path):
+        folder = self.changed(inside, tmp_path, lambda content: [p.update(platform="cuda") for p in content["programs"]])
+        with pytest.raises(hpr_jax.UserError, match=r"exported for cuda, and this JAX runs on cpu; .* --platform cpu"):
+            hpr_jax.load(folder)
+
+    def test_a_newer_calling_convention(self, inside, tmp_path):
+        folder = self.changed(
+            inside, tmp_path, lambda content: [p.update(calling_convention=99) for p in content["programs"]]
+        )
+        with pytest.raises(hpr_jax.UserError, match=r"has version 99 of JAX's calling convention, .* install a newer JAX"):
+            hpr_jax.load(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (lambda content: content.update(format_version=2), "version 2, and this hpr_jax reads"),
+            (lambda content: content.pop("side"), "a value is missing"),
+            (lambda content: content.update(files={"../x": {}}), "does not list its files"),
+        ],
+    )
+    def test_strange_descriptions(self, inside, tmp_path, change, sentence):
+        with pytest.raises(hpr_jax.UserError, match=sentence):
+            hpr_jax.load(self.changed(inside, tmp_path, change))
+
+    def test_nothing_is_written_over(self, inside):
+        with pytest.raises(hpr_jax.UserError, match="exists and is not an empty folder"):
+            write_exported(inside, source(), Wanted())
+
+    def test_checkpoints_are_wanted_elsewhere(self, inside):
+        from hpr_jax.weights.source import open_source
+
+        with pytest.raises(hpr_jax.UserError, match="holds exported programs"):
+            open_source(inside)
+
+
+def test_the_description(inside):
+    content = json.loads((inside / "export.json").read_bytes())
+    assert content["class_names"] == ["cup", "pen", "hat"]
+    assert content["category_ids"] == [2, 5, 9]
+    assert (content["batch"], content["dtype"], content["weights"]) == (1, "float32", None)
+    assert {(one["platform"], one["height"], one["width"]) for one in content["programs"]} == {
+        ("cpu", 128, 128),
+        ("cpu", 64, 128),
+    }
+    assert set(content["files"]) == {path.name for path in inside.iterdir()} - {"export.json"}
+    assert content["normalisation"]["mean"] == list(tiny.config().model.pixel_mean)
+    assert content["made_with"]["jax"] == jax.__version__
+    assert "min(64 / min(h, w), 64 / max(h, w))" in content["resize"]
+
+
+def test_default_sizes():
+    assert default_sizes(source(side=800, max_side=1333).config) == ((896, 1408), (1408, 896))
+    assert default_sizes(source().config) == ((128, 128),)
+    assert default_sizes(source(canvas=1024).config) == ((1024, 1024),)
