@@ -246,11 +246,11 @@ def test_pictures_show_boxes_and_colours_as_training_has_them(checked, monkeypat
     monkeypatch.setattr("hpr_jax.commands.check_data.TrainLoader", Loader)
     drawn = []
 
-    def draw(image, boxes, labels, names):
+    def draw(image, boxes, labels, names, **_):
         drawn.append((image.copy(), boxes, labels, names))
         return image
 
-    monkeypatch.setattr("hpr_jax.commands.check_data.draw", draw)
+    monkeypatch.setattr("hpr_jax.inference.sheets.draw", draw)
     checked(samples=2, augmentation={"strong_views": strong})
     assert len(drawn) == 2 * (1 + strong)
     for image, boxes, labels, names in drawn:
