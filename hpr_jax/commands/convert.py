@@ -3,9 +3,9 @@
 examples:
   python -m hpr_jax.main convert official.pth runs/official
   python -m hpr_jax.main convert --to-torch runs/official back.pth
-  python -m hpr_jax.main convert --publish runs/mine mine              # config.json, model.safetensors, README.md
-  python -m hpr_jax.main convert --publish runs/mine mine.safetensors  # all in one file
-  python -m hpr_jax.main convert --publish runs/mine hf://me/mine      # on the Hugging Face hub
+  python -m hpr_jax.main convert --publish runs/mine mine
+  python -m hpr_jax.main convert --publish runs/mine mine.safetensors
+  python -m hpr_jax.main convert --publish runs/mine hf://me/mine
   python -m hpr_jax.main convert hf://me/mine runs/again
 """
 
