@@ -29,7 +29,10 @@ def add_arguments(parser: CommandParser) -> None:
     size.add_argument("--size", metavar="HxW,...", help="padded sizes (default: two that resized images of every shape fit)")
     size.add_argument("--image-size", metavar="HxW,...", help="sizes of images, which are then resized inside the programs")
     parser.add_argument(
-        "--weights", choices=("inside", "beside"), default="inside", help="in the programs, or in model.safetensors"
+        "--weights",
+        choices=("inside", "beside"),
+        default="beside",
+        help="in each program, or in model.safetensors (default)",
     )
     parser.add_argument(
         "--kernels", action="store_true", help="programs for cuda call Triton kernels: faster, less portable"

@@ -50,7 +50,8 @@ class Wanted:
       batch: number of images of a call; None: any.
       sizes: (height, width) of the programs' inputs; (): those that images of every shape fit into.
       images: what the inputs are, `RESIZED` or `ORIGINAL`.
-      weights_beside: whether the weights are a file beside the programs.
+      weights_beside: whether the weights are a file beside the programs, which all programs share and a CPU rounds as an
+        `ImageDetector` does.
       kernels: whether programs for CUDA call Triton kernels.
     """
 
@@ -58,7 +59,7 @@ class Wanted:
     batch: int | None = 1
     sizes: tuple[Size, ...] = ()
     images: str = RESIZED
-    weights_beside: bool = False
+    weights_beside: bool = True
     kernels: bool = False
 
     def __post_init__(self):
@@ -204,8 +205,8 @@ def _with_weights(
     """A program out of a function whose first argument is the detector's state."""
     state = nnx.state(detector)
     if not beside:
-        # Unless the weights are held back, XLA computes in advance what depends on them alone, with other roundings than at
-        # run time.
+        # XLA does not compute in advance what depends on weights alone, which would be rounded otherwise than at run time.
+        # How it fuses constants differs from how it fuses arguments all the same: the last bits of results may, too.
         return lambda *arguments: detect(jax.lax.optimization_barrier(state), *arguments)
 
     def program(weights: dict[str, jax.Array], *arguments: jax.Array) -> dict[str, jax.Array]:

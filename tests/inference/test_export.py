@@ -55,18 +55,18 @@ def same(found, expected):
 
 
 @pytest.fixture(scope="module")
-def inside(tmp_path_factory):
-    """A folder with the weights in the programs, of two sizes; tests must not change it."""
-    folder = tmp_path_factory.mktemp("exported") / "inside"
+def exported(tmp_path_factory):
+    """A folder with the weights beside the programs, of two sizes; tests must not change it."""
+    folder = tmp_path_factory.mktemp("exported") / "beside"
     write_exported(folder, source(), Wanted(sizes=((128, 128), (64, 128))))
     return folder
 
 
 @pytest.fixture(scope="module")
-def beside(tmp_path_factory):
-    """A folder with the weights beside the program, for two images; tests must not change it."""
-    folder = tmp_path_factory.mktemp("exported") / "beside"
-    write_exported(folder, source(), Wanted(batch=2, weights_beside=True))
+def pairs(tmp_path_factory):
+    """A folder with the weights inside the program, for two images; tests must not change it."""
+    folder = tmp_path_factory.mktemp("exported") / "inside"
+    write_exported(folder, source(), Wanted(batch=2, weights_beside=False))
     return folder
 
 
@@ -96,7 +96,7 @@ def follow_readme(folder, place, image):
     return np.load(place / "found.npz")
 
 
-@pytest.mark.parametrize("kind", ["inside", "beside"])
+@pytest.mark.parametrize("kind", ["exported", "pairs"])
 def test_the_lines_of_the_readme(kind, request, tmp_path):
     import cv2
 
@@ -105,15 +105,15 @@ def test_the_lines_of_the_readme(kind, request, tmp_path):
     expected = detector(source())(LANDSCAPE, 0.0)
     valid = found["valid"][0]
     for name in ("boxes", "scores", "labels"):
-        if kind == "inside":
+        if kind == "exported":
             np.testing.assert_array_equal(found[name][0][valid], getattr(expected, name))
         else:
-            # Two images at once are rounded otherwise than one.
+            # Two images at once, and constants, are rounded otherwise.
             np.testing.assert_allclose(found[name][0][valid], getattr(expected, name), atol=1e-4)
 
 
-def test_a_loaded_folder_is_an_image_detector(inside):
-    loaded, whole = hpr_jax.load(inside), detector(source())
+def test_a_loaded_folder_is_an_image_detector(exported):
+    loaded, whole = hpr_jax.load(exported), detector(source())
     assert isinstance(loaded, ExportedDetector)
     assert loaded.classes == CLASSES
     # Portraits of 64 x 51 fit the larger program alone, to whose size an ImageDetector pads, too.
@@ -123,11 +123,11 @@ def test_a_loaded_folder_is_an_image_detector(inside):
     with pytest.raises(hpr_jax.UserError, match="returns detections alone"):
         loaded.outputs(PORTRAIT)
     with pytest.raises(hpr_jax.UserError, match="were chosen when it was exported"):
-        hpr_jax.load(inside, overrides={"evaluate.side": 32})
+        hpr_jax.load(exported, overrides={"evaluate.side": 32})
 
 
-def test_the_smallest_size_that_fits_is_chosen(inside):
-    loaded = ExportedDetector(inside)
+def test_the_smallest_size_that_fits_is_chosen(exported):
+    loaded = ExportedDetector(exported)
 
     def chosen(height, width):
         image = np.zeros((height, width, 3), np.uint8)
@@ -141,8 +141,8 @@ def test_the_smallest_size_that_fits_is_chosen(inside):
         chosen(60, 48)
 
 
-def test_several_images_at_once(beside):
-    loaded, whole = hpr_jax.load(beside), detector(source())
+def test_several_images_at_once(pairs):
+    loaded, whole = hpr_jax.load(pairs), detector(source())
     images = [LANDSCAPE, PORTRAIT, LANDSCAPE[:30]]
     for image, found in zip(images, loaded(images, 0.0), strict=True):
         np.testing.assert_array_equal(found.image, image)
@@ -174,8 +174,8 @@ def test_programs_of_all_detectors(model, plain):
     made = source(model, plain=plain)
     for platform in ("cpu", "tpu"):
         module = made.build({"operations": "xla", "remat": ()})
-        exported = export_program(module, made.config, platform, (128, 128), Wanted(batch=None, weights_beside=True))
-        assert exported.platforms == (platform,)
+        program = export_program(module, made.config, platform, (128, 128), Wanted(batch=None))
+        assert program.platforms == (platform,)
 
 
 def test_any_number_of_images(tmp_path):
@@ -193,24 +193,24 @@ def test_kernels_are_asked_for():
     codes = []
     for kernels in (False, True):
         module = made.build({"operations": "auto" if kernels else "xla", "remat": ()})
-        wanted = Wanted(("cuda",), weights_beside=True, kernels=kernels)
+        wanted = Wanted(("cuda",), kernels=kernels)
         codes.append(export_program(module, made.config, "cuda", (128, 128), wanted).mlir_module())
     assert ["triton" in code for code in codes] == [False, True]
     assert "custom_call @" not in codes[0].replace("custom_call @mhlo.topk", "")
 
 
 class TestMistakes:
-    def changed(self, inside, tmp_path, change):
+    def changed(self, exported, tmp_path, change):
         """A copy of a folder whose description was changed, digests excepted."""
-        shutil.copytree(inside, tmp_path / "x")
+        shutil.copytree(exported, tmp_path / "x")
         content = json.loads((tmp_path / "x/export.json").read_bytes())
         change(content)
         (tmp_path / "x/export.json").write_text(json.dumps(content))
         return tmp_path / "x"
 
     @pytest.mark.parametrize("name", ["cpu-128x128.jax_export", "README.md"])
-    def test_damage(self, inside, tmp_path, name):
-        shutil.copytree(inside, tmp_path / "x")
+    def test_damage(self, exported, tmp_path, name):
+        shutil.copytree(exported, tmp_path / "x")
         data = bytearray((tmp_path / "x" / name).read_bytes())
         data[len(data) // 2] ^= 1
         (tmp_path / "x" / name).write_bytes(data)
@@ -223,14 +223,14 @@ class TestMistakes:
         with pytest.raises(hpr_jax.UserError, match="damaged or no JSON"):
             hpr_jax.load(tmp_path / "x")
 
-    def test_another_platform(self, inside, tmp_path):
-        folder = self.changed(inside, tmp_path, lambda content: [p.update(platform="cuda") for p in content["programs"]])
+    def test_another_platform(self, exported, tmp_path):
+        folder = self.changed(exported, tmp_path, lambda content: [p.update(platform="cuda") for p in content["programs"]])
         with pytest.raises(hpr_jax.UserError, match=r"exported for cuda, and this JAX runs on cpu; .* --platform cpu"):
             hpr_jax.load(folder)
 
-    def test_a_newer_calling_convention(self, inside, tmp_path):
+    def test_a_newer_calling_convention(self, exported, tmp_path):
         folder = self.changed(
-            inside, tmp_path, lambda content: [p.update(calling_convention=99) for p in content["programs"]]
+            exported, tmp_path, lambda content: [p.update(calling_convention=99) for p in content["programs"]]
         )
         with pytest.raises(hpr_jax.UserError, match=r"has version 99 of JAX's calling convention, .* install a newer JAX"):
             hpr_jax.load(folder)
@@ -243,31 +243,31 @@ class TestMistakes:
             (lambda content: content.update(files={"../x": {}}), "does not list its files"),
         ],
     )
-    def test_strange_descriptions(self, inside, tmp_path, change, sentence):
+    def test_strange_descriptions(self, exported, tmp_path, change, sentence):
         with pytest.raises(hpr_jax.UserError, match=sentence):
-            hpr_jax.load(self.changed(inside, tmp_path, change))
+            hpr_jax.load(self.changed(exported, tmp_path, change))
 
-    def test_nothing_is_written_over(self, inside):
+    def test_nothing_is_written_over(self, exported):
         with pytest.raises(hpr_jax.UserError, match="exists and is not an empty folder"):
-            write_exported(inside, source(), Wanted())
+            write_exported(exported, source(), Wanted())
 
-    def test_checkpoints_are_wanted_elsewhere(self, inside):
+    def test_checkpoints_are_wanted_elsewhere(self, exported):
         from hpr_jax.weights.source import open_source
 
         with pytest.raises(hpr_jax.UserError, match="holds exported programs"):
-            open_source(inside)
+            open_source(exported)
 
 
-def test_the_description(inside):
-    content = json.loads((inside / "export.json").read_bytes())
+def test_the_description(exported):
+    content = json.loads((exported / "export.json").read_bytes())
     assert content["class_names"] == ["cup", "pen", "hat"]
     assert content["category_ids"] == [2, 5, 9]
-    assert (content["batch"], content["dtype"], content["weights"]) == (1, "float32", None)
+    assert (content["batch"], content["dtype"], content["weights"]) == (1, "float32", "model.safetensors")
     assert {(one["platform"], one["height"], one["width"]) for one in content["programs"]} == {
         ("cpu", 128, 128),
         ("cpu", 64, 128),
     }
-    assert set(content["files"]) == {path.name for path in inside.iterdir()} - {"export.json"}
+    assert set(content["files"]) == {path.name for path in exported.iterdir()} - {"export.json"}
     assert content["normalisation"]["mean"] == list(tiny.config().model.pixel_mean)
     assert content["made_with"]["jax"] == jax.__version__
     assert "min(64 / min(h, w), 64 / max(h, w))" in content["resize"]
