@@ -148,6 +148,8 @@ def base() -> ConfigDict:
         "min_gain": 0.0,
         # Pictures of the first batch, labels, curves and predictions: in plots/ below the workdir, and in TensorBoard.
         "plots": True,
+        # A project of Weights & Biases that gets the numbers, too; it wants the extra `log`.
+        "wandb": "",
         # Weights to start from: a checkpoint, workdir or published folder of this project, hf://owner/name of one on the
         # Hugging Face hub, or a .pth, .npz or .safetensors file of an official detector or of a backbone. The number of
         # classes may differ. `random` asks for random weights; empty, for pre-trained weights of the backbone from data/

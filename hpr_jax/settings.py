@@ -350,6 +350,7 @@ TRAIN = {
         at_most=MOST,
     ),
     "min_gain": _probability("Gain of the metric below which evaluations try the patience."),
+    "wandb": Setting("Project of Weights & Biases that the numbers are sent to, too (extra log); '': none.", str),
     "plots": Setting("Whether the run leaves pictures of its data, curves and predictions in plots/.", bool),
     "initial_weights": Setting(
         "Weights to start from: a checkpoint, workdir or published folder, hf://owner/name of one on the Hugging Face hub, "

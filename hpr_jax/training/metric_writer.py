@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -16,17 +16,26 @@ from hpr_jax.errors import RunError
 from hpr_jax.runtime.files import write_whole
 
 
+class Sink(Protocol):
+    """Another place for the numbers of a run. It raises no errors."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricWriter:
     """Writes numbers to `metrics.jsonl` and to TensorBoard event files in one directory.
 
     Args:
       workdir: None writes nothing: of several processes, the main one alone writes.
       start: the step that the run goes on from. What was written of later steps is dropped, since they are taken again.
+      sink: takes the numbers, too.
     """
 
-    def __init__(self, workdir: Path | None, start: int = 0):
+    def __init__(self, workdir: Path | None, start: int = 0, sink: Sink | None = None):
         self._file: TextIO | None = None
-        self._workdir = workdir
+        self._workdir, self._sink = workdir, sink
         if workdir is None:
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -48,6 +57,8 @@ class MetricWriter:
                 self._file.close()
             with contextlib.suppress(OSError):
                 self._board.close()
+        if self._sink is not None:
+            self._sink.close()
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes the numbers of a step.
@@ -62,6 +73,8 @@ class MetricWriter:
             self._file.flush()
         except OSError as error:
             raise self._failure(step, error) from error
+        if self._sink is not None:
+            self._sink.write(step, numbers)
         self.write_board(step, numbers)
 
     def write_board(self, step: int, numbers: Mapping[str, float]) -> None:

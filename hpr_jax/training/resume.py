@@ -36,6 +36,7 @@ FREE = (
     "train.keep_checkpoints",
     "train.matching",
     "train.plots",
+    "train.wandb",
 )
 
 

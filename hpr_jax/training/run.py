@@ -29,6 +29,7 @@ from hpr_jax.training.resume import check_same_everywhere, dependencies, resume
 from hpr_jax.training.state import initial_state
 from hpr_jax.training.step import make_train_step
 from hpr_jax.training.stopping import StopRequests
+from hpr_jax.training.wandb_sink import WandbSink, require_wandb
 from hpr_jax.training.workdir_lock import owned
 from hpr_jax.weights.checkpoint import Meta
 from hpr_jax.weights.checkpoint_writer import Checkpoints
@@ -85,6 +86,7 @@ def train(
     mesh = data_mesh()
     check_batch(config, mesh.size)
     check_matching(config.train.matching, mesh.devices.flat[0].platform)
+    require_wandb(config.train.wandb)
     warn_of_recipe(config)
     advice = advice_on_dtype(config.compute.dtype, mesh.devices.flat[0].platform)
     if advice:
@@ -139,7 +141,8 @@ def train(
             mesh,
             settings.matching,
         )
-        with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start) as writer:
+        sink = WandbSink(settings.wandb, workdir, meta.config) if is_main_process() else None
+        with StopRequests() as requests, MetricWriter(workdir if is_main_process() else None, start, sink) as writer:
             drawn = workdir if settings.plots and is_main_process() else None
             pictures = RunPictures(drawn, writer, {"training": train_set, "validation": val_set})
             loop = TrainingLoop(

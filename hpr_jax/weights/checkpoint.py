@@ -39,6 +39,7 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
         "patience": 0,
         "min_gain": 0.0,
         "plots": False,
+        "wandb": "",
     },
     "data": {
         "workers": 0,

@@ -37,6 +37,7 @@ FREE = {
     "train.keep_checkpoints",
     "train.matching",
     "train.plots",
+    "train.wandb",
 }
 CLASSES = Classes(("cup", "pen"), (2, 5))
 RUN: dict[str, dict[str, Any]] = {
