@@ -4,13 +4,14 @@ import importlib
 
 from hpr_jax.errors import UserError
 
-__all__ = ["Callback", "Detections", "ImageDetector", "UserError", "load", "load_config", "train"]
+__all__ = ["Callback", "Detections", "ImageDetector", "UserError", "evaluate", "load", "load_config", "train"]
 
 # Where the names are that are imported when they are asked for: the command line answers mistakes before it imports JAX.
 _PLACES = {
     "Callback": "hpr_jax.training.callbacks",
     "Detections": "hpr_jax.inference.detections",
     "ImageDetector": "hpr_jax.inference.image_detector",
+    "evaluate": "hpr_jax.evaluation.python",
     "load": "hpr_jax.inference.load",
     "load_config": "hpr_jax.config",
     "train": "hpr_jax.training.python",

@@ -19,13 +19,13 @@ log = logging.getLogger("hpr_jax")
 
 
 def evaluate(
-    checkpoint: str | Path, output: Path, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
+    checkpoint: str | Path, output: Path | None, overrides: Sequence[tuple[str, str]] = (), config: ConfigDict | None = None
 ) -> EvaluationResult:
     """Evaluates a checkpoint on the validation split of its config, and writes `metrics.json` and `detections.json`.
 
     Args:
       checkpoint: a checkpoint's directory, a run's workdir, or published weights; see `open_source`.
-      output: folder for the two files, which the main process alone writes.
+      output: folder for the two files, which the main process alone writes; None: they are not written.
       overrides: settings (dotted key, text) in place of the checkpoint's.
       config: in place of the checkpoint's; its model must be the same.
 
@@ -39,15 +39,14 @@ def evaluate(
     check_evaluation_data(dataset, config.data.threads)
     log_dropped(dataset)
     log.info("%s: step %d; %d images of %s", source.path, source.step, len(dataset), dataset.name)
-    if is_main_process():
+    if is_main_process() and output is not None:
         output.mkdir(parents=True, exist_ok=True)
     graph, state = nnx.split(detector)
     result = Evaluator(config, dataset, graph).run(state)
     for name, value in result.metrics.items():
         log.info("%-10s %7.4f", name, value)
     log_table(result)
-    if not is_main_process():
-        return result
-    write_result(output, result, origin(source, dataset))
-    log.info("Wrote %s and %s.", output / METRICS, output / DETECTIONS)
+    if is_main_process() and output is not None:
+        write_result(output, result, origin(source, dataset))
+        log.info("Wrote %s and %s.", output / METRICS, output / DETECTIONS)
     return result
