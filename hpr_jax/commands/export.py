@@ -3,7 +3,7 @@
 examples:
   python -m hpr_jax.main export --workdir runs/mine exported
   python -m hpr_jax.main export --checkpoint hf://me/mine exported --platform cpu,cuda --size 800x1344,1344x800 --batch 4
-  python -m hpr_jax.main export --workdir runs/mine exported --image-size 1080x1920    # the resize is a part of the program
+  python -m hpr_jax.main export --workdir runs/mine exported --image-size 1080x1920
 """
 
 import re

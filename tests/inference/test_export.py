@@ -58,7 +58,7 @@ def same(found, expected):
 def exported(tmp_path_factory):
     """A folder with the weights beside the programs, of two sizes; tests must not change it."""
     folder = tmp_path_factory.mktemp("exported") / "beside"
-    write_exported(folder, source(), Wanted(sizes=((128, 128), (64, 128))))
+    write_exported(folder, source(), Wanted(sizes=((128, 128), (56, 128))))
     return folder
 
 
@@ -134,8 +134,9 @@ def test_the_smallest_size_that_fits_is_chosen(exported):
         program = loaded._choose(image, loaded._resized_size(image))
         return program.height, program.width
 
-    assert chosen(48, 60) == chosen(10, 1000) == chosen(64, 64) == (64, 128)
-    loaded._programs = [program for program in loaded._programs if program.height == 64]
+    assert chosen(48, 60) == chosen(10, 1000) == (56, 128)
+    assert chosen(64, 64) == chosen(60, 48) == (128, 128)
+    loaded._programs = [program for program in loaded._programs if program.height == 56]
     loaded.description = loaded.description.__class__(**{**vars(loaded.description), "side": 100, "max_side": 100})
     with pytest.raises(hpr_jax.UserError, match=r"60x48 pixels .* becomes 100x80 and fits no program .* --size 100x80"):
         chosen(60, 48)
@@ -168,19 +169,25 @@ def test_canvases_are_made_inside(tmp_path):
         write_exported(tmp_path / "y", made, Wanted(sizes=((64, 128),)))
 
 
-@pytest.mark.parametrize(("model", "plain"), [("ddq", False), ("ddq", True), ("dino", False), ("align_detr", False)])
+@pytest.mark.parametrize(("model", "plain"), [("ddq", False), ("dino", True), ("align_detr", False)])
 def test_programs_of_all_detectors(model, plain):
     """For any number of images: what has shapes that are symbols can be exported for one number, too."""
     made = source(model, plain=plain)
+    module = made.build({"operations": "xla", "remat": ()})
     for platform in ("cpu", "tpu"):
-        module = made.build({"operations": "xla", "remat": ()})
         program = export_program(module, made.config, platform, (128, 128), Wanted(batch=None))
         assert program.platforms == (platform,)
 
 
+def test_the_bits_of_a_hybrid_detector(tmp_path):
+    made = source("ddq", plain=False)
+    write_exported(tmp_path / "x", made, Wanted())
+    same(hpr_jax.load(tmp_path / "x")(LANDSCAPE, 0.0), detector(made)(LANDSCAPE, 0.0))
+
+
 def test_any_number_of_images(tmp_path):
     made = source()
-    write_exported(tmp_path / "x", made, Wanted(batch=None))
+    write_exported(tmp_path / "x", made, Wanted(batch=None, weights_beside=False))
     found, expected = hpr_jax.load(tmp_path / "x")(LANDSCAPE, 0.0), detector(made)(LANDSCAPE, 0.0)
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
     program = export.deserialize(bytearray((tmp_path / "x/cpu-128x128.jax_export").read_bytes()))
@@ -265,7 +272,7 @@ def test_the_description(exported):
     assert (content["batch"], content["dtype"], content["weights"]) == (1, "float32", "model.safetensors")
     assert {(one["platform"], one["height"], one["width"]) for one in content["programs"]} == {
         ("cpu", 128, 128),
-        ("cpu", 64, 128),
+        ("cpu", 56, 128),
     }
     assert set(content["files"]) == {path.name for path in exported.iterdir()} - {"export.json"}
     assert content["normalisation"]["mean"] == list(tiny.config().model.pixel_mean)
