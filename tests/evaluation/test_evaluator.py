@@ -1,6 +1,7 @@
 """The evaluator, with known detections: from padded batches to COCO results in pixels of the originals, and to AP."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import tiny
 from flax import nnx
 from pictures import BLUE, CLASSES, GREEN, RED, dataset, plain, png
 
+import hpr_jax
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
 from hpr_jax.evaluation.evaluate import evaluate
@@ -178,3 +180,15 @@ def test_data_of_other_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match="fork"):
         evaluate(stored / "run", tmp_path / "out", [("data.directory", str(data))])
     assert not (tmp_path / "out").exists()
+
+
+def test_from_python_settings_reach_the_evaluation(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("hpr_jax.evaluation.python.run", lambda *arguments: seen.append(arguments) or "result")
+    assert (
+        hpr_jax.evaluate("runs/demo", data=tmp_path, overrides={"evaluate.side": 64, "evaluate.evaluator": "auto"})
+        == "result"
+    )
+    hpr_jax.evaluate("runs/demo", output="~/here")
+    settings = [("evaluate.side", "64"), ("evaluate.evaluator", "auto"), ("data.directory", str(tmp_path))]
+    assert seen == [("runs/demo", None, settings), ("runs/demo", Path.home() / "here", [])]
