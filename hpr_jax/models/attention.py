@@ -113,7 +113,7 @@ class DeformableAttention(nnx.Module):
         """
         # Padded tokens are zeroed behind the projection, since they would get its bias.
         value = jnp.where(memory.valid[..., None], self.value(memory.tokens), 0)
-        value = value.reshape(len(query), -1, self.heads, value.shape[-1] // self.heads)
+        value = value.reshape(query.shape[0], -1, self.heads, value.shape[-1] // self.heads)
         pixels, weights = self.samples(query, position, memory, reference)
         locations = pixels / jnp.array([(w, h) for h, w in memory.spatial_shapes], jnp.float32)[:, None]
         sampled = deformable_sampling(value, memory.spatial_shapes, locations, weights, implementation=self.implementation)

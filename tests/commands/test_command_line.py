@@ -17,6 +17,7 @@ from hpr_jax.commands.arguments import CommandParser, split_overrides
 from hpr_jax.commands.train import MEND
 from hpr_jax.config import load_config, to_plain
 from hpr_jax.errors import UserError
+from hpr_jax.inference.tiles import Tiling
 from hpr_jax.main import COMMANDS
 from hpr_jax.weights.pretrained import initial_weights
 
@@ -213,9 +214,19 @@ class TestArguments:
         (elsewhere / "b").mkdir()
         (elsewhere / "b/c.jpg").write_bytes(b"")
         found = called("predict", "--workdir", "w", "a.jpg", "b")
-        assert found == (Path("w"), [Path("a.jpg"), Path("b")], Path("w/predictions"), 0.3, [], None, {"recursive": False})
+        assert found == (
+            Path("w"),
+            [Path("a.jpg"), Path("b")],
+            Path("w/predictions"),
+            0.3,
+            [],
+            None,
+            {"recursive": False, "tiling": None},
+        )
+        *_, settings = called("predict", "--workdir", "w", "--tile", "64", "--overlap", "0.5", "--merge", "nms", "a.jpg")
+        assert settings["tiling"] == Tiling(64, 0.5, "nms")
         found = called("predict", "--workdir", "w", "--checkpoint", "c", "--output", "o", "--threshold", "0.7", "a.jpg")
-        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {"recursive": False})
+        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {"recursive": False, "tiling": None})
 
     def test_description(self, called):
         config, classes, checkpoint, overrides, _ = called("describe", "--config", DDQ, "--classes", "7")

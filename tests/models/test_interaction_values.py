@@ -92,6 +92,8 @@ class TestDeformableAttention:
         tokens = np.concatenate([ramp + 100 * level for level in range(levels)])
         memory = pyramid(tokens, ((8, 8),) * levels, [sizes] * levels, valid=np.full(len(tokens), valid))
 
+        attention.samples = functools.partial(DeformableAttention.samples, attention)
+
         @jax.jit
         def run(query, memory, reference):
             return DeformableAttention.__call__(attention, query, jnp.zeros((1, 1, 2)), memory, reference)

@@ -70,6 +70,7 @@ PLAIN = {
     "ddq:plain_r50": ("ddq", 4, "resnet", 12, (11,), 2e-4, 0.1, 0.05, 2000),
     "ddq:plain_r50_5scale": ("ddq", 5, "resnet", 12, (11,), 2e-4, 0.1, 0.05, 2000),
     "ddq:plain_swin_l": ("ddq", 4, "swin", 30, (20, 26), 2e-4, 0.05, 0.05, 2000),
+    "deformable_detr:plain_r50": ("deformable_detr", 4, "resnet", 50, (40,), 2e-4, 0.1, 1e-4, 0),
 }
 
 
@@ -79,11 +80,14 @@ def test_plain_detectors_hold_mmdetection_s_values(name):
     config = load(file, name.partition(":")[2])
     check(config)
     model, optimizer = config.model, config.optimizer
-    assert (model.refiner.auxiliaries, model.queries.count, model.denoising.queries) == ((), 900, 100)
+    two_stage = file == "deformable_detr"
+    queries, denoising, batch_size = (300, 0, 32) if two_stage else (900, 100, 16)
+    assert (model.refiner.auxiliaries, model.queries.count, model.denoising.queries) == ((), queries, denoising)
+    assert (config.loss.class_weight, optimizer.offsets_multiplier) == ((2.0, 0.1) if two_stage else (1.0, 1.0))
     assert (model.levels, model.backbone.kind, model.backbone.first_map) == (levels, backbone, 5 - levels)
     assert model.refiner.region.strides == (4, 8, 16, 32, 64)[5 - levels :]
     assert (model.neck.bias, model.pixel_std, model.denoising.views_per_chunk) == (False, (58.395, 57.12, 57.375), 2)
-    assert (config.train.epochs, optimizer.milestones, config.train.batch_size) == (epochs, milestones, 16)
+    assert (config.train.epochs, optimizer.milestones, config.train.batch_size) == (epochs, milestones, batch_size)
     assert (optimizer.learning_rate, optimizer.backbone_multiplier) == (rate, multiplier)
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (decay, warmup)
     assert (config.augmentation.strong_views, config.data.keep_empty, config.data.min_side) == (False, True, 32)

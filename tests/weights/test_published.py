@@ -208,7 +208,7 @@ def setting(dotted, value):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        (change(model_type="deformable_detr"), r"no detector that is known here: its model_type is 'deformable_detr'"),
+        (change(model_type="detr"), r"no detector that is known here: its model_type is 'detr'"),
         (without("model_type"), r"no detector that is known here: its model_type is None"),
         (change(format_version=2), r"version 2 of its format, and this hpr_jax reads 1; install a newer one"),
         (change(format_version=True), r"version True of its format"),
