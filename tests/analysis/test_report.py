@@ -297,6 +297,7 @@ class TestFirstImages:
         assert len(split().first(99)) == 2
 
 
+@pytest.mark.slow
 class TestCommand:
     @pytest.fixture(autouse=True)
     def _log(self, restored_log):

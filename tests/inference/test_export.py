@@ -170,6 +170,7 @@ def test_canvases_are_made_inside(tmp_path):
         write_exported(tmp_path / "y", made, Wanted(sizes=((64, 128),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "plain"), [("ddq", False), ("dino", True), ("align_detr", False)])
 def test_programs_of_all_detectors(model, plain):
     """For any number of images: what has shapes that are symbols can be exported for one number, too."""
@@ -180,6 +181,7 @@ def test_programs_of_all_detectors(model, plain):
         assert program.platforms == (platform,)
 
 
+@pytest.mark.slow
 def test_the_bits_of_a_hybrid_detector(tmp_path):
     made = source("ddq", plain=False)
     write_exported(tmp_path / "x", made, Wanted())
@@ -196,6 +198,7 @@ def test_any_number_of_images(tmp_path):
     assert jax.jit(program.call)(images, sizes, sizes)["boxes"].shape == (3, 10, 4)
 
 
+@pytest.mark.slow
 def test_kernels_are_asked_for():
     made = source("ddq")
     codes = []

@@ -363,6 +363,7 @@ def test_weights_on_the_host_go_to_the_devices(tmp_path):
     np.testing.assert_array_equal(placed.encoder.level_embedding, made("ddq")[0].encoder.level_embedding)
 
 
+@pytest.mark.slow
 def test_the_same_detections(tmp_path):
     Checkpoints(tmp_path / "run", keep=1).save_best(7, nnx.state(tiny.detector()), made("ddq")[1])
     convert.publish(tmp_path / "run", tmp_path / "folder")
