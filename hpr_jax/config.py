@@ -105,6 +105,11 @@ def load_module(path: Path) -> Any:
     return module
 
 
+def as_overrides(settings: Mapping[str, object] | None) -> list[tuple[str, str]]:
+    """Settings from Python, values by dotted key, as the pairs of key and text that the command line gives."""
+    return [(key, value if isinstance(value, str) else repr(value)) for key, value in (settings or {}).items()]
+
+
 def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets the value at a dotted key from a text. The value keeps its type.
 

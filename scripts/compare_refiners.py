@@ -19,13 +19,15 @@ and three seeds it takes about five hours on two CPU cores.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from hpr_jax.training.metric_reader import read_metrics
+from hpr_jax.training.resume import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 # The plateau: so many evaluations in a row gain no more than this together. It is looked for up to MOST_STEPS.
@@ -85,13 +87,12 @@ class Comparison:
 
     def plateau(self) -> Result | None:
         """The run to the plateau, if it is finished."""
-        rows = list(metrics(self.folder / "plateau"))
-        values = [(row["step"], row["val/AP"], row["val/AP50"]) for row in rows if "val/AP" in row]
-        reference, stale = -1.0, 0
-        for step, ap, ap50 in values:
-            reference, stale = (ap, 0) if ap > reference + MIN_GAIN else (reference, stale + 1)
-            if stale == PATIENCE or step == MOST_STEPS:
-                return Result(int(step), ap, ap50)
+        rows = [row for row in metrics(self.folder / "plateau") if "val/AP" in row]
+        progress = Progress()
+        for row in rows:
+            progress.note_evaluation(row["val/AP"], MIN_GAIN)
+            if progress.stale == PATIENCE or row["step"] == MOST_STEPS:
+                return Result(int(row["step"]), row["val/AP"], row["val/AP50"])
         return None
 
     def slowness(self) -> float:
@@ -137,13 +138,9 @@ class Comparison:
         subprocess.run(command, check=True)
 
 
-def metrics(folder: Path) -> Iterator[dict[str, float]]:
+def metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of metrics of a run, none if it has not begun."""
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        # A run that was stopped may have left half a line, which it mends when it goes on.
-        if line.endswith("}"):
-            yield json.loads(line)
+    return read_metrics(folder / "metrics.jsonl").lines
 
 
 def finished(folder: Path, steps: int) -> Result | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from hpr_jax.config import as_overrides
 from hpr_jax.evaluation.evaluate import evaluate as run
 from hpr_jax.evaluation.evaluator import EvaluationResult
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
@@ -30,7 +31,7 @@ def evaluate(
       UserError: there is no detector or no data, or a setting is wrong.
     """
     enable_compilation_cache()
-    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
+    settings = as_overrides(overrides)
     if data is not None:
         settings.append(("data.directory", str(data)))
     return run(source, None if output is None else Path(output).expanduser(), settings)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from hpr_jax.config import as_overrides
 from hpr_jax.errors import UserError
 from hpr_jax.inference.exported import ExportedDetector
 from hpr_jax.inference.image_detector import ImageDetector
@@ -42,7 +43,7 @@ def load(
     """
     # In a notebook the next start finds the programs of this one.
     enable_compilation_cache()
-    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
+    settings = as_overrides(overrides)
     if str(source).partition(":")[0].endswith(".py"):
         found = random_source(str(source), settings, class_names, seed)
     elif not is_hub(source) and is_exported_folder(Path(source).expanduser()):

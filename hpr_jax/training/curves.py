@@ -182,9 +182,8 @@ def draw_labels(splits: Mapping[str, Dataset], theme: Theme = LIGHT) -> bytes:
 
 def label_counts(dataset: Dataset) -> np.ndarray:
     """Number of objects of each class in the images that are taken: int64 `[K]`."""
-    records = dataset.records
-    labels = [records.labels[records.starts[place] : records.starts[place + 1]] for place in records.order]
-    return np.bincount(np.concatenate([np.zeros(0, np.int64), *labels]), minlength=len(dataset.classes.names))
+    _, labels = dataset.records.objects()
+    return np.bincount(labels, minlength=len(dataset.classes.names))
 
 
 def _grid(figure: "Figure", count: int, columns: int) -> list["Axes"]:

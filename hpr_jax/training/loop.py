@@ -19,6 +19,7 @@ from hpr_jax.evaluation.evaluator import Evaluator, log_table
 from hpr_jax.runtime.devices import is_main_process, shard
 from hpr_jax.training.callbacks import Callbacks
 from hpr_jax.training.merges import log_merges, merge_sizes
+from hpr_jax.training.metric_reader import UNDEFINED
 from hpr_jax.training.metric_writer import MetricWriter
 from hpr_jax.training.optimizer import learning_rate
 from hpr_jax.training.pictures import RunPictures
@@ -42,8 +43,6 @@ TOLD, EVERY = 100, 1000
 LONG_WAIT, LOOK = 60.0, 1.0
 # What steps count for the loop alone.
 COUNTS = ("reports", "stop")
-# What a metric is where there is nothing to count.
-UNDEFINED = -1.0
 
 
 def to_devices(batch: Batch, mesh: Mesh, counts: Mapping[str, int]) -> DeviceBatch:

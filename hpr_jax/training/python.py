@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from hpr_jax.config import config_name, load_config, override
+from hpr_jax.config import as_overrides, config_name, load_config, override
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
 from hpr_jax.training.callbacks import Callback
 from hpr_jax.training.fine_tuning import fine_tuning_config
@@ -53,7 +53,7 @@ def train(
     """
     enable_compilation_cache()
     made = load_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    settings = [(key, value if isinstance(value, str) else repr(value)) for key, value in (overrides or {}).items()]
+    settings = as_overrides(overrides)
     if data is not None:
         settings.append(("data.directory", str(data)))
     if finetune is not None:
