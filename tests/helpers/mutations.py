@@ -5,9 +5,11 @@ random ones, whose outcomes `--hypothesis-show-statistics` counts.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
@@ -125,3 +127,15 @@ def damaged_bytes(draw, data: bytes):
             case "cut":
                 del damaged[place:]
     return bytes(damaged)
+
+
+def understood_or_refused(load: Callable[[Path], Dataset], folder: Path, *parts: str) -> None:
+    """Asserts that damaged data is read and evaluated like other data, or refused with a sentence that has these parts."""
+    try:
+        dataset = load(folder)
+    except UserError as error:
+        refused(error, *parts)
+        return
+    accepted()
+    evaluated_alike(dataset)
+    assert np.all(np.isfinite(dataset.records.boxes))
