@@ -12,7 +12,7 @@ from hpr_jax.data.dataset import Dataset, GroundTruth, Problem, Record
 from hpr_jax.data.decoding import bits_if_dark
 from hpr_jax.data.images import OtherSizeError, UnreadableImageError, decode_annotated
 from hpr_jax.data.loading.batch_plan import Shape, TrainPlan
-from hpr_jax.data.sources.coco import clip_box
+from hpr_jax.data.sources.coco_entries import clip_box
 
 # COCO's small boxes have areas below SMALL, its medium ones below MEDIUM, in square pixels.
 SMALL, MEDIUM = 32**2, 96**2

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
-from hpr_jax.data.sources.coco import read_categories, read_json
+from hpr_jax.data.sources.coco import read_json
+from hpr_jax.data.sources.coco_entries import read_categories
 from hpr_jax.errors import UserError
 from hpr_jax.models.build import abstract_detector
 from hpr_jax.settings import check, leaves

@@ -11,7 +11,8 @@ from pycocotools.cocoeval import COCOeval
 
 from hpr_jax.data.dataset import Classes, Dataset
 from hpr_jax.data.images import ImageFolder
-from hpr_jax.data.sources.coco import group_annotations, parse_entries
+from hpr_jax.data.sources.coco import group_annotations
+from hpr_jax.data.sources.coco_entries import parse_entries
 from hpr_jax.evaluation.average_precision import LIMITS, coco_average_precision, metric_names
 
 # Sides of squares, in pixels, that COCO counts as small, medium and large objects.

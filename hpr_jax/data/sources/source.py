@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpr_jax.data.dataset import Classes, Dataset
-from hpr_jax.data.sources.coco import Content, Entry, load_content, without_garbage_collection
+from hpr_jax.data.sources.coco import Content, load_content, without_garbage_collection
+from hpr_jax.data.sources.coco_entries import Entry
 from hpr_jax.errors import UserError
 
 # The words by which folders and files name the splits, the ones that are preferred first.

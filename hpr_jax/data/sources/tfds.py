@@ -21,7 +21,8 @@ from tqdm import tqdm
 from hpr_jax.data.dataset import Classes, Dataset, Id
 from hpr_jax.data.decoding import MOST_BITS
 from hpr_jax.data.images import UnreadableImageError
-from hpr_jax.data.sources.coco import Entry, ids_of_names, parse_entries, without_garbage_collection
+from hpr_jax.data.sources.coco import ids_of_names, without_garbage_collection
+from hpr_jax.data.sources.coco_entries import Entry, parse_entries
 from hpr_jax.data.sources.coco_fields import FieldError, read_id, read_text
 from hpr_jax.errors import UserError, shown
 

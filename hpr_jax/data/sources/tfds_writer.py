@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes, Id
 from hpr_jax.data.images import ImageFolder
-from hpr_jax.data.sources.coco import Entry, box_or_bounds, clip_box, file_names, group_annotations, load_coco, read_json
+from hpr_jax.data.sources.coco import file_names, group_annotations, load_coco, read_json
+from hpr_jax.data.sources.coco_entries import Entry, box_or_bounds, clip_box
 from hpr_jax.data.sources.coco_fields import read_area, read_crowd, read_id, read_side
 from hpr_jax.data.sources.tfds import COCO
 from hpr_jax.errors import UserError, shown

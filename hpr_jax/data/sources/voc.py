@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes
 from hpr_jax.data.images import SUFFIXES, read_size
-from hpr_jax.data.sources.coco import Content, Entry
+from hpr_jax.data.sources.coco import Content
+from hpr_jax.data.sources.coco_entries import Entry
 from hpr_jax.data.sources.coco_fields import FieldError, read_crowd, read_number, read_text
 from hpr_jax.data.sources.files import (
     LARGEST_ANNOTATIONS,

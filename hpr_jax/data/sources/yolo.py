@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from hpr_jax.data.dataset import Classes, Id
 from hpr_jax.data.images import read_size
-from hpr_jax.data.sources.coco import Content, Entry, ids_of_names
+from hpr_jax.data.sources.coco import Content, ids_of_names
+from hpr_jax.data.sources.coco_entries import Entry
 from hpr_jax.data.sources.coco_fields import read_number
 from hpr_jax.data.sources.files import (
     LARGEST_ANNOTATIONS,
