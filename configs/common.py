@@ -76,6 +76,9 @@ def base() -> ConfigDict:
     config.compute = {
         # Type of activations: float32 or, on GPUs, bfloat16. Parameters, boxes, predictions and losses are always float32.
         "dtype": "float32",
+        # Precision of products of float32 numbers: default, which is TF32 on NVIDIA GPUs, high or highest. The heads, whose
+        # scores are ranked, compute in float32 in any case.
+        "precision": "default",
         # How sampling, RoIAlign, attention and NMS are computed: by xla, by pallas kernels, or auto: by kernels on NVIDIA
         # GPUs, else by XLA.
         "operations": "auto",

@@ -122,6 +122,7 @@ OPERATIONS = ("auto", "xla", "pallas")
 MATCHING = ("auto", "scipy", "pallas")
 PARTS = ("backbone", "neck", "encoder", "queries", "primary", "merges")
 REMAT = ("backbone", "encoder", "refiner")
+PRECISIONS = ("default", "high", "highest")
 AUGMENTATIONS = ("detr", "lsj")
 EVALUATORS = ("auto", "hotcoco", "pycocotools")
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR")
@@ -232,6 +233,12 @@ COMPUTE = {
         "Type of activations; bfloat16 is for GPUs. Parameters, boxes, predictions and losses are float32.",
         str,
         choices=DTYPES,
+    ),
+    "precision": Setting(
+        "Of products of float32 numbers: default is TF32 on NVIDIA GPUs, high about float32, highest float32 itself, seven "
+        "times as slow. Scores and boxes are computed in float32 in any case.",
+        str,
+        choices=PRECISIONS,
     ),
     "operations": Setting(
         "Sampling, RoIAlign, attention and NMS: auto takes Pallas kernels on NVIDIA GPUs and XLA elsewhere.",

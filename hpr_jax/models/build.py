@@ -45,7 +45,7 @@ from hpr_jax.models.refiner.layer import RefinerLayer
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
-from hpr_jax.settings import DTYPES, OPERATIONS, REMAT, check_refiners
+from hpr_jax.settings import DTYPES, OPERATIONS, PRECISIONS, REMAT, check_refiners
 
 Config = Mapping[str, Any]
 
@@ -76,6 +76,7 @@ class Compute:
       dtype: type of activations, one of `DTYPES`.
       operations: how sampling and RoIAlign are computed, one of `OPERATIONS`; `auto` takes the kernels on NVIDIA GPUs.
       remat: parts whose inner values the backward pass computes again, some of `REMAT`.
+      precision: of products of float32 numbers, one of `PRECISIONS`; see `ops.precision`.
 
     Raises:
       UserError: a value that is none of these, or kernels where there is no GPU.
@@ -84,12 +85,14 @@ class Compute:
     dtype: str = "float32"
     operations: str = "auto"
     remat: Sequence[str] = ("encoder", "refiner")
+    precision: str = "default"
 
     def __post_init__(self):
         for key, values, known in (
             ("dtype", (self.dtype,), DTYPES),
             ("operations", (self.operations,), OPERATIONS),
             ("remat", self.remat, REMAT),
+            ("precision", (self.precision,), PRECISIONS),
         ):
             for value in values:
                 if value not in known:
@@ -181,6 +184,7 @@ def build_detector(config: Config, num_classes: int, *, compute: Config | None =
         pixel_mean=config["pixel_mean"],
         pixel_std=config["pixel_std"],
         dtype=computing.dtype,
+        precision=computing.precision,
     )
     for part in config["frozen_parts"]:
         for module in _modules_of(part, detector):

@@ -16,6 +16,7 @@ from hpr_jax.models.queries.proposals import InitialQueries
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner
 from hpr_jax.models.refiner.nms_selection import distinct_attention, valid_queries
 from hpr_jax.ops.padding import zero_padding
+from hpr_jax.ops.precision import products
 from hpr_jax.types import BranchPredictions, DenoisingQueries, Intermediates, Outputs, Predictions
 
 # Kinds of queries, in the order in which they stand in the decoder.
@@ -62,6 +63,7 @@ class Detector(nnx.Module):
       branch_heads: of each auxiliary branch.
       pixel_mean, pixel_std: of RGB values in 0..255, for each channel.
       dtype: of activations between the images and the heads. Boxes, predictions and parameters are float32.
+      precision: of products of float32 numbers but those of the heads, which are exact; see `ops.precision`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Detector(nnx.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         dtype: jax.typing.DTypeLike = jnp.float32,
+        precision: str = "default",
     ):
         self.backbone = backbone
         self.neck = neck
@@ -88,7 +91,7 @@ class Detector(nnx.Module):
         self.heads = heads
         self.branch_heads = nnx.List(branch_heads)
         self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.precision = jnp.dtype(dtype), precision
 
     def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
         """Normalises RGB images `[B, H, W, 3]` in 0..255 (uint8 or float) to zero mean and unit variance, with zeros outside
@@ -115,9 +118,10 @@ class Detector(nnx.Module):
           keys: `[B]`, a key for each image, for what is random in training (drop path); None: nothing is random.
         """
         memory = self.remember(images, sizes, keys)
-        matching, dense = self.query_init(memory, train=train)
-        queries = self.decoder_input(denoising, matching, dense)
-        decoded = self.refiner(queries, memory, self.heads)
+        with products(self.precision):
+            matching, dense = self.query_init(memory, train=train)
+            queries = self.decoder_input(denoising, matching, dense)
+            decoded = self.refiner(queries, memory, self.heads)
 
         normed, *branch_normed = self.refiner.normed(decoded)
         valid = valid_by_layer(denoising, dense, valid_queries(decoded.selected) & matching.proposals.valid)
@@ -153,8 +157,9 @@ class Detector(nnx.Module):
 
     def remember(self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None) -> Pyramid:
         """The memory of images; the arguments are those of a call."""
-        maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
-        return self.encoder(flatten(maps, map_sizes, sizes))
+        with products(self.precision):
+            maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
+            return self.encoder(flatten(maps, map_sizes, sizes))
 
     def decoder_input(
         self, denoising: DenoisingQueries | None, matching: InitialQueries, dense: InitialQueries | None

@@ -1,6 +1,7 @@
 """Prediction heads: class logits and box offsets, in float32 whatever the type of the features.
 
-In half precision, rounding an offset would move the side of a large box by pixels.
+In half precision, rounding an offset would move the side of a large box by pixels. Products are exact on every machine,
+since queries are chosen by the ranks of their scores; see `ops.precision`.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from flax import nnx
 
 from hpr_jax.models.layers import MLP, linear
 from hpr_jax.ops.boxes import inverse_sigmoid
+from hpr_jax.ops.precision import exact
 
 # Initial bias of the class layer, with which every class has the probability 0.01 (RetinaNet, Lin et al. 2017).
 CLASS_BIAS = -4.59511985013459
@@ -30,11 +32,13 @@ class PredictionHead(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Class logits: `[..., C]` -> `[..., K]`."""
-        return self.classes(x.astype(jnp.float32))
+        with exact():
+            return self.classes(x.astype(jnp.float32))
 
     def offsets(self, x: jax.Array) -> jax.Array:
         """Box offsets, which are added to a box in front of the sigmoid: `[..., C]` -> `[..., 4]`."""
-        return self.boxes(x.astype(jnp.float32))
+        with exact():
+            return self.boxes(x.astype(jnp.float32))
 
 
 def copies(head: PredictionHead, count: int) -> PredictionHead:

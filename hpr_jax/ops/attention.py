@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from hpr_jax.kernels import attention as kernel
 from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.dispatch import dispatch
+from hpr_jax.ops.precision import of_products, products
 
 # Number of probabilities of a head (queries times keys) from which on they are not kept for the backward pass. Fewer, such
 # as those of a region's pixels, fit a CPU's cache for all heads together.
@@ -47,29 +48,31 @@ def attention(
     if query.shape[1] * key.shape[1] < LARGE:
         return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
     mask = jnp.ones((1, 1, key.shape[1]), bool) if mask is None else mask
-    return _attend(implementation, *vary_alike(query, key, value, mask))
+    return _attend(implementation, of_products(), *vary_alike(query, key, value, mask))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(implementation, query, key, value, mask):
-    return _forward(implementation, query, key, value, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation, precision, query, key, value, mask):
+    return _forward(implementation, precision, query, key, value, mask)[0]
 
 
-def _forward(implementation, *arguments):
+def _forward(implementation, precision, *arguments):
     pallas = functools.partial(kernel.forward, masked=MASKED)
-    results = dispatch(
-        OPERATION, implementation, _forward_xla, pallas, *arguments, obstacle=_obstacle(implementation, *arguments)
-    )
+    with products(precision):
+        results = dispatch(
+            OPERATION, implementation, _forward_xla, pallas, *arguments, obstacle=_obstacle(implementation, *arguments)
+        )
     out, largest, total = results
     return out, (*arguments, largest, total)
 
 
-def _backward(implementation, residuals, gradient):
+def _backward(implementation, precision, residuals, gradient):
     given = *residuals, gradient
     pallas = functools.partial(kernel.backward, masked=MASKED)
-    gradients = dispatch(
-        OPERATION, implementation, _backward_xla, pallas, *given, obstacle=_obstacle(implementation, *residuals)
-    )
+    with products(precision):
+        gradients = dispatch(
+            OPERATION, implementation, _backward_xla, pallas, *given, obstacle=_obstacle(implementation, *residuals)
+        )
     return *gradients, None
 
 

@@ -1,10 +1,13 @@
 """Linear layer with a gradient of its own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.order import compute_after
+from hpr_jax.ops.precision import of_products, products
 
 
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -13,20 +16,21 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array
     Differentiable in reverse mode. The gradient is fast on CPUs, too: the kernel's is ordered so that XLA transposes the
     narrower of its two factors, and for the bias's see `sum_rows`.
     """
-    return _affine(*vary_alike(x, kernel, bias))
+    return _affine(of_products(), *vary_alike(x, kernel, bias))
 
 
-@jax.custom_vjp
-def _affine(x, kernel, bias):
-    product = x @ kernel.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _affine(precision, x, kernel, bias):
+    with products(precision):
+        product = x @ kernel.astype(x.dtype)
     return product if bias is None else product + bias.astype(x.dtype)
 
 
-def _affine_forward(x, kernel, bias):
-    return _affine(x, kernel, bias), (x, kernel, bias)
+def _affine_forward(precision, x, kernel, bias):
+    return _affine(precision, x, kernel, bias), (x, kernel, bias)
 
 
-def _affine_backward(residuals, gradient):
+def _affine_backward(precision, residuals, gradient):
     x, kernel, bias = residuals
     inputs, outputs = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
 
@@ -34,9 +38,10 @@ def _affine_backward(residuals, gradient):
         return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
 
     narrow = inputs.shape[1] <= outputs.shape[1]
-    kernel_gradient = sum_over_rows(inputs, outputs) if narrow else sum_over_rows(outputs, inputs).T
+    with products(precision):
+        kernel_gradient = sum_over_rows(inputs, outputs) if narrow else sum_over_rows(outputs, inputs).T
+        x_gradient = gradient @ kernel.T.astype(gradient.dtype)
     bias_gradient = None if bias is None else sum_rows(outputs, kernel.dtype)
-    x_gradient = gradient @ kernel.T.astype(gradient.dtype)
     return compute_after(kernel_gradient, x_gradient), kernel_gradient, bias_gradient
 
 

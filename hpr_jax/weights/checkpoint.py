@@ -52,6 +52,7 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"merge_multiplier": 1.0, "merge_decay": True, "offsets_multiplier": 1.0, "schedule": "milestones"},
     "loss": {"class_weight": 1.0},
+    "compute": {"precision": "default"},
     "evaluate": {"max_detections": [1, 10, 100]},
 }
 
