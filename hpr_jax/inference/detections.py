@@ -48,7 +48,10 @@ class Detections:
 
     def above(self, threshold: float) -> "Detections":
         """The detections with at least this score."""
-        keep = self.scores >= threshold
+        return self.only(self.scores >= threshold)
+
+    def only(self, keep: np.ndarray) -> "Detections":
+        """The detections for which an array of bool `[n]` is true."""
         where = np.flatnonzero(keep)
         return Detections(
             image=self.image,
