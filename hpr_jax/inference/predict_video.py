@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.drawing import draw
 from hpr_jax.inference.predictions_file import detection_entries
-from hpr_jax.inference.tracking import LOWEST, Tracker
+from hpr_jax.inference.tracking import LOWEST, Tracker, one_class_each
 from hpr_jax.inference.video import Frame, VideoReader, VideoWriter
 from hpr_jax.runtime.files import whole_file
 from hpr_jax.runtime.threads import InBackground, ahead
@@ -94,7 +94,10 @@ def predict_video(
         try:
             for frames in _batches(reader.frames(look.every), reading, look.batch):
                 for frame, found in zip(frames, detect([frame.image for frame in frames], lowest)):
-                    numbers = tracker(found, float(frame.time)) if tracker else None
+                    numbers = None
+                    if tracker:
+                        found = one_class_each(found)
+                        numbers = tracker(found, float(frame.time))
                     written.submit(output.write, frame, found, numbers)
         except KeyboardInterrupt as interrupt:
             stop = interrupt

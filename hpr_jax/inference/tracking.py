@@ -22,6 +22,13 @@ MEMORY = 1.0
 _INTERVALS = 31
 
 
+def one_class_each(found: Detections) -> Detections:
+    """The detections of an image with each box once, as the class for which it scores best. A query may be found as several
+    classes, and is one object all the same."""
+    _, first = np.unique(found.boxes, axis=0, return_index=True)
+    return found.only(np.isin(np.arange(len(found)), first))
+
+
 class Tracker:
     """Gives the objects in the frames of one video numbers from 1, which they keep.
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hpr_jax.inference.detections import Detections
-from hpr_jax.inference.tracking import Tracker
+from hpr_jax.inference.tracking import Tracker, one_class_each
 
 PERIOD = 0.04
 
@@ -60,3 +60,11 @@ def test_no_objects():
     assert tracker(found([]), 0.0) == []
     assert tracker(found([5]), PERIOD) == [None]
     assert tracker(found([]), 2 * PERIOD) == []
+
+
+def test_an_object_of_several_classes_is_one():
+    detections = found([10, 10, 80], scores=[0.75, 0.5, 0.25], labels=[1, 0, 1])
+    detections.boxes[1] = detections.boxes[0]
+    once = one_class_each(detections)
+    assert (once.scores.tolist(), once.labels.tolist()) == ([0.75, 0.25], [1, 1])
+    assert len(one_class_each(found([]))) == 0
