@@ -9,7 +9,6 @@ import collections
 import statistics
 
 import numpy as np
-import supervision as sv
 
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.video_extra import library
@@ -56,11 +55,8 @@ class Tracker:
           time: of the frame in seconds, later than that of the one before.
         """
         self._pass(time)
-        boxes = sv.Detections(
-            xyxy=found.boxes.astype(np.float32).reshape(-1, 4),
-            confidence=found.scores.astype(np.float32),
-            data={"place": np.arange(len(found))},
-        )
+        boxes = found.to_supervision()
+        boxes.data = {"place": np.arange(len(found))}
         tracked = self._tracker.update(boxes)
         numbers: list[int | None] = [None] * len(found)
         for place, name in zip(tracked.data.get("place", ()), tracked.tracker_id):
@@ -74,6 +70,9 @@ class Tracker:
         if self._intervals and self._last is not None:
             period = statistics.median(self._intervals)
             longest = self._tracker.maximum_frames_without_update = max(1, round(MEMORY / period))
+            # Imported here, since it takes a second, and few videos are tracked.
+            import supervision as sv
+
             for _ in range(min(round((time - self._last) / period) - 1, longest + 1)):
                 self._tracker.update(sv.Detections.empty())
         if self._last is not None:
