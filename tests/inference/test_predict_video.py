@@ -11,7 +11,9 @@ from pictures import RED, plain, png
 
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detections import Detections
+from hpr_jax.inference.load import load
 from hpr_jax.inference.predict import predict
+from hpr_jax.inference.video import VideoReader
 
 # Thirty frames a second of which one is late, some are missing, and one is there twice, at two times.
 TICKS = [7, 3000, 6500, 9000, 12_000, 15_000, 42_000, 45_000, 48_000]
@@ -155,6 +157,23 @@ def test_a_full_disk_ends_it(finder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         predict(tmp_path, [write(tmp_path / "a.mp4")], tmp_path / "out", 0.5)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_a_detector_finds_in_a_video_what_it_finds_in_its_frames(trained, tmp_path):
+    """By twos, of which the last frame has none, and while others are read and drawn."""
+    clip = write(tmp_path / "clip.mp4")
+    predict(trained[0], [clip], tmp_path / "out", 0.0, batch=2)
+    detector = load(trained[0])
+    with VideoReader(clip) as reader:
+        frames = list(reader.frames())
+    for frame, line in zip(frames, lines(tmp_path / "out/clip.jsonl"), strict=True):
+        found = detector(frame.image, 0.0)
+        assert [one["name"] for one in line["detections"]] == found.names
+        np.testing.assert_allclose([one["box"] for one in line["detections"]], found.boxes, atol=0.02)
+    predict(trained[0], [clip], tmp_path / "tracked", 0.0, track=True)
+    tracks = [one["track"] for line in lines(tmp_path / "tracked/clip.jsonl") for one in line["detections"]]
+    assert 1 in tracks
 
 
 @pytest.mark.parametrize("name", ["av", "trackers"])
