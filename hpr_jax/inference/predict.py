@@ -1,10 +1,11 @@
 """Annotated pictures, videos and a JSON of detections for files and folders of images and videos."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,11 @@ def predict(
     with interruptible(), tqdm(total=len(files), desc="prediction", unit="file") as progress:
         try:
             for of_videos, some in itertools.groupby(files, is_video):
-                for _ in job.videos(some) if of_videos else job.images(some):
-                    progress.update()
+                # An interrupt here, too, waits for the pictures that are being drawn.
+                look = job.videos if of_videos else job.images
+                with contextlib.closing(look(some)) as done:
+                    for _ in done:
+                        progress.update()
         finally:
             if result.images or result.videos:
                 result.write()
@@ -121,7 +125,7 @@ class _Job:
     result: PredictionsFile
     free: FreePaths
 
-    def videos(self, files: Iterable[Path]) -> Iterator[None]:
+    def videos(self, files: Iterable[Path]) -> Generator[None, None, None]:
         """Looks at videos, one after the other."""
         for file in files:
             video, lines = self.free.take(file, (VIDEO, LINES))
@@ -140,7 +144,7 @@ class _Job:
                     raise outcome.stop
             yield
 
-    def images(self, files: Iterable[Path]) -> Iterator[None]:
+    def images(self, files: Iterable[Path]) -> Generator[None, None, None]:
         """Looks at images. What becomes of each is noted in the order of the files, when its picture is written."""
         count = 1 if self.tiling else AHEAD
         threads = min(count, os.cpu_count() or 1)
