@@ -1,13 +1,15 @@
 """What was found in one image."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import supervision as sv
 
 from hpr_jax.data.dataset import Id
 from hpr_jax.inference.drawing import draw, encode_image
+
+if TYPE_CHECKING:
+    import supervision as sv
 
 # So many objects are named in a line.
 _NAMED = 5
@@ -48,7 +50,10 @@ class Detections:
 
     def above(self, threshold: float) -> "Detections":
         """The detections with at least this score."""
-        keep = self.scores >= threshold
+        return self.only(self.scores >= threshold)
+
+    def only(self, keep: np.ndarray) -> "Detections":
+        """The detections for which an array of bool `[n]` is true."""
         where = np.flatnonzero(keep)
         return Detections(
             image=self.image,
@@ -72,8 +77,11 @@ class Detections:
         height, width = self.image.shape[:2]
         return {"height": height, "width": width, "detections": [dict(zip(keys, row)) for row in rows]}
 
-    def to_supervision(self) -> sv.Detections:
+    def to_supervision(self) -> "sv.Detections":
         """The detections for the library supervision, which draws, tracks, slices and exports them."""
+        # Imported here, since it takes a second that nobody else needs.
+        import supervision as sv
+
         return sv.Detections(
             xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
             confidence=self.scores.astype(np.float32),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import supervision as sv
 
 from hpr_jax.errors import UserError
 from hpr_jax.runtime.files import write_whole
@@ -32,6 +31,9 @@ def draw(
       colours: of the labels, like `#ff0000`; None takes supervision's.
       legible: whether captions are large also in small images, and moved where they leave the image or cover one another.
     """
+    # Imported here, since it takes a second, and much does without pictures.
+    import supervision as sv
+
     height, width = image.shape[:2]
     # supervision draws on BGR, as OpenCV does.
     picture = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import supervision as sv
 
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detections import Detections
@@ -92,6 +91,9 @@ def _merged(image: np.ndarray, found: Sequence[Detections], merge: str) -> Detec
     if merge == "nmm":
         kept, boxes = join_parts(boxes, labels)
     else:
+        # Imported here, since it takes a second.
+        import supervision as sv
+
         rows = np.concatenate([boxes, scores[:, None], labels[:, None]], axis=1)
         kept = np.flatnonzero(sv.box_non_max_suppression(rows, SHARED)) if len(rows) else np.zeros(0, int)
         boxes = boxes[kept]

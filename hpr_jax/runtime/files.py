@@ -2,12 +2,16 @@
 written."""
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from hpr_jax.runtime.console import interruptible
+
+# Numbers of partial files and folders: threads may write several at once into one folder.
+_numbers = itertools.count()
 
 
 @contextlib.contextmanager
@@ -18,8 +22,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
       OSError: the file cannot be written; the message names `path`.
     """
-    # Not named after `path`, whose name may be as long as names can be.
-    partial = path.with_name(f".{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with interruptible():
             yield partial
@@ -42,7 +45,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
       OSError: the folder cannot be written, or `path` is in use; the message names `path`.
     """
-    partial = path.with_name(f".{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with interruptible():
             shutil.rmtree(partial, ignore_errors=True)
@@ -61,3 +64,8 @@ def write_whole(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_bytes(data)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that nothing else has. It is not made of that name, which may be as long as names can be."""
+    return path.with_name(f".{os.getpid()}_{next(_numbers)}.partial")

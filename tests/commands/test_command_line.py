@@ -99,10 +99,10 @@ def answer(monkeypatch, capsys, *arguments):
         (("--config", DDQ, "--data="), "--data names no folder; write --data DIR."),
         (("describe", "--config", DDQ, "--data", "here"), "There is no option --data"),
         (("evaluate", "--workdir", "nowhere"), "no checkpoint in nowhere"),
-        (("predict", "--workdir", "nowhere", "x.jpg"), "no image or folder x.jpg"),
+        (("predict", "--workdir", "nowhere", "x.jpg"), "no image, video or folder x.jpg"),
         (("predict", "--workdir", "nowhere"), "needs images"),
         (("predict", "--workdir", "w", "--threshold", "high", "x.jpg"), "invalid float value"),
-        (("predict", "a.jpg", "--workdir", "w", "b.jpg"), "no image or folder a.jpg"),
+        (("predict", "a.jpg", "--workdir", "w", "b.jpg"), "no image, video or folder a.jpg"),
     ],
 )
 def test_mistakes_get_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, arguments, sentence):
@@ -213,6 +213,7 @@ class TestArguments:
         (elsewhere / "a.jpg").write_bytes(b"")
         (elsewhere / "b").mkdir()
         (elsewhere / "b/c.jpg").write_bytes(b"")
+        rest = {"batch": 1, "track": False, "every": 1}
         found = called("predict", "--workdir", "w", "a.jpg", "b")
         assert found == (
             Path("w"),
@@ -221,12 +222,12 @@ class TestArguments:
             0.3,
             [],
             None,
-            {"recursive": False, "tiling": None},
+            {"recursive": False, "tiling": None, **rest},
         )
         *_, settings = called("predict", "--workdir", "w", "--tile", "64", "--overlap", "0.5", "--merge", "nms", "a.jpg")
         assert settings["tiling"] == Tiling(64, 0.5, "nms")
         found = called("predict", "--workdir", "w", "--checkpoint", "c", "--output", "o", "--threshold", "0.7", "a.jpg")
-        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {"recursive": False, "tiling": None})
+        assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {"recursive": False, "tiling": None, **rest})
 
     def test_description(self, called):
         config, classes, checkpoint, overrides, _ = called("describe", "--config", DDQ, "--classes", "7")

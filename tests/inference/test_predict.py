@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_pictures_of_an_earlier_call_are_no_images(loaded, tmp_path):
     predict(tmp_path, [tmp_path / "x.jpg"], tmp_path / "other", 0.5)
     assert (tmp_path / "other/x.jpg").is_file()
     (tmp_path / "x.png").unlink()
-    with pytest.raises(UserError, match=r"All images are pictures that predict wrote.*choose another --output"):
+    with pytest.raises(UserError, match=r"All inputs are files that predict wrote.*choose another --output"):
         predict(tmp_path, [tmp_path], tmp_path, 0.5)
 
 
@@ -118,13 +119,13 @@ def test_files_of_others_are_not_written_over(loaded, tmp_path):
 
 
 def test_what_goes_wrong_with_an_image_stops_no_other(monkeypatch, tmp_path, caplog):
-    """After each image, predictions.json has all before it; the last one is interrupted."""
+    """At every moment predictions.json is complete, and has the first images; the last one is interrupted."""
     for name in "abcd":
         (tmp_path / f"{name}.png").write_bytes(png(plain(40, 40, RED)))
     result, calls = tmp_path / "out/predictions.json", []
 
     def find(image, threshold):
-        calls.append([entry["file"][-5] for entry in json.loads(result.read_text())["images"]] if calls else [])
+        calls.append([entry["file"][-5] for entry in json.loads(result.read_text())["images"]] if result.exists() else [])
         if len(calls) == 2:
             raise ValueError("too large\nfor this machine")
         if len(calls) == 4:
@@ -132,14 +133,54 @@ def test_what_goes_wrong_with_an_image_stops_no_other(monkeypatch, tmp_path, cap
         return Detections(image, np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, int), [], [])
 
     monkeypatch.setattr("hpr_jax.inference.predict.load", lambda *_, **__: with_config(find))
-    monkeypatch.setattr("hpr_jax.inference.predict.INTERVAL", -1.0)
+    monkeypatch.setattr("hpr_jax.inference.predictions_file.INTERVAL", -1.0)
     with pytest.raises(KeyboardInterrupt):
         predict(tmp_path, [tmp_path], tmp_path / "out", 0.5)
-    assert calls == [[], ["a"], ["a"], ["a", "c"]]
+    assert len(calls) == 4
+    assert all(names == ["a", "c"][: len(names)] for names in calls)
     content = json.loads(result.read_text())
     assert [entry["file"][-5] for entry in content["images"]] == ["a", "c"]
     assert content["skipped"] == [str(tmp_path / "b.png")]
     assert f"{tmp_path / 'b.png'}: too large; skipped" in caplog.messages
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_images_stay_in_order(monkeypatch, tmp_path, batch):
+    """Whatever takes long, and although a batch with an image that cannot be looked at is looked at one by one."""
+    calls = []
+
+    def one(image):
+        if image[0, 0, 0] == 5:
+            raise ValueError("too large")
+        boxes = np.array([[0, 0, image[0, 0, 0], 9]], np.float32)
+        return Detections(image, boxes, np.ones(1, np.float32), np.zeros(1, int), ["cup"], [2])
+
+    def find(images, threshold):
+        calls.append(len(images) if isinstance(images, list) else 1)
+        return [one(image) for image in images] if isinstance(images, list) else one(images)
+
+    def draw(found):
+        time.sleep(0.03 if found.boxes[0, 2] % 3 == 0 else 0)
+        return found.image
+
+    def load(_, **arguments):
+        settings.update(arguments["overrides"])
+        return with_config(find)
+
+    settings: dict[str, str] = {}
+    monkeypatch.setattr("hpr_jax.inference.predict.load", load)
+    monkeypatch.setattr(Detections, "draw", draw)
+    for number in range(10):
+        data = b"no image" if number == 7 else png(plain(40, 40, (number, 0, 0)))
+        (tmp_path / f"{number}.png").write_bytes(data)
+    predict(tmp_path, [tmp_path], tmp_path / "out", 0.5, batch=batch)
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    rest = [0, 1, 2, 3, 4, 6, 8, 9]
+    assert [Path(entry["picture"]).name for entry in content["images"]] == [f"{number}.jpg" for number in rest]
+    assert [entry["detections"][0]["box"][2] for entry in content["images"]] == rest
+    assert content["skipped"] == [str(tmp_path / "5.png"), str(tmp_path / "7.png")]
+    assert calls == ([1] * 9 if batch == 1 else [3, 3, 1, 1, 1, 2, 1])
+    assert settings == ({} if batch == 1 else {"evaluate.batch_size": "3"})
 
 
 @examples(40, 2000)

@@ -28,6 +28,13 @@ def test_an_error_leaves_the_earlier_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_files_of_one_folder_are_written_at_the_same_time(tmp_path):
+    with whole_file(tmp_path / "x") as first, whole_file(tmp_path / "y") as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"first", "y": b"second"}
+
+
 def test_the_message_names_the_file_and_not_the_partial_one(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(OSError, match="Is a directory") as caught:
