@@ -9,7 +9,7 @@ import difflib
 import math
 import numbers
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hpr_jax.errors import UserError
@@ -24,7 +24,9 @@ class Setting:
       kind: type of the value, or of each item of a list: float (any number), int (whole numbers), bool or str.
       many: whether the value is a list.
       at_least, above, at_most, below: bounds of a number, or of each number in a list; None where there is no bound.
-      choices: the words that a text, or each text in a list, may be; () where it may be any.
+      choices: the words that a text, or each text in a list, may be; empty where it may be any.
+      unknown: what a sentence about any other word ends with, where no choice is near it.
+      word: a text that a number may be in place of one; "" where it may not.
       length: how many items a list must have; None where it may have any number of them.
       nonempty: whether a list must have at least one item.
     """
@@ -36,7 +38,9 @@ class Setting:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
+    unknown: str = ""
+    word: str = ""
     length: int | None = None
     nonempty: bool = False
 
@@ -113,8 +117,11 @@ def _weight(meaning: str) -> Setting:
     return Setting(meaning, at_least=0)
 
 
-# The words that settings may name.
-REFINERS = ("deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point")
+# The refiners that settings may name: those of this package, and those that `hpr_jax.register_refiner` adds.
+REFINERS = ["deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point"]
+# What to say of a refiner that is not among them.
+UNKNOWN_REFINER = "import the file that registers it with hpr_jax.register_refiner first, or give it as --config"
+# Other words that settings may name.
 MERGES = ("fixed", "learned_scalar", "learned_vector")
 MERGE_POINTS = ("attention", "interaction", "ffn")
 DTYPES = ("float32", "bfloat16")
@@ -192,9 +199,15 @@ MODEL = {
         "Views whose fullest one decides the number of denoising groups: those on one GPU of the official run."
     ),
     "refiner.layers": _count("Layers of the decoder."),
-    "refiner.primary": Setting("The refiner whose result goes on to the next layer.", str, choices=REFINERS),
+    "refiner.primary": Setting(
+        "The refiner whose result goes on to the next layer.", str, choices=REFINERS, unknown=UNKNOWN_REFINER
+    ),
     "refiner.auxiliaries": Setting(
-        "Refiners beside the primary one; () is the plain detector.", str, many=True, choices=REFINERS
+        "Refiners beside the primary one; () is the plain detector.",
+        str,
+        many=True,
+        choices=REFINERS,
+        unknown=UNKNOWN_REFINER,
     ),
     "refiner.merge": Setting(
         "Weights of the merge: fixed, or one learned per path, or per channel and path.", str, choices=MERGES
@@ -466,7 +479,10 @@ def _check_value(key: str, value: Any, setting: Setting) -> None:
     for item in items:
         if isinstance(item, str):
             if setting.choices and item not in setting.choices:
-                raise UserError(f"config.{key} names {item!r}; {suggestion(item, setting.choices)}")
+                sentence = suggestion(item, setting.choices)
+                if setting.unknown and not sentence.endswith("?"):
+                    sentence = f"{sentence.removesuffix('.')}; if it is one of your own, {setting.unknown}."
+                raise UserError(f"config.{key} names {item!r}; {sentence}")
         elif not isinstance(item, bool) and not setting.allows(item):
             what = "each" if isinstance(value, tuple | list) else "it"
             raise UserError(f"config.{key} is {_shown(value)}; {what} must be {setting.bounds() or 'a finite number'}.")
@@ -580,6 +596,17 @@ def check_refiners(model: Mapping[str, Any]) -> None:
     if refiner["merge_xavier"] and (initial or refiner["merge"] != "learned_vector"):
         raise UserError(
             "config.model.refiner.merge_xavier draws the weights of a learned_vector at random; for other merges and "
+def require_refiners(model: Mapping[str, Any]) -> None:
+    """Makes sure that the refiners of a stored detector's section `model` are known here.
+
+    Raises:
+      UserError: one of them is of another program, which has to register it.
+    """
+    for name in (model["refiner"]["primary"], *model["refiner"]["auxiliaries"]):
+        if name not in REFINERS:
+            raise UserError(f"The detector has the refiner {name!r}, which is none of this package's; {UNKNOWN_REFINER}.")
+
+
             "initial weights set --config.model.refiner.merge_xavier=False."
         )
 

@@ -69,7 +69,8 @@ def describe(
     evaluation = evaluation_buckets(config)
     training = training_buckets(config)
     largest = list(evaluation)[-1]
-    _print_costs(module_costs(detector, largest, config.model.refiner.primary), largest)
+    print(costs_table(module_costs(detector, largest, config.model.refiner.primary)))
+    print(COUNTED.format(*largest))
 
     max_boxes = config.data.max_boxes or MAX_BOXES * (1 + wants_masks(config))
     _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
@@ -87,21 +88,21 @@ def describe(
     _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
 
 
-def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Prints rows as a table, whose first column is aligned left, the others right."""
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as a table, whose first column is aligned left, the others right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *others in rows:
-        print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:])), sep="  ")
+    lines = ([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for first, *others in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
-def _print_costs(costs: Sequence[ModuleCost], image: Shape) -> None:
+def costs_table(costs: Sequence[ModuleCost]) -> str:
+    """A table of the costs of all modules, and their sum."""
     rows: list[tuple[str, ...]] = [("module", "parameters", "trained", "frozen", "GFLOPs")]
     for cost in [*costs, total(costs)]:
         counts = (f"{count:,}" for count in (cost.trained + cost.frozen, cost.trained, cost.frozen))
         rows.append((f"  {cost.name}" if cost.within else cost.name, *counts, f"{cost.flops / 1e9:,.3f}"))
-    _print_table(rows)
-    print(COUNTED.format(*image))
+    return _table(rows)
 
 
 def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[Shape], StaticShapes]) -> None:
@@ -112,7 +113,7 @@ def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[S
         queries = f"{shapes.matching} + {shapes.denoising} + {shapes.dense}"
         rows.append((f"{bucket[0]}x{bucket[1]}", f"{share:.1%}", levels, f"{shapes.tokens:,}", queries))
     print()
-    _print_table(rows)
+    print(_table(rows))
 
 
 def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
@@ -127,6 +128,6 @@ def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
     analysed = "temporaries" in sizes
     if analysed:
         rows.append(("total", sum(sizes.values())))
-    _print_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows)
+    print(_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows))
     if not analysed:
         print(f"The backend {backend} does not tell the size of activations and other temporaries.")

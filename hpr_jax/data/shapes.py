@@ -93,7 +93,9 @@ def make_split(directory: Path, name: str, count: int, side: int, rng: np.random
     (directory / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
 
 
-def make_shapes(directory: Path, train: int, val: int, side: int, seed: int) -> None:
-    """Writes a data set of `train` and `val` images with a longer side of `side` pixels."""
+def make_shapes(directory: str | Path, train: int = 400, val: int = 100, side: int = 128, seed: int = 0) -> Path:
+    """Writes a data set of `train` and `val` images with a longer side of `side` pixels; returns its folder."""
+    folder = Path(directory).expanduser()
     for stream, (name, count) in enumerate((("train2017", train), ("val2017", val))):
-        make_split(directory, name, count, side, np.random.default_rng((seed, stream)))
+        make_split(folder, name, count, side, np.random.default_rng((seed, stream)))
+    return folder

@@ -24,7 +24,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.runtime.devices import require_devices
-from hpr_jax.settings import check
+from hpr_jax.settings import check, require_refiners
 from hpr_jax.weights.find_checkpoint import ITEMS, find_checkpoint
 from hpr_jax.weights.manifest import NAME as MANIFEST
 from hpr_jax.weights.manifest import find_damage
@@ -104,7 +104,9 @@ class Meta:
 
 def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's config with today's settings. The first configs had no section `compute` but `remat` in the model, and
+        """The inverse of `to_json`; raises as `require_refiners` does."""
     training knew weak views alone."""
+        require_refiners(content["config"]["model"])
     config = {section: {**_ADDED_SETTINGS.get(section, {}), **values} for section, values in config.items()}
     backbone = config["model"]["backbone"]
     first_map = {"first_map": 1 if backbone["kind"] == "resnet" else 0}
