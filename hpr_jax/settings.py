@@ -45,7 +45,8 @@ class Setting:
     nonempty: bool = False
 
     def bounds(self) -> str:
-        """The bounds in words, like `at least 0 and below 1`; '' if there are none."""
+        """The bounds in words, like `at least 0 and below 1`, with the word that may take a number's place; '' if there are
+        none."""
         parts = [
             f"{words} {bound}"
             for words, bound in (
@@ -56,7 +57,7 @@ class Setting:
             )
             if bound is not None
         ]
-        return " and ".join(parts)
+        return " and ".join(parts) + (f", or {self.word}" if self.word else "")
 
     def wanted(self) -> str:
         """What values are, in words, like `a list of whole numbers`."""
@@ -66,10 +67,12 @@ class Setting:
             bool: ("True or False", "truths"),
             str: ("a text", "names"),
         }[self.kind]
-        return f"a list of {some}" if self.many else one
+        return f"a list of {some}" if self.many else f"{one} or {self.word}" if self.word else one
 
     def is_of_type(self, item: Any) -> bool:
         """Whether the value, or an item of a list, has the right type."""
+        if self.word and item == self.word:
+            return True
         if self.kind in (bool, str):
             return isinstance(item, self.kind)
         return isinstance(item, numbers.Integral if self.kind is int else numbers.Real) and not isinstance(item, bool)
@@ -134,6 +137,8 @@ EVALUATORS = ("auto", "hotcoco", "pycocotools")
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR")
 # The value of train.initial_weights that asks for random weights.
 RANDOM = "random"
+# The value of train.batch_size that asks for the largest batch for which there is memory.
+AUTO = "auto"
 
 MODEL = {
     "channels": _count("Channels of tokens and queries."),
@@ -336,7 +341,13 @@ AUGMENTATION = {
     "lsj.copy_paste": Setting("Whether objects of other images are pasted, which needs masks (lsj).", bool),
 }
 TRAIN = {
-    "batch_size": _count("Images of a batch, on all devices together."),
+    "batch_size": dataclasses.replace(
+        _count(
+            "Images of a batch, on all devices together. auto: the largest batch whose step fits 0.9 of the memory that is "
+            "free, and of which an epoch has ten; it is chosen once, when a run begins, and changes no other setting."
+        ),
+        word=AUTO,
+    ),
     "matching": Setting(
         "What solves the matching problems: auto takes a Pallas kernel on NVIDIA GPUs, and SciPy elsewhere.",
         str,
@@ -374,6 +385,10 @@ TRAIN = {
 }
 OPTIMIZER = {
     "learning_rate": Setting("Learning rate of AdamW.", at_least=0),
+    "recipe_batch_size": _count(
+        "Images of the batches that the learning rate and the length in steps are made for. It is told where "
+        "train.batch_size is auto, and changes nothing."
+    ),
     "backbone_multiplier": Setting("Factor of the backbone's learning rate.", at_least=0),
     "merge_multiplier": Setting("Factor of the learning rate of the weights that merge refiners.", at_least=0),
     "merge_decay": Setting("Whether the weights that merge refiners decay, too.", bool),
@@ -581,6 +596,17 @@ def _no_denoising_of_positions(model: Mapping[str, Any]) -> None:
         )
 
 
+def require_refiners(model: Mapping[str, Any]) -> None:
+    """Makes sure that the refiners of a stored detector's section `model` are known here.
+
+    Raises:
+      UserError: one of them is of another program, which has to register it.
+    """
+    for name in (model["refiner"]["primary"], *model["refiner"]["auxiliaries"]):
+        if name not in REFINERS:
+            raise UserError(f"The detector has the refiner {name!r}, which is none of this package's; {UNKNOWN_REFINER}.")
+
+
 def check_refiners(model: Mapping[str, Any]) -> None:
     """Checks that the refiners of a section `model` fit one another; raises as `check` does."""
     refiner = model["refiner"]
@@ -596,17 +622,6 @@ def check_refiners(model: Mapping[str, Any]) -> None:
     if refiner["merge_xavier"] and (initial or refiner["merge"] != "learned_vector"):
         raise UserError(
             "config.model.refiner.merge_xavier draws the weights of a learned_vector at random; for other merges and "
-def require_refiners(model: Mapping[str, Any]) -> None:
-    """Makes sure that the refiners of a stored detector's section `model` are known here.
-
-    Raises:
-      UserError: one of them is of another program, which has to register it.
-    """
-    for name in (model["refiner"]["primary"], *model["refiner"]["auxiliaries"]):
-        if name not in REFINERS:
-            raise UserError(f"The detector has the refiner {name!r}, which is none of this package's; {UNKNOWN_REFINER}.")
-
-
             "initial weights set --config.model.refiner.merge_xavier=False."
         )
 

@@ -23,7 +23,8 @@ from hpr_jax.data.loading.batch_plan import Shape
 from hpr_jax.errors import UserError
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector
-from hpr_jax.settings import check
+from hpr_jax.settings import AUTO, check
+from hpr_jax.training.build import with_recipe_batch
 from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
 # Room for ground-truth boxes, assumed where config.data.max_boxes leaves it to the data: the fullest image of COCO has 93.
@@ -39,6 +40,11 @@ offsets inside the decoder count with the refiner. Branch heads, denoising and d
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
 Queries: matching + denoising + dense ones; {0} boxes a view at most ({1})."""
+
+# What to say of a batch size that a run will choose.
+AUTOMATIC = """
+config.train.batch_size is auto: a run chooses it when it begins, for its images and the memory that is free then. Here it is
+that of the recipe, {0}."""
 
 
 def describe(
@@ -65,6 +71,7 @@ def describe(
         raise UserError("There is nothing to describe; give a config or a checkpoint.")
     check(config)
     make_criterion(config)
+    automatic, config = config.train.batch_size == AUTO, with_recipe_batch(config)
     detector = abstract_detector(config.model, num_classes, config.compute)
     evaluation = evaluation_buckets(config)
     training = training_buckets(config)
@@ -83,6 +90,8 @@ def describe(
     what = f"inference, {config.evaluate.batch_size} x {height}x{width}"
     _print_memory(what, functools.partial(inference_memory, config, detector, largest))
     height, width = largest = list(training)[-1]
+    if automatic:
+        print(AUTOMATIC.format(config.train.batch_size))
     views = (1 + config.augmentation.strong_views) * config.train.batch_size
     what = f"one training step, {views} x {height}x{width}"
     _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
