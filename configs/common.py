@@ -125,7 +125,7 @@ def base() -> ConfigDict:
     }
     config.augmentation = detr_augmentation()
     config.train = {
-        # Images on all devices together.
+        # Images on all devices together. auto: as many as there is memory for, see optimizer.recipe_batch_size.
         "batch_size": 16,
         # Gradient accumulation: a device computes its images in so many parts, one after the other. That saves memory, and
         # costs a second forward pass of all parts but the last. The result is the same, as losses have the normalisers of
@@ -161,6 +161,9 @@ def base() -> ConfigDict:
     }
     config.optimizer = {
         "learning_rate": 1e-4,
+        # The batch size that the learning rate is made for. It changes nothing; where train.batch_size is auto, the log says
+        # how far the batch is from it.
+        "recipe_batch_size": 16,
         "backbone_multiplier": 0.1,
         # The weights of the merges may learn faster than the rest, and keep their size.
         "merge_multiplier": 1.0,
@@ -338,6 +341,7 @@ def _small(config: ConfigDict) -> None:
     config.data.update(buckets=2, keep_empty=True)
     config.train.update(batch_size=2, steps=6000, checkpoint_every=200, evaluate_every=1000, log_every=20)
     config.optimizer.update(learning_rate=4e-4, weight_decay=1e-3, warmup_steps=100, milestones=(5000,))
+    config.optimizer.recipe_batch_size = 2
     config.evaluate.update(batch_size=4, side=352, max_side=512, detections=100, buckets=2)
 
 
@@ -359,4 +363,5 @@ def _demo(config: ConfigDict) -> None:
     steps = 1000 if model.queries.kind == "distinct" else 2000 if model.denoising.queries else 3000
     config.train.update(batch_size=8, steps=steps, checkpoint_every=250, evaluate_every=steps // 2, log_every=20)
     config.optimizer.update(learning_rate=1e-3, weight_decay=1e-3, warmup_steps=50, milestones=(steps * 4 // 5,))
+    config.optimizer.recipe_batch_size = 8
     config.evaluate.update(batch_size=8, side=128, max_side=128, detections=50, buckets=1)

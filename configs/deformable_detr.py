@@ -39,5 +39,5 @@ def _two_stage(config: ConfigDict) -> None:
     model.refiner.update(final_norm=False, look_forward_twice=False, refine_epsilon=1e-5)
     config.loss.class_weight = 2.0
     config.train.update(batch_size=32, epochs=50)
-    config.optimizer.update(learning_rate=2e-4, offsets_multiplier=0.1, milestones=(40,))
+    config.optimizer.update(learning_rate=2e-4, recipe_batch_size=32, offsets_multiplier=0.1, milestones=(40,))
     config.evaluate.detections = 100

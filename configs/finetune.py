@@ -28,4 +28,5 @@ def get_config(variant: str = "all") -> ConfigDict:
         batch_size=4, epochs=12, evaluate_every=1, checkpoint_every=200, log_every=20, ema_decay=0.997, patience=5
     )
     config.optimizer.update(learning_rate=5e-5, backbone_multiplier=0.1, warmup_steps=100, milestones=(10,))
+    config.optimizer.recipe_batch_size = 4
     return config

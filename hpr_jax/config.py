@@ -153,6 +153,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = {"true": True, "false": False}.get(text.lower(), text)
     if setting is None:
         return value
+    if setting.word and value == setting.word:
+        return value
     if setting.many:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]

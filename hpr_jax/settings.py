@@ -9,7 +9,7 @@ import difflib
 import math
 import numbers
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hpr_jax.errors import UserError
@@ -24,7 +24,9 @@ class Setting:
       kind: type of the value, or of each item of a list: float (any number), int (whole numbers), bool or str.
       many: whether the value is a list.
       at_least, above, at_most, below: bounds of a number, or of each number in a list; None where there is no bound.
-      choices: the words that a text, or each text in a list, may be; () where it may be any.
+      choices: the words that a text, or each text in a list, may be; empty where it may be any.
+      unknown: what a sentence about any other word ends with, where no choice is near it.
+      word: a text that a number may be in place of one; "" where it may not.
       length: how many items a list must have; None where it may have any number of them.
       nonempty: whether a list must have at least one item.
     """
@@ -36,12 +38,15 @@ class Setting:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
+    unknown: str = ""
+    word: str = ""
     length: int | None = None
     nonempty: bool = False
 
     def bounds(self) -> str:
-        """The bounds in words, like `at least 0 and below 1`; '' if there are none."""
+        """The bounds in words, like `at least 0 and below 1`, with the word that may take a number's place; '' if there are
+        none."""
         parts = [
             f"{words} {bound}"
             for words, bound in (
@@ -52,7 +57,7 @@ class Setting:
             )
             if bound is not None
         ]
-        return " and ".join(parts)
+        return " and ".join(parts) + (f", or {self.word}" if self.word else "")
 
     def wanted(self) -> str:
         """What values are, in words, like `a list of whole numbers`."""
@@ -62,10 +67,12 @@ class Setting:
             bool: ("True or False", "truths"),
             str: ("a text", "names"),
         }[self.kind]
-        return f"a list of {some}" if self.many else one
+        return f"a list of {some}" if self.many else f"{one} or {self.word}" if self.word else one
 
     def is_of_type(self, item: Any) -> bool:
         """Whether the value, or an item of a list, has the right type."""
+        if self.word and item == self.word:
+            return True
         if self.kind in (bool, str):
             return isinstance(item, self.kind)
         return isinstance(item, numbers.Integral if self.kind is int else numbers.Real) and not isinstance(item, bool)
@@ -113,8 +120,11 @@ def _weight(meaning: str) -> Setting:
     return Setting(meaning, at_least=0)
 
 
-# The words that settings may name.
-REFINERS = ("deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point")
+# The refiners that settings may name: those of this package, and those that `hpr_jax.register_refiner` adds.
+REFINERS = ["deformable", "dynamic_conv", "regional_attention", "global_attention", "region_fc", "point"]
+# What to say of a refiner that is not among them.
+UNKNOWN_REFINER = "import the file that registers it with hpr_jax.register_refiner first, or give it as --config"
+# Other words that settings may name.
 MERGES = ("fixed", "learned_scalar", "learned_vector")
 MERGE_POINTS = ("attention", "interaction", "ffn")
 DTYPES = ("float32", "bfloat16")
@@ -128,6 +138,8 @@ EVALUATORS = ("auto", "hotcoco", "pycocotools")
 BEST_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR")
 # The value of train.initial_weights that asks for random weights.
 RANDOM = "random"
+# The value of train.batch_size that asks for the largest batch for which there is memory.
+AUTO = "auto"
 
 MODEL = {
     "channels": _count("Channels of tokens and queries."),
@@ -193,9 +205,15 @@ MODEL = {
         "Views whose fullest one decides the number of denoising groups: those on one GPU of the official run."
     ),
     "refiner.layers": _count("Layers of the decoder."),
-    "refiner.primary": Setting("The refiner whose result goes on to the next layer.", str, choices=REFINERS),
+    "refiner.primary": Setting(
+        "The refiner whose result goes on to the next layer.", str, choices=REFINERS, unknown=UNKNOWN_REFINER
+    ),
     "refiner.auxiliaries": Setting(
-        "Refiners beside the primary one; () is the plain detector.", str, many=True, choices=REFINERS
+        "Refiners beside the primary one; () is the plain detector.",
+        str,
+        many=True,
+        choices=REFINERS,
+        unknown=UNKNOWN_REFINER,
     ),
     "refiner.merge": Setting(
         "Weights of the merge: fixed, or one learned per path, or per channel and path.", str, choices=MERGES
@@ -330,7 +348,13 @@ AUGMENTATION = {
     "lsj.copy_paste": Setting("Whether objects of other images are pasted, which needs masks (lsj).", bool),
 }
 TRAIN = {
-    "batch_size": _count("Images of a batch, on all devices together."),
+    "batch_size": dataclasses.replace(
+        _count(
+            "Images of a batch, on all devices together. auto: the largest batch whose step fits 0.9 of the memory that is "
+            "free, and of which an epoch has ten; it is chosen once, when a run begins, and changes no other setting."
+        ),
+        word=AUTO,
+    ),
     "matching": Setting(
         "What solves the matching problems: auto takes a Pallas kernel on NVIDIA GPUs, and SciPy elsewhere.",
         str,
@@ -368,6 +392,10 @@ TRAIN = {
 }
 OPTIMIZER = {
     "learning_rate": Setting("Learning rate of AdamW.", at_least=0),
+    "recipe_batch_size": _count(
+        "Images of the batches that the learning rate and the length in steps are made for. It is told where "
+        "train.batch_size is auto, and changes nothing."
+    ),
     "backbone_multiplier": Setting("Factor of the backbone's learning rate.", at_least=0),
     "merge_multiplier": Setting("Factor of the learning rate of the weights that merge refiners.", at_least=0),
     "merge_decay": Setting("Whether the weights that merge refiners decay, too.", bool),
@@ -473,7 +501,10 @@ def _check_value(key: str, value: Any, setting: Setting) -> None:
     for item in items:
         if isinstance(item, str):
             if setting.choices and item not in setting.choices:
-                raise UserError(f"config.{key} names {item!r}; {suggestion(item, setting.choices)}")
+                sentence = suggestion(item, setting.choices)
+                if setting.unknown and not sentence.endswith("?"):
+                    sentence = f"{sentence.removesuffix('.')}; if it is one of your own, {setting.unknown}."
+                raise UserError(f"config.{key} names {item!r}; {sentence}")
         elif not isinstance(item, bool) and not setting.allows(item):
             what = "each" if isinstance(value, tuple | list) else "it"
             raise UserError(f"config.{key} is {_shown(value)}; {what} must be {setting.bounds() or 'a finite number'}.")
@@ -570,6 +601,17 @@ def _no_denoising_of_positions(model: Mapping[str, Any]) -> None:
             "config.model.queries.kind 'positions' makes queries of boxes alone, and denoising queries have a label; set "
             "config.model.denoising.queries to 0."
         )
+
+
+def require_refiners(model: Mapping[str, Any]) -> None:
+    """Makes sure that the refiners of a stored detector's section `model` are known here.
+
+    Raises:
+      UserError: one of them is of another program, which has to register it.
+    """
+    for name in (model["refiner"]["primary"], *model["refiner"]["auxiliaries"]):
+        if name not in REFINERS:
+            raise UserError(f"The detector has the refiner {name!r}, which is none of this package's; {UNKNOWN_REFINER}.")
 
 
 def check_refiners(model: Mapping[str, Any]) -> None:

@@ -104,7 +104,7 @@ class TestTypes:
     @pytest.mark.parametrize(
         ("key", "value", "sentence"),
         [
-            ("train.batch_size", 2.5, "config.train.batch_size is 2.5; it must be a whole number."),
+            ("train.batch_size", 2.5, "config.train.batch_size is 2.5; it must be a whole number or auto."),
             (
                 "loss.aligned.repeats",
                 (1.5, 2),
@@ -151,7 +151,7 @@ class TestBounds:
     @pytest.mark.parametrize(
         ("key", "value", "sentence"),
         [
-            ("train.batch_size", 0, "config.train.batch_size is 0; it must be at least 1 and at most 1000000."),
+            ("train.batch_size", 0, "config.train.batch_size is 0; it must be at least 1 and at most 1000000, or auto."),
             ("optimizer.clip_norm", 0.0, "config.optimizer.clip_norm is 0.0; it must be above 0."),
             (
                 "model.backbone.frozen_stages",
@@ -321,7 +321,7 @@ class TestHelp:
 
     def test_bounds_and_choices_are_told(self, capsys):
         _, explanations = help_config(capsys)
-        assert explanations["train.batch_size"].endswith(" It is at least 1 and at most 1000000.")
+        assert explanations["train.batch_size"].endswith(" It is at least 1 and at most 1000000, or auto.")
         assert explanations["train.seed"].endswith(" It is at least 0 and below 2147483648.")
         assert explanations["augmentation.sides"].endswith(" Each is at least 1 and at most 1000000.")
         assert explanations["compute.dtype"].endswith(" It is one of float32, bfloat16.")
@@ -370,7 +370,7 @@ class TestConfigsOfOnesOwn:
     @pytest.mark.parametrize(
         ("override", "sentence"),
         [
-            (("train.batch_size", "0"), "config.train.batch_size is 0; it must be at least 1 and at most 1000000."),
+            (("train.batch_size", "0"), "config.train.batch_size is 0; it must be at least 1 and at most 1000000, or auto."),
             (("train.seed", "1" + "0" * 400), "config.train.seed is 1000000000"),
             (("optimizer.learning_rate", "1e999"), "config.optimizer.learning_rate is inf; it must be at least 0."),
             (("augmentation.crop_range", "600,384"), "the smallest comes first."),

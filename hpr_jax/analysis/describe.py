@@ -23,7 +23,8 @@ from hpr_jax.data.loading.batch_plan import Shape
 from hpr_jax.errors import UserError
 from hpr_jax.losses.build import make_criterion
 from hpr_jax.models.build import abstract_detector
-from hpr_jax.settings import check
+from hpr_jax.settings import AUTO, check
+from hpr_jax.training.build import with_recipe_batch
 from hpr_jax.weights.checkpoint import checkpoint_config, read_meta
 
 # Room for ground-truth boxes, assumed where config.data.max_boxes leaves it to the data: the fullest image of COCO has 93.
@@ -39,6 +40,11 @@ offsets inside the decoder count with the refiner. Branch heads, denoising and d
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
 Queries: matching + denoising + dense ones; {0} boxes a view at most ({1})."""
+
+# What to say of a batch size that a run will choose.
+AUTOMATIC = """
+config.train.batch_size is auto: a run chooses it when it begins, for its images and the memory that is free then. Here it is
+that of the recipe, {0}."""
 
 
 def describe(
@@ -65,11 +71,13 @@ def describe(
         raise UserError("There is nothing to describe; give a config or a checkpoint.")
     check(config)
     make_criterion(config)
+    automatic, config = config.train.batch_size == AUTO, with_recipe_batch(config)
     detector = abstract_detector(config.model, num_classes, config.compute)
     evaluation = evaluation_buckets(config)
     training = training_buckets(config)
     largest = list(evaluation)[-1]
-    _print_costs(module_costs(detector, largest, config.model.refiner.primary), largest)
+    print(costs_table(module_costs(detector, largest, config.model.refiner.primary)))
+    print(COUNTED.format(*largest))
 
     max_boxes = config.data.max_boxes or MAX_BOXES * (1 + wants_masks(config))
     _print_shapes("evaluation", evaluation, functools.partial(static_shapes, detector))
@@ -82,26 +90,28 @@ def describe(
     what = f"inference, {config.evaluate.batch_size} x {height}x{width}"
     _print_memory(what, functools.partial(inference_memory, config, detector, largest))
     height, width = largest = list(training)[-1]
+    if automatic:
+        print(AUTOMATIC.format(config.train.batch_size))
     views = (1 + config.augmentation.strong_views) * config.train.batch_size
     what = f"one training step, {views} x {height}x{width}"
     _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
 
 
-def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Prints rows as a table, whose first column is aligned left, the others right."""
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as a table, whose first column is aligned left, the others right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *others in rows:
-        print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:])), sep="  ")
+    lines = ([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for first, *others in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
-def _print_costs(costs: Sequence[ModuleCost], image: Shape) -> None:
+def costs_table(costs: Sequence[ModuleCost]) -> str:
+    """A table of the costs of all modules, and their sum."""
     rows: list[tuple[str, ...]] = [("module", "parameters", "trained", "frozen", "GFLOPs")]
     for cost in [*costs, total(costs)]:
         counts = (f"{count:,}" for count in (cost.trained + cost.frozen, cost.trained, cost.frozen))
         rows.append((f"  {cost.name}" if cost.within else cost.name, *counts, f"{cost.flops / 1e9:,.3f}"))
-    _print_table(rows)
-    print(COUNTED.format(*image))
+    return _table(rows)
 
 
 def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[Shape], StaticShapes]) -> None:
@@ -112,7 +122,7 @@ def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[S
         queries = f"{shapes.matching} + {shapes.denoising} + {shapes.dense}"
         rows.append((f"{bucket[0]}x{bucket[1]}", f"{share:.1%}", levels, f"{shapes.tokens:,}", queries))
     print()
-    _print_table(rows)
+    print(_table(rows))
 
 
 def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
@@ -127,6 +137,6 @@ def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
     analysed = "temporaries" in sizes
     if analysed:
         rows.append(("total", sum(sizes.values())))
-    _print_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows)
+    print(_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows))
     if not analysed:
         print(f"The backend {backend} does not tell the size of activations and other temporaries.")

@@ -46,7 +46,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.inference.drawing import contact_sheet, write_image
 from hpr_jax.inference.sheets import draw_view
 from hpr_jax.runtime.logs import log_to_console
-from hpr_jax.settings import check
+from hpr_jax.settings import AUTO, check
 
 # The longest bar of the histogram of classes has so many characters.
 BAR = 40
@@ -216,6 +216,9 @@ def _try_training(
     if not any(image.digest for image in images):
         # The verdict says already that no image can be read.
         return None
+    from hpr_jax.training.build import with_recipe_batch
+
+    automatic, config = config.train.batch_size == AUTO, with_recipe_batch(config)
     try:
         plan = make_plan(config, usable)
     except UserError as error:
@@ -224,6 +227,8 @@ def _try_training(
     views = make_views(config, usable)
     room, most = room_for_boxes(config, usable, views), int(usable.records.counts.max())
     _print_plan(config, plan_facts(plan), len(usable))
+    if automatic:
+        _print_line("batch size", "auto: a run chooses it when it begins; here it is the recipe's")
     _print_line("boxes a view", f"room for {room:,}; the fullest image has {most:,}")
     verdict.judge_room(room, most)
     return TrainLoader(plan, views, room)

@@ -121,23 +121,37 @@ def make_plan(config: ConfigDict, dataset: Dataset) -> TrainPlan:
     Raises:
       UserError: the data set has fewer images than a batch.
     """
-    settings, sizes, batch_size = config.augmentation, dataset.sizes, config.train.batch_size
+    batch_size = config.train.batch_size
     if len(dataset) < batch_size:
         raise UserError(
             f"{dataset.name} has {len(dataset)} images to train on, fewer than config.train.batch_size "
             f"{batch_size}; lower it, or set --config.data.keep_empty=True if images without objects shall count."
         )
-    draw = functools.partial(_draw_geometries(settings), sizes, settings.to_dict())
-    trial = np.array([g.size for g in draw(np.random.default_rng((config.train.seed, 2**31)))])
-    buckets = choose_buckets(trial, config.data.buckets, [] if settings.kind == "lsj" else _largest_shapes(settings, sizes))
     repeats = None
     if config.data.repeat_threshold:
         repeats = repeat_factors(*dataset.records.objects(), len(dataset), config.data.repeat_threshold)
-    return TrainPlan(draw, len(dataset), batch_size=batch_size, buckets=buckets, seed=config.train.seed, repeats=repeats)
+    return TrainPlan(
+        _draw_geometries(config, dataset),
+        len(dataset),
+        batch_size=batch_size,
+        buckets=training_shapes(config, dataset),
+        seed=config.train.seed,
+        repeats=repeats,
+    )
 
 
-def _draw_geometries(settings: ConfigDict) -> Callable[..., list[Geometry]]:
-    return draw_large_scale if settings.kind == "lsj" else draw_weak
+def training_shapes(config: ConfigDict, dataset: Dataset) -> list[Shape]:
+    """The buckets of a run, smallest first, for the sizes that a trial epoch draws."""
+    settings, sizes = config.augmentation, dataset.sizes
+    trial = _draw_geometries(config, dataset)(np.random.default_rng((config.train.seed, 2**31)))
+    largest = [] if settings.kind == "lsj" else _largest_shapes(settings, sizes)
+    return choose_buckets(np.array([geometry.size for geometry in trial]), config.data.buckets, largest)
+
+
+def _draw_geometries(config: ConfigDict, dataset: Dataset) -> Callable[[np.random.Generator], list[Geometry]]:
+    """What draws the geometries of an epoch."""
+    draw = draw_large_scale if config.augmentation.kind == "lsj" else draw_weak
+    return functools.partial(draw, dataset.sizes, config.augmentation.to_dict())
 
 
 def _largest_shapes(settings: ConfigDict, sizes: np.ndarray) -> list[Shape]:
@@ -168,6 +182,11 @@ def make_views(config: ConfigDict, dataset: Dataset) -> ViewMaker:
 
 def room_for_boxes(config: ConfigDict, dataset: Dataset, make_views: ViewMaker) -> int:
     """The number of boxes that every view has room for: `config.data.max_boxes`, or enough for all if that is 0."""
+    return most_boxes(config, dataset, pasting=make_views.draw_donor is not None)
+
+
+def most_boxes(config: ConfigDict, dataset: Dataset, *, pasting: bool) -> int:
+    """What `room_for_boxes` gives if objects are pasted or not."""
     most = max(1, int(dataset.records.counts.max()))
-    pasted = min(most, MAX_PASTED - 1) if make_views.draw_donor else 0
+    pasted = min(most, MAX_PASTED - 1) if pasting else 0
     return config.data.max_boxes or most + pasted

@@ -12,14 +12,16 @@ How to add a refiner, say `my_refiner`:
 Then `refiner.primary` and `refiner.auxiliaries` can name it. If it has settings of its own, they are the section
 `refiner.my_refiner` (defaults in configs/common.py), which is passed to it as it is. A backbone is added in the same way, to
 `BACKBONES`; its settings are the section `backbone`. The table of settings.py, which checks configs before JAX is imported,
-lists the same words and each setting's range.
+lists the same words and each setting's range. A refiner of another program, or of a notebook, needs no line here: that
+program calls `register_refiner`.
 """
 
 import contextlib
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -45,9 +47,10 @@ from hpr_jax.models.refiner.layer import RefinerLayer
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
-from hpr_jax.settings import DTYPES, OPERATIONS, PRECISIONS, REMAT, check_refiners
+from hpr_jax.settings import DTYPES, OPERATIONS, PRECISIONS, REFINERS, REMAT, SETTINGS, check_refiners
 
 Config = Mapping[str, Any]
+AnyInteraction = TypeVar("AnyInteraction", bound=type[Interaction])
 
 # The interactions of the refiners that `config.model.refiner` can name.
 INTERACTIONS: dict[str, Callable[..., Interaction]] = {
@@ -58,6 +61,8 @@ INTERACTIONS: dict[str, Callable[..., Interaction]] = {
     "region_fc": RegionFC,
     "regional_attention": RegionalAttention,
 }
+# The names of those that come with this package.
+_OWN_REFINERS = frozenset(INTERACTIONS)
 # The values of `config.model.backbone.kind`.
 BACKBONES: dict[str, Callable[..., Backbone]] = {"resnet": ResNet, "swin": SwinTransformer}
 # The values of `config.model.queries.kind`.
@@ -66,6 +71,43 @@ QUERIES: dict[str, Callable[..., QueryInit]] = {
     "positions": PositionQueries,
     "distinct": DistinctQueries,
 }
+
+
+def register_refiner(name: str) -> Callable[[AnyInteraction], AnyInteraction]:
+    """Adds a refiner, which `config.model.refiner` can name from then on: a decorator of the class of its interaction.
+
+    @hpr_jax.register_refiner("my_refiner")
+    class MyRefiner(nnx.Module): ...  # an `Interaction`
+
+    The constructor takes `SharedSettings`, then settings of its own by keyword, then `rngs`. Its settings have defaults, or
+    are the section `config.model.refiner.my_refiner` of a config. Checkpoints store the name alone: a program that loads one
+    registers the class first. Another class may follow under the same name, as when a notebook's cell runs again.
+
+    Args:
+      name: small letters, digits and underscores.
+
+    Raises:
+      UserError: the name is taken, or is no such name; or what is decorated is no interaction.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"A refiner cannot have the name {name!r}; take small letters, digits and underscores.")
+    if name in _OWN_REFINERS or any(f"{key}.".startswith(f"model.refiner.{name}.") for key in SETTINGS):
+        raise UserError(f"The name {name!r} has a meaning in config.model.refiner already; choose another for your refiner.")
+
+    def register(interaction: AnyInteraction) -> AnyInteraction:
+        if not (isinstance(interaction, type) and issubclass(interaction, nnx.Module)):
+            raise UserError(f"The refiner {name!r} must be a subclass of flax.nnx.Module.")
+        if not isinstance(getattr(interaction, "needs_regions", None), bool):
+            raise UserError(
+                f"The refiner {name!r} must say by a class attribute, needs_regions = True or False, whether it reads "
+                "surroundings.regions."
+            )
+        INTERACTIONS[name] = interaction
+        if name not in REFINERS:
+            REFINERS.append(name)
+        return interaction
+
+    return register
 
 
 @dataclasses.dataclass(frozen=True)

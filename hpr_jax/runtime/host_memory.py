@@ -1,12 +1,47 @@
-"""Gives freed memory of the host back to the system.
+"""The memory of the host: how much is free, and how freed memory goes back to the system.
 
 The GNU C library would keep gigabytes of it, in the gaps between arrays that are still in use.
 """
 
 import ctypes
 import functools
+import os
+from pathlib import Path
 
 import jax
+
+# Where the limit of a group of processes, its use, and the statistics of that are, below `CONTROL_GROUPS`: in the second
+# version of control groups, and in the first.
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+MEMORY_FACTS = Path("/proc/meminfo")
+
+
+def available_memory() -> int:
+    """Bytes that programs can take without others being swapped out, within the limit of this process's container."""
+    free = [_free_on_host()]
+    for limit, used, statistics, cached in _LIMITS:
+        try:
+            most, taken = ((CONTROL_GROUPS / name).read_text().strip() for name in (limit, used))
+            facts = dict(line.split() for line in (CONTROL_GROUPS / statistics).read_text().splitlines())
+            # Cached files give way to programs.
+            free.append(int(most) - int(taken) + int(facts.get(cached, 0)))
+        except (OSError, ValueError):
+            # There is no such group, or no limit: memory.max is then "max".
+            continue
+    return max(min(free), 0)
+
+
+def _free_on_host() -> int:
+    try:
+        facts = dict(line.split(":", 1) for line in MEMORY_FACTS.read_text().splitlines())
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        # Systems without this file tell how much there is. Half of it is taken for free.
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def return_freed_memory() -> None:

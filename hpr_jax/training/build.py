@@ -5,6 +5,7 @@ import logging
 from ml_collections import ConfigDict
 
 from hpr_jax.errors import UserError
+from hpr_jax.settings import AUTO
 from hpr_jax.training.optimizer import Optimizer
 
 log = logging.getLogger("hpr_jax")
@@ -36,14 +37,27 @@ def in_steps(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
     return config
 
 
+def with_batch_size(config: ConfigDict, size: int) -> ConfigDict:
+    """A copy of a config with a batch size."""
+    config = config.copy_and_resolve_references()
+    with config.train.ignore_type():
+        config.train.batch_size = size
+    return config
+
+
+def with_recipe_batch(config: ConfigDict) -> ConfigDict:
+    """The config, in which the recipe's batch size takes the place of `auto`: for what is told without a run."""
+    return with_batch_size(config, config.optimizer.recipe_batch_size) if config.train.batch_size == AUTO else config
+
+
 def check_batch(config: ConfigDict, devices: int) -> None:
-    """Checks that a batch can be split evenly over the devices and the parts of gradient accumulation.
+    """Checks that a batch can be split evenly over the devices and the parts of gradient accumulation; `auto` always can.
 
     Raises:
       UserError: the batch size is no multiple of devices times parts.
     """
     size, parts = config.train.batch_size, config.train.accumulation_steps
-    if size % (devices * parts):
+    if size != AUTO and size % (devices * parts):
         raise UserError(
             f"config.train.batch_size is {size}; with {devices} {'device' if devices == 1 else 'devices'} and "
             f"config.train.accumulation_steps {parts} it must be a multiple of {devices * parts}."

@@ -10,6 +10,7 @@ from hpr_jax.config import as_overrides, config_name, load_config, override
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
 from hpr_jax.training.callbacks import Callback
 from hpr_jax.training.fine_tuning import fine_tuning_config
+from hpr_jax.training.metric_reader import Metrics, read_metrics
 from hpr_jax.training.run import train as run
 
 
@@ -24,6 +25,12 @@ class TrainingResult:
 
     workdir: Path
     metrics: dict[str, float]
+
+    @property
+    def history(self) -> Metrics:
+        """The numbers that the run has logged: `history.series("loss")` gives steps and values, `history.names("merge/")`
+        the names with a prefix."""
+        return read_metrics(self.workdir / "metrics.jsonl")
 
 
 def train(

@@ -31,6 +31,7 @@ FREE = (
     "data.patience",
     "data.threads",
     "data.workers",
+    "optimizer.recipe_batch_size",
     "train.accumulation_steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -20,6 +20,7 @@ from hpr_jax.models.build import Compute
 from hpr_jax.runtime.devices import data_mesh, is_main_process
 from hpr_jax.runtime.logs import log_to_file
 from hpr_jax.settings import check
+from hpr_jax.training.batch_size import log_choice, resolve_batch_size
 from hpr_jax.training.build import advice_on_dtype, check_batch, check_matching, in_steps, make_optimizer, warn_of_recipe
 from hpr_jax.training.callbacks import Callback, Callbacks
 from hpr_jax.training.loop import TrainingLoop
@@ -95,14 +96,18 @@ def train(
     train_set = train_split.subset(keep_empty=config.data.keep_empty, min_side=config.data.min_side)
     check_training_data(train_split, train_set, config.data.min_side, config.data.threads)
     check_evaluation_data(val_set, config.data.threads)
+    config, chosen = resolve_batch_size(config, workdir, train_set, mesh)
+    check_batch(config, mesh.size)
     plan = make_plan(config, train_set)
-    config = in_steps(config, plan.steps_per_epoch)
+    given, config = config, in_steps(config, plan.steps_per_epoch)
     meta = Meta(to_plain(config), train_set.classes, 0, {}, dependencies(train_split, val_set))
     check_same_everywhere(meta)
     # Nothing is written before this line, so that wrong settings or data leave no files behind.
     with owned(workdir, take_over=take_over):
         log_to_file(workdir / ("train.log" if is_main_process() else f"train.{jax.process_index()}.log"))
         report_data(train_split, train_set, val_set)
+        if chosen is not None:
+            log_choice(chosen, given)
         for dataset in (train_set, val_set):
             sentence = too_few_queries(dataset, config.model.queries.count)
             if sentence:

@@ -24,7 +24,7 @@ from hpr_jax.errors import UserError
 from hpr_jax.models.build import Compute, abstract_detector
 from hpr_jax.models.detector import Detector
 from hpr_jax.runtime.devices import require_devices
-from hpr_jax.settings import check
+from hpr_jax.settings import AUTO, check, require_refiners
 from hpr_jax.weights.find_checkpoint import ITEMS, find_checkpoint
 from hpr_jax.weights.manifest import NAME as MANIFEST
 from hpr_jax.weights.manifest import find_damage
@@ -50,7 +50,13 @@ _ADDED_SETTINGS: dict[str, dict[str, Any]] = {
         "image_bits": 16,
         "patience": 600.0,
     },
-    "optimizer": {"merge_multiplier": 1.0, "merge_decay": True, "offsets_multiplier": 1.0, "schedule": "milestones"},
+    "optimizer": {
+        "recipe_batch_size": 16,
+        "merge_multiplier": 1.0,
+        "merge_decay": True,
+        "offsets_multiplier": 1.0,
+        "schedule": "milestones",
+    },
     "loss": {"class_weight": 1.0},
     "compute": {"precision": "default"},
     "evaluate": {"max_detections": [1, 10, 100]},
@@ -99,7 +105,9 @@ class Meta:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Meta":
+        """The inverse of `to_json`; raises as `require_refiners` does."""
         classes = Classes(tuple(content["class_names"]), tuple(content["category_ids"]))
+        require_refiners(content["config"]["model"])
         return Meta(_upgraded(content["config"]), classes, content["step"], content["metrics"], content.get("run", {}))
 
 
@@ -212,6 +220,10 @@ def checkpoint_config(meta: Meta, overrides: Iterable[tuple[str, str]], config: 
     config = from_plain(meta.config) if config is None else config
     for key, text in overrides:
         override(config, key, text)
+    if config.train.batch_size == AUTO:
+        # The run has chosen.
+        with config.train.ignore_type():
+            config.train.batch_size = meta.config["train"]["batch_size"]
     different = differences(meta.config["model"], to_plain(config)["model"], "config.model.")
     if different:
         raise UserError(f"The checkpoint is of another model: {', '.join(different)}.")

@@ -47,3 +47,11 @@ def test_boxes_lie_in_their_images(drawn):
             assert min(width, height) > 0
             assert left + width <= sizes[annotation["image_id"]][0]
             assert top + height <= sizes[annotation["image_id"]][1]
+
+
+def test_few_large_objects_can_be_asked_for(tmp_path):
+    folder = make_shapes(tmp_path / "data", 8, 1, 64, 0, most=1, radii=(0.2, 0.25))
+    content = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
+    assert [one["image_id"] for one in content["annotations"]] == list(range(1, 9))
+    # A radius of 0.2 of the shorter side, 51 or 64 pixels: no shape is smaller than a triangle of that radius.
+    assert all(max(one["bbox"][2:]) > 15 for one in content["annotations"])

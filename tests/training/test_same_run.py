@@ -32,6 +32,7 @@ FREE = {
     "data.directory",
     "data.threads",
     "data.workers",
+    "optimizer.recipe_batch_size",
     "train.accumulation_steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -98,7 +98,7 @@ class RefinerLayer(nnx.Module):
         """
         paths = [self.primary, *self.auxiliaries]
         xs = self.attended(query, position, mask)
-        xs = [path.interaction(path.norm1(x), position, surroundings) for path, x in zip(paths, xs)]
+        xs = [_interact(path, x, position, surroundings) for path, x in zip(paths, xs)]
         xs = _merged(self.merge_interaction, xs)
         xs = [path.ffn(path.norm2(x)) for path, x in zip(paths, xs)]
         xs = _merged(self.merge_ffn, xs)
@@ -110,6 +110,20 @@ class RefinerLayer(nnx.Module):
         paths = [self.primary, *self.auxiliaries]
         xs = [query + path.attention.self_attention(query, position, mask) for path in paths]
         return _merged(self.merge_attention, xs)
+
+
+def _interact(path: RefinerPath, x: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
+    """The queries behind a path's interaction, in the type of `x`: interactions may be made of Flax's own layers, whose
+    results have the type of their parameters.
+
+    Raises:
+      UserError: the interaction returns another shape than it gets.
+    """
+    refined = path.interaction(path.norm1(x), position, surroundings)
+    if refined.shape != x.shape:
+        name = type(path.interaction).__name__
+        raise UserError(f"The interaction {name} returns {list(refined.shape)} for queries {list(x.shape)}.")
+    return refined.astype(x.dtype)
 
 
 def _merged(merge: Merge | None, xs: list[jax.Array]) -> list[jax.Array]:
