@@ -3,8 +3,10 @@
 import asyncio
 import importlib
 import logging
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from hpr_jax.errors import UserError
+from hpr_jax.runtime.console import leave
 from hpr_jax.serving.limits import Limits
 
 log = logging.getLogger("hpr_jax")
@@ -35,7 +38,7 @@ def require_libraries() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address, which nobody can connect to before the server runs.
+    """A socket at an address. Who connects waits until the server runs.
 
     Raises:
       UserError: the address is taken, or is none of this machine.
@@ -45,6 +48,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # At once, since others could take the address otherwise while the detector is loaded.
+        listener.listen()
     except OSError as error:
         raise UserError(
             f"The server cannot be at {host}, port {port}: {(error.strerror or str(error)).lower()}; choose another --port, "
@@ -89,7 +94,15 @@ def serve(
     log.info("The page is at http://%s:%d/; Ctrl-C stops the server.", shown, port)
     if host not in LOOPBACK:
         log.warning("Others can reach this server, which asks nobody who they are.")
-    _run(make_server(app, limits), listener)
+    heard = _run(make_server(app, limits), listener)
+    if app.state.server.batcher.busy:
+        # What is being computed cannot be stopped, and would be in the way of an orderly end.
+        sys.stdout.flush()
+        if heard == signal.SIGINT:
+            leave()
+        os._exit(0)
+    if heard == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def _load(source: str | Path, batch_size: int | None, overrides: dict[str, object], config: Any) -> Any:
@@ -124,12 +137,13 @@ def _warm_up(detector: Any) -> None:
     log.info("Compiled in %.0f s.", time.monotonic() - start)
 
 
-def _run(server: Any, listener: socket.socket) -> None:
-    """Runs a server until SIGTERM or Ctrl-C; then ends what it is working on, for a while."""
-    heard: list[int] = []
+def _run(server: Any, listener: socket.socket) -> int:
+    """Runs a server until SIGTERM or Ctrl-C; then ends what it is working on, for a while, or until another Ctrl-C. Returns
+    the number of the signal."""
+    heard = [0]
 
     def stop(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+        heard[0] = number
         server.handle_exit(number, frame)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -138,5 +152,4 @@ def _run(server: Any, listener: socket.socket) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGINT in heard:
-        raise KeyboardInterrupt
+    return heard[0]
