@@ -37,26 +37,32 @@ class TopQueries:
 
 
 def top_queries(
-    outputs: Outputs, count: int, scale: np.ndarray, limit: np.ndarray, class_names: Sequence[str]
+    outputs: Outputs,
+    auxiliaries: Sequence[str],
+    count: int,
+    scale: np.ndarray,
+    limit: np.ndarray,
+    class_names: Sequence[str],
 ) -> dict[str, list[TopQueries]]:
     """The best matching queries of each branch behind each layer, by the name of the branch's refiner, `primary` first.
 
     Args:
       outputs: of one image, with a batch axis of 1.
+      auxiliaries: the names of the auxiliary branches, in their order, which compiled programs lose.
       count: how many queries to take.
       scale: from normalised (x, y) to pixels of the image, float32 `[2]`.
       limit: (width, height) of the image, to which boxes are clipped.
       class_names: the names of the K classes.
     """
-    branches = {PRIMARY: outputs.primary, **outputs.branches}
-    found = jax.device_get({name: _with_corners(branch.matching) for name, branch in branches.items()})
+    branches = [outputs.primary, *(outputs.branches[name] for name in auxiliaries)]
+    found = jax.device_get([_with_corners(branch.matching) for branch in branches])
     corners = np.tile(scale, 2).astype(np.float32), np.tile(limit, 2).astype(np.float32)
     return {
         name: [
             _best(jax.tree.map(lambda x, place=place: x[place, 0], predictions), count, *corners, class_names)
             for place in range(len(predictions.logits))
         ]
-        for name, predictions in found.items()
+        for name, predictions in zip((PRIMARY, *auxiliaries), found)
     }
 
 

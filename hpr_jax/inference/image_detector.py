@@ -167,7 +167,7 @@ class ImageDetector:
         size = np.array(array.shape[1::-1], np.float32)
         scale = sizes[0][::-1] * size / np.array(geometry.resized[::-1], np.float32)
         outputs = self._outputs(self._state, padded, sizes)
-        return top_queries(outputs, count, scale, size, self.classes.names)
+        return top_queries(outputs, tuple(self.module.refiner.branches), count, scale, size, self.classes.names)
 
     def input_shape(self, image: np.ndarray) -> tuple[int, int]:
         """The (height, width) of the padded input that an image `[h, w, 3]` becomes. Images that share it share batches.

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -42,10 +42,10 @@ PATIENCE = 0.004
 # The lowest score of the detections that are answered, and how many queries of each branch, unless a request says otherwise.
 THRESHOLD, QUERIES = 0.3, 10
 
-Answer = Callable[["Server", Request, bytes], Awaitable[dict[str, Any]]]
+Answer = Callable[["Service", Request, bytes], Awaitable[dict[str, Any]]]
 
 
-class Server:
+class Service:
     """A detector and those who wait for it.
 
     Args:
@@ -75,7 +75,7 @@ class Server:
         """Carries out a request that sends an image, within the limits."""
         try:
             check_head(request, self.limits)
-            with self._room(request):
+            with self._room():
                 return await self._in_time(request, answer)
         except Refusal as refusal:
             if refusal.status != 408:
@@ -104,7 +104,7 @@ class Server:
         return json_response({**content, "seconds": round(clock() - start, 4)})
 
     @contextlib.contextmanager
-    def _room(self, request: Request):
+    def _room(self) -> Iterator[None]:
         """A context in which a request has room, or is refused."""
         if self.requests >= self.limits.requests:
             raise self.full()
@@ -159,17 +159,17 @@ class Server:
 class _Counted:
     """The body of a request, whose bytes are counted among those of the server until it is closed."""
 
-    def __init__(self, server: Server, request: Request):
-        self._server, self._request, self._held = server, request, 0
+    def __init__(self, service: Service, request: Request):
+        self._service, self._request, self._held = service, request, 0
 
     async def chunks(self) -> AsyncIterator[bytes]:
         async for chunk in self._request.stream():
-            self._server.hold(len(chunk))
+            self._service.hold(len(chunk))
             self._held += len(chunk)
             yield chunk
 
     def close(self) -> None:
-        self._server.hold(-self._held)
+        self._service.hold(-self._held)
 
 
 async def _unless_gone(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
@@ -194,19 +194,19 @@ async def _unless_gone(request: Request, answer: Awaitable[dict[str, Any]]) -> d
         leaving.cancel()
 
 
-async def _detect(server: Server, request: Request, body: bytes) -> dict[str, Any]:
+async def _detect(service: Service, request: Request, body: bytes) -> dict[str, Any]:
     threshold = _number(request, "threshold", THRESHOLD, 0.0, 1.0)
-    async with server.decoded(request, body) as image:
-        found, together = await server.detect(image)
+    async with service.decoded(request, body) as image:
+        found, together = await service.detect(image)
     return {**found.above(threshold).to_dict(), "batch": together}
 
 
-async def _explain(server: Server, request: Request, body: bytes) -> dict[str, Any]:
-    if not server.explains:
+async def _explain(service: Service, request: Request, body: bytes) -> dict[str, Any]:
+    if not service.explains:
         raise Refusal(422, "This detector was exported, and returns detections alone.")
     count = int(_number(request, "top", QUERIES, 1, MOST_QUERIES))
-    async with server.decoded(request, body) as image:
-        found = await server.batcher.alone(lambda: server.detector.branches(image, count))
+    async with service.decoded(request, body) as image:
+        found = await service.batcher.alone(lambda: service.detector.branches(image, count))
     height, width = image.shape[:2]
     branches = {name: [queries.to_dict() for queries in layers] for name, layers in found.items()}
     return {"height": height, "width": width, "branches": branches}
@@ -238,24 +238,24 @@ def make_app(detector: ImageDetector, name: str, limits: Limits, names: Collecti
       limits: of what is taken.
       names: of this machine; requests for others are refused.
     """
-    server = Server(detector, name, limits)
+    service = Service(detector, name, limits)
     page = PAGE.read_text(encoding="utf-8")
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page)
 
     async def info(request: Request) -> Response:
-        return json_response(_info(server))
+        return json_response(_info(service))
 
     async def health(request: Request) -> Response:
-        sizes = {str(size): count for size, count in sorted(server.batcher.sizes.items())}
-        return json_response({"status": "ok", "requests": server.requests, "batches": sizes})
+        sizes = {str(size): count for size, count in sorted(service.batcher.sizes.items())}
+        return json_response({"status": "ok", "requests": service.requests, "batches": sizes})
 
     async def detect(request: Request) -> Response:
-        return await server.answer(request, _detect)
+        return await service.answer(request, _detect)
 
     async def explain(request: Request) -> Response:
-        return await server.answer(request, _explain)
+        return await service.answer(request, _explain)
 
     async def no_such(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -264,7 +264,7 @@ def make_app(detector: ImageDetector, name: str, limits: Limits, names: Collecti
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        work = asyncio.create_task(server.batcher.work())
+        work = asyncio.create_task(service.batcher.work())
         yield
         work.cancel()
 
@@ -280,18 +280,18 @@ def make_app(detector: ImageDetector, name: str, limits: Limits, names: Collecti
         exception_handlers={HTTPException: no_such},
         lifespan=lifespan,
     )
-    app.state.server = server
+    app.state.service = service
     return app
 
 
-def _info(server: Server) -> dict[str, Any]:
+def _info(service: Service) -> dict[str, Any]:
     """What the page and programs may want to know."""
-    limits, detector = server.limits, server.detector
+    limits, detector = service.limits, service.detector
     return {
-        "detector": server.name,
+        "detector": service.name,
         "classes": list(detector.classes.names),
-        "explains": server.explains,
-        "batch_size": server.batch_size,
+        "explains": service.explains,
+        "batch_size": service.batch_size,
         "threshold": THRESHOLD,
         "platform": jax.default_backend(),
         "limits": {"bytes": limits.upload, "pixels": limits.pixels, "seconds": limits.seconds, "requests": limits.requests},

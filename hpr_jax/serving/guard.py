@@ -14,8 +14,8 @@ from hpr_jax.serving.refusal import Refusal
 
 
 def own_names() -> set[str]:
-    """The names by which a browser may call this machine."""
-    return {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
+    """The names by which a browser may call this machine; no other machine is asked for them."""
+    return {"localhost", socket.gethostname().lower()}
 
 
 class Guard:

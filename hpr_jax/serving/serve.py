@@ -95,7 +95,7 @@ def serve(
     if host not in LOOPBACK:
         log.warning("Others can reach this server, which asks nobody who they are.")
     heard = _run(make_server(app, limits), listener)
-    if app.state.server.batcher.busy:
+    if app.state.service.batcher.busy:
         # What is being computed cannot be stopped, and would be in the way of an orderly end.
         sys.stdout.flush()
         if heard == signal.SIGINT:
