@@ -1,9 +1,10 @@
 """Sends many requests at once to `hpr_jax serve`, and as many as there are pictures one after the other.
 
-    python scripts/benchmarks/serving.py SOURCE [--requests 300] [--pictures 30] [--size 128x128] [--batch-size N]
+    python scripts/benchmarks/serving.py SOURCE [--requests 300] [--pictures 30] [--size 96x128]
+        [--batch-size N] [--timeout SECONDS]
 
 SOURCE is what `serve --checkpoint` takes: a run, or `configs/ddq.py:r50_1x` for random weights at full size. The server is
-a process of its own with its default limits, which compiles before anything is timed. The pictures, JPEG files of coarse
+a process of its own, which compiles before anything is timed. The pictures, JPEG files of coarse
 noise, are sent one after the other first; then all requests begin at the same time, each with a connection of its own. A
 request is lost if it has no answer with status 200, and differs if what was found is not, but for rounding, what was found
 in the same picture alone: a batch is another program, and adds up in another order.
@@ -35,10 +36,9 @@ Answer = tuple[int, Any, float]
 
 
 @contextmanager
-def server(source: str, batch_size: int | None) -> Iterator[int]:
-    """A context in which a detector is served at the port that it gives."""
-    line = [sys.executable, "-m", "hpr_jax.main", "serve", "--checkpoint", source, "--port", "0"]
-    line += [] if batch_size is None else ["--batch-size", str(batch_size)]
+def server(source: str, options: Sequence[str]) -> Iterator[int]:
+    """A context in which a detector is served, with more options, at the port that it gives."""
+    line = [sys.executable, "-m", "hpr_jax.main", "serve", "--checkpoint", source, "--port", "0", *options]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -117,13 +117,16 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--pictures", type=int, default=30)
-    parser.add_argument("--size", default="128x128", metavar="HxW")
-    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--size", default="96x128", metavar="HxW")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of the server")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="of the server")
     arguments = parser.parse_args()
     height, width = map(int, arguments.size.split("x"))
     different = pictures(arguments.pictures, height, width)
     several = [different[number % len(different)] for number in range(arguments.requests)]
-    with server(arguments.source, arguments.batch_size) as port:
+    chosen = {"--batch-size": arguments.batch_size, "--timeout": arguments.timeout}
+    options = [f"{name}={value}" for name, value in chosen.items() if value is not None]
+    with server(arguments.source, options) as port:
         if 4 * height != 3 * width:
             # The server has compiled programs for landscapes of 4:3.
             at_once(port, several[: 2 * (arguments.batch_size or 8) + 1])
