@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "predict",
+    "serve",
     "report",
     "describe",
     "check-data",

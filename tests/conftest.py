@@ -86,6 +86,7 @@ COMPILING_FILES = (
     "test_refiner_values.py",
     "test_report.py",
     "test_sampling_implementations.py",
+    "test_serve.py",
     "test_tfds.py",
     "test_torch_import.py",
     "test_unfinished_run.py",

@@ -16,6 +16,7 @@ FLOORS = (
     "analysis",
     "training",
     "evaluation",
+    "serving",
     "inference",
     "weights",
     "models",

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import tiny
@@ -31,6 +32,7 @@ def test_a_wheel_trains_evaluates_and_predicts(tmp_path):
     shutil.copytree(tiny.ROOT, tmp_path / "source", symlinks=True, ignore=unwanted)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "wheels", tmp_path / "source")
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    assert "hpr_jax/serving/page.html" in zipfile.ZipFile(wheel).namelist()
     run(sys.executable, "-m", "venv", "--without-pip", "env")
     run(sys.executable, "-m", "pip", "--python", "env/bin/python", "install", "--quiet", "--no-compile", wheel)
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.data.augmentation.crop_resize_flip import apply_to_image, evaluation_geometries
 from hpr_jax.errors import UserError
+from hpr_jax.inference.branches import TopQueries
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.explanation import Explanation
 from hpr_jax.inference.export_format import RESIZED, Description, Program, read_description, read_program
@@ -50,11 +51,24 @@ class ExportedDetector(ImageDetector):
 
     def explain(self, image: ImageLike, query: int | None = None) -> Explanation:
         """Raises a UserError, as `outputs` does."""
-        raise UserError(f"The exported detector {self.folder} returns detections alone; load the checkpoint it was made of.")
+        raise self._detects_alone()
 
     def outputs(self, image: ImageLike) -> Outputs:
         """Raises a UserError: exported programs return detections alone."""
-        raise UserError(f"The exported detector {self.folder} returns detections alone; load the checkpoint it was made of.")
+        raise self._detects_alone()
+
+    def branches(self, image: ImageLike, count: int = 10) -> dict[str, list[TopQueries]]:
+        """Raises a UserError, as `outputs` does."""
+        raise self._detects_alone()
+
+    def _detects_alone(self) -> UserError:
+        return UserError(
+            f"The exported detector {self.folder} returns detections alone; load the checkpoint it was made of."
+        )
+
+    def input_shape(self, image: np.ndarray) -> tuple[int, int]:
+        program = self._choose(image, self._resized_size(image))
+        return program.height, program.width
 
     def _detect_all(self, images: Sequence[np.ndarray]) -> list[Detections]:
         size = self.config.evaluate.batch_size

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from hpr_jax.data.augmentation.crop_resize_flip import Geometry, apply_to_image, evaluation_geometries
 from hpr_jax.data.dataset import Classes
+from hpr_jax.inference.branches import TopQueries, top_queries
 from hpr_jax.inference.detect import in_image_pixels, make_detect
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.explanation import Explanation, explain
@@ -80,7 +81,7 @@ class ImageDetector:
         """Places of images that go into one batch: they are padded to the same shape."""
         by_shape: dict[tuple[int, int], list[int]] = {}
         for place, image in enumerate(images):
-            by_shape.setdefault(_padded_shape(self._geometry(image)), []).append(place)
+            by_shape.setdefault(self.input_shape(image), []).append(place)
         size = self.config.evaluate.batch_size
         for places in by_shape.values():
             yield from (places[start : start + size] for start in range(0, len(places), size))
@@ -148,6 +149,33 @@ class ImageDetector:
         array = as_array(image, self.config.data.image_bits)
         geometry, padded, sizes = self._prepare(array)
         return explain(self.module, array, geometry.resized, padded, sizes, query, self.classes.names)
+
+    def branches(self, image: ImageLike, count: int = 10) -> dict[str, list[TopQueries]]:
+        """What each refiner contributes: the best matching queries of each branch behind each layer, by the name of the
+        branch's refiner, `primary` first.
+
+        Args:
+          image: as for a call.
+          count: how many queries of each.
+
+        Raises:
+          UserError: the image cannot be read.
+        """
+        array = as_array(image, self.config.data.image_bits)
+        geometry, padded, sizes = self._prepare(array)
+        # Normalised to what is valid of the padded input -> pixels of the image.
+        size = np.array(array.shape[1::-1], np.float32)
+        scale = sizes[0][::-1] * size / np.array(geometry.resized[::-1], np.float32)
+        outputs = self._outputs(self._state, padded, sizes)
+        return top_queries(outputs, tuple(self.module.refiner.branches), count, scale, size, self.classes.names)
+
+    def input_shape(self, image: np.ndarray) -> tuple[int, int]:
+        """The (height, width) of the padded input that an image `[h, w, 3]` becomes. Images that share it share batches.
+
+        Raises:
+          UserError: the detector takes no such image; exported ones have few shapes.
+        """
+        return _padded_shape(self._geometry(image))
 
     def _geometry(self, image: np.ndarray) -> Geometry:
         """How an image `[h, w, 3]` is resized."""
