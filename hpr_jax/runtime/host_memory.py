@@ -1,10 +1,11 @@
-"""Gives freed memory of the host back to the system.
+"""Gives freed memory of the host back to the system, and tells how much there was.
 
 The GNU C library would keep gigabytes of it, in the gaps between arrays that are still in use.
 """
 
 import ctypes
 import functools
+import sys
 
 import jax
 
@@ -16,6 +17,16 @@ def return_freed_memory() -> None:
     except (OSError, TypeError, AttributeError):
         return
     trim(0)
+
+
+def peak_memory() -> int | None:
+    """The most memory of the host that this process has had, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    # In kilobytes on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @functools.cache
