@@ -80,7 +80,7 @@ class ImageDetector:
         """Places of images that go into one batch: they are padded to the same shape."""
         by_shape: dict[tuple[int, int], list[int]] = {}
         for place, image in enumerate(images):
-            by_shape.setdefault(_padded_shape(self._geometry(image)), []).append(place)
+            by_shape.setdefault(_padded_shape(self._geometry(image.shape[:2])), []).append(place)
         size = self.config.evaluate.batch_size
         for places in by_shape.values():
             yield from (places[start : start + size] for start in range(0, len(places), size))
@@ -149,15 +149,19 @@ class ImageDetector:
         geometry, padded, sizes = self._prepare(array)
         return explain(self.module, array, geometry.resized, padded, sizes, query, self.classes.names)
 
-    def _geometry(self, image: np.ndarray) -> Geometry:
-        """How an image `[h, w, 3]` is resized."""
+    def padded_shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the network's input for an image of a size (height, width)."""
+        return _padded_shape(self._geometry(size))
+
+    def _geometry(self, size: tuple[int, ...]) -> Geometry:
+        """How an image of a size (height, width) is resized."""
         settings = self.config.evaluate
-        (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        (geometry,) = evaluation_geometries(np.array([size]), settings.side, settings.max_side, settings.canvas)
         return geometry
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
         """How an image `[h, w, 3]` is resized, the padded input uint8 `[1, H, W, 3]`, and its valid size int32 `[1, 2]`."""
-        geometry = self._geometry(image)
+        geometry = self._geometry(image.shape[:2])
         resized = apply_to_image(image, geometry)
         padded = np.zeros((1, *_padded_shape(geometry), 3), np.uint8)
         padded[0, : geometry.size[0], : geometry.size[1]] = resized
