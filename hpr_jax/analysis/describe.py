@@ -34,10 +34,9 @@ MAX_BOXES = 100
 
 # What the table of parameters and FLOPs counts, by the image's size.
 COUNTED = """\
-GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
-weighted sums over sampled features among them, where kernels compute them; gathers, norms, activations and the selection of
-queries do not count. Box offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve
-training alone."""
+GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on;
+weighted sums of sampled features, norms, activations and the selection of queries do not count. Box offsets inside the
+decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
 # What the tables of shapes assume, by the room for boxes and where it comes from.
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.

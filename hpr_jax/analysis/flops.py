@@ -21,8 +21,8 @@ class KernelCost(NamedTuple):
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Twice the multiply-adds of all matrix products and convolutions in a jaxpr and in the jaxprs inside it, and the
-    operations that kernels say they take.
+    """Twice the multiply-adds of all matrix products and convolutions in a jaxpr and in the jaxprs inside it. A kernel with
+    products takes the operations that it tells.
 
     The body of a scan counts as often as it runs. Of a conditional, the branch with the most operations counts. The body of
     a while loop counts once, since a jaxpr does not tell how often it runs; the detector's while loops have no products.
@@ -52,8 +52,9 @@ def _equation_flops(equation: Any, names: Collection[str]) -> Counter[tuple[str,
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return Counter({(): 2 * equation.outvars[0].aval.size * (kernel.size // outputs)})
     if name == "pallas_call":
-        cost = params["cost_estimate"]
-        return Counter({(): cost.flops if cost else 0})
+        # Weighted sums of rows are no products, in kernels as elsewhere.
+        has_products = any(product_flops(jaxpr) for jaxpr in inner_jaxprs(equation))
+        return Counter({(): params["cost_estimate"].flops if has_products and params["cost_estimate"] else 0})
     inner = [flops_by_scope(jaxpr, names) for jaxpr in inner_jaxprs(equation)]
     if name == "cond":
         return max(inner, key=Counter.total)

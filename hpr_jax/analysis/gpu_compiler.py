@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from hpr_jax.analysis.compiled import CompiledProgram, Launch, read_program
 from hpr_jax.analysis.flops import kernel_costs
-from hpr_jax.analysis.programs import Traced
+from hpr_jax.analysis.programs import GRADIENTS, Traced
 from hpr_jax.errors import UserError
 from hpr_jax.ops.platform import programs_for
 from hpr_jax.runtime.devices import data_mesh
@@ -174,6 +174,6 @@ def compile_traced(traced: Traced) -> Iterator[tuple[str, Compiled]]:
 def largest_batch(traced: Traced, compiled: Mapping[str, Compiled], images: int, card: Card) -> int:
     """How many images a batch can have on a card, by what a batch of `images` takes. All but parameters, their moments and
     gradients counts as growing with the batch, so that it may be some more."""
-    fixed = sum(traced.lasting.values()) + traced.passing.get("gradients", 0)
+    fixed = sum(traced.lasting.values()) + traced.passing.get(GRADIENTS, 0)
     growing = max(one.peak for one in compiled.values()) - fixed
     return int(max(card.memory * USABLE - fixed, 0) * images // max(growing, 1))

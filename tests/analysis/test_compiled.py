@@ -198,6 +198,17 @@ def test_flops_by_scope():
     assert flops_by_scope(gradient, {"encoder", "ffn"})["encoder", "ffn"] >= 2 * 3 * 2 * 4**3
 
 
+@pytest.mark.parametrize(("kernel", "flops"), [("attention", 2 * (2 * 2 * 70 * 70 * 16)), ("rows", 0)])
+def test_kernels_count_where_they_multiply_matrices(kernel, flops):
+    """As XLA's implementations do, so that the count does not depend on which one is taken."""
+    if kernel == "attention":
+        function, arguments = functools.partial(attention.forward, masked=-1e30), (QUERIES, QUERIES, QUERIES, MASK)
+    else:
+        function, arguments = weighted_rows.forward, (TABLE, INDEX, SUMMED)
+    jaxpr = jax.make_jaxpr(functools.partial(function, interpret=True))(*arguments).jaxpr
+    assert flops_by_scope(jaxpr, ()).total() == flops
+
+
 def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 

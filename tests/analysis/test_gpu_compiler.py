@@ -52,7 +52,8 @@ def test_the_largest_batch():
 
 @pytest.mark.slow
 @needs_compiler
-def test_small_programs_do_what_they_must():
+@pytest.mark.parametrize("card", CARDS)
+def test_small_programs_do_what_they_must(card):
     """A product, a kernel and a loop with known answers."""
 
     def function(x, w, index, weights):
@@ -63,7 +64,7 @@ def test_small_programs_do_what_they_must():
         with jax.named_scope("loop"):
             return jax.lax.scan(lambda z, _: (z @ z, None), rows, length=5)[0]
 
-    with programs_of(CARDS["h100"]) as mesh:
+    with programs_of(CARDS[card]) as mesh:
         sharding = NamedSharding(mesh, EVERYWHERE)
 
         def array(*shape, dtype=jnp.bfloat16):
