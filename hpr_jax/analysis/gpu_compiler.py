@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
+import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -27,6 +28,8 @@ OPTIONS: dict[str, bool | int] = {
     "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,
 }
+# JAX's setting of how many seconds a program must take to compile to be put on disk.
+_LEAST_TO_CACHE = "jax_persistent_cache_min_compile_time_secs"
 # The part of a card's memory that JAX takes by default; XLA_PYTHON_CLIENT_MEM_FRACTION changes it.
 USABLE = 0.75
 
@@ -153,8 +156,14 @@ def programs_of(card: Card) -> Iterator[Mesh]:
         )
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"JAX cannot compile for a GPU here: {str(error).splitlines()[0]}.") from error
-    with programs_for("cuda"):
-        yield data_mesh(described.devices)
+    # JAX cannot read such programs back from its cache on disk, and warns about each: none is put there.
+    seconds = jax.config.values[_LEAST_TO_CACHE]
+    jax.config.update(_LEAST_TO_CACHE, float("inf"))
+    try:
+        with programs_for("cuda"):
+            yield data_mesh(described.devices)
+    finally:
+        jax.config.update(_LEAST_TO_CACHE, seconds)
 
 
 def compile_traced(traced: Traced) -> Iterator[tuple[str, Compiled]]:
