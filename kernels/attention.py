@@ -55,6 +55,7 @@ def forward(
         launch=launch,
         interpret=interpret,
         name="attention_forward",
+        flops=2 * _product_flops(query, key),
     )(query, key, value, mask.astype(jnp.int8))
     return out, largest, total
 
@@ -87,14 +88,23 @@ def backward(
         out_shape=[(query.shape, query.dtype), (largest.shape, jnp.float32)],
         grid=(pl.cdiv(queries, BLOCK), heads, batch),
         name="attention_backward_query",
+        # Two products in the loop over keys for the means, three in the one for the gradient.
+        flops=5 * _product_flops(query, key),
     )(*arguments)
     key_gradient, value_gradient = call(
         functools.partial(_backward_key, masked=masked),
         out_shape=[(key.shape, key.dtype), (value.shape, value.dtype)],
         grid=(pl.cdiv(key.shape[1], BLOCK), heads, batch),
         name="attention_backward_key",
+        flops=4 * _product_flops(query, key),
     )(*arguments, mean)
     return query_gradient, key_gradient, value_gradient
+
+
+def _product_flops(query, key):
+    """Twice the multiply-adds of a product of all queries with all keys."""
+    batch, queries, heads, width = query.shape
+    return 2 * batch * heads * queries * key.shape[1] * width
 
 
 class _Problem:

@@ -50,6 +50,8 @@ def forward(
         launch=launch,
         interpret=interpret,
         name="deformable_sampling_forward",
+        # Each point is a weighted sum of four rows.
+        flops=2 * 4 * weights.size * width,
     )(*_flat(value, locations, weights))[0]
     return out.reshape(batch, queries, heads, width)
 
@@ -82,6 +84,8 @@ def backward(
         launch=launch,
         interpret=interpret,
         name="deformable_sampling_backward",
+        # Each of the four rows around a point is multiplied with the gradient, which is added to a row.
+        flops=2 * 2 * 4 * weights.size * width,
     )(flat_value, flat_locations, flat_weights, gradient.reshape(batch * rows, width), zeros)
     return grad_value.reshape(value.shape), grad_locations.reshape(locations.shape), grad_weights.reshape(weights.shape)
 

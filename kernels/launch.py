@@ -40,30 +40,39 @@ def pallas_call(
     launch: Launch,
     interpret: bool,
     name: str,
+    flops: int = 0,
     input_output_aliases: Mapping[int, int] | None = None,
 ) -> Callable[..., list[jax.Array]]:
     """`pl.pallas_call` of a kernel that sees all of each array.
 
     Under `shard_map` the results vary over the axes that any argument varies over.
 
+    The kernel tells JAX what it costs. Of device memory it reads each argument and writes each result once: rows that
+    several programs read, or add to, come from the cache, which holds the tables of several images.
+
     Args:
       out_shape: shape and type of each result.
       grid: number of programs along each axis.
       interpret: whether the kernel is interpreted, on any platform, instead of compiled.
       name: of the kernel, in lowered programs.
+      flops: twice the multiply-adds of its products and weighted sums. Where they depend on data, 0.
       input_output_aliases: argument that is overwritten -> result that takes its place.
     """
 
     def call(*arrays: jax.Array) -> list[jax.Array]:
         arguments = vary_alike(*arrays)
         kind = jax.typeof(arguments[0]).manual_axis_type
+        results = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_shape]
+        every: list[jax.Array | jax.ShapeDtypeStruct] = [*arguments, *results]
+        moved = sum(array.size * array.dtype.itemsize for array in every)
         return pl.pallas_call(
             kernel,
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_shape],
+            out_shape=results,
             grid=grid,
             input_output_aliases=input_output_aliases or {},
             # Names the Triton backend, which is not the default of every JAX version.
             compiler_params=plt.CompilerParams(num_warps=launch.num_warps, num_stages=1),
+            cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
             interpret=interpret,
             name=name,
         )(*arguments)

@@ -34,6 +34,7 @@ def forward(
         launch=launch,
         interpret=interpret,
         name="weighted_rows_forward",
+        flops=2 * index.size * table.shape[1],
     )(table, index, weights)
     return out
 
@@ -68,6 +69,7 @@ def backward(
         launch=launch,
         interpret=interpret,
         name="weighted_rows_backward",
+        flops=2 * index.size * channels,
     )(index, weights, gradient, zeros)
     return out
 

@@ -1,7 +1,8 @@
 """Prints what a detector costs, before there is data or a device to run it on."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from hpr_jax.analysis.costs import (
     training_buckets,
     training_memory,
 )
+from hpr_jax.analysis.text_table import print_table, text_table
 from hpr_jax.data.build import wants_masks
 from hpr_jax.data.loading.batch_plan import Shape
 from hpr_jax.errors import UserError
@@ -33,9 +35,9 @@ MAX_BOXES = 100
 
 # What the table of parameters and FLOPs counts, by the image's size.
 COUNTED = """\
-GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on,
-weighted sums over sampled features among them; gathers, norms, activations and the selection of queries do not count. Box
-offsets inside the decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
+GFLOPs: twice the multiply-adds of the matrix products and convolutions that the detections of one {0}x{1} image depend on;
+weighted sums of sampled features, norms, activations and the selection of queries do not count. Box offsets inside the
+decoder count with the refiner. Branch heads, denoising and dense queries serve training alone."""
 # What the tables of shapes assume, by the room for boxes and where it comes from.
 ASSUMED = """\
 Shapes for photographs of common sizes (640x480, 640x427, 500x375, ... in about COCO's proportions); other data get others.
@@ -47,30 +49,46 @@ config.train.batch_size is auto: a run chooses it when it begins, for its images
 that of the recipe, {0}."""
 
 
-def describe(
-    config: ConfigDict | None,
-    num_classes: int = 80,
-    checkpoint: Path | None = None,
-    overrides: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is described: a detector and its settings.
 
-    Args:
+    Attributes:
       config: of the detector; with a checkpoint it stands in for the checkpoint's own, and its model must be the same.
       num_classes: of a detector without a checkpoint.
       checkpoint: a checkpoint's directory or a run's workdir, or None.
       overrides: settings (dotted key, text) in place of a checkpoint's.
+    """
+
+    config: ConfigDict | None
+    num_classes: int = 80
+    checkpoint: Path | None = None
+    overrides: Sequence[tuple[str, str]] = ()
+
+    def settings(self) -> tuple[ConfigDict, int]:
+        """The config, and the number of classes.
+
+        Raises:
+          UserError: there is neither config nor checkpoint, or no detector or run can have these settings.
+        """
+        config, num_classes = self.config, self.num_classes
+        if self.checkpoint is not None:
+            meta = read_meta(self.checkpoint)
+            config, num_classes = checkpoint_config(meta, self.overrides, config), len(meta.classes.names)
+        if config is None:
+            raise UserError("There is nothing to describe; give a config or a checkpoint.")
+        check(config)
+        make_criterion(config)
+        return config, num_classes
+
+
+def describe(subject: Subject) -> None:
+    """Prints parameters and FLOPs, static shapes, and after compiling an estimate of the memory.
 
     Raises:
-      UserError: there is neither config nor checkpoint, or no detector or run can have these settings.
+      UserError: see `Subject.settings`.
     """
-    if checkpoint is not None:
-        meta = read_meta(checkpoint)
-        config, num_classes = checkpoint_config(meta, overrides, config), len(meta.classes.names)
-    if config is None:
-        raise UserError("There is nothing to describe; give a config or a checkpoint.")
-    check(config)
-    make_criterion(config)
+    config, num_classes = subject.settings()
     automatic, config = config.train.batch_size == AUTO, with_recipe_batch(config)
     detector = abstract_detector(config.model, num_classes, config.compute)
     evaluation = evaluation_buckets(config)
@@ -97,21 +115,13 @@ def describe(
     _print_memory(what, functools.partial(training_memory, config, detector, largest, max_boxes))
 
 
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as a table, whose first column is aligned left, the others right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for first, *others in rows)
-    return "\n".join("  ".join(line) for line in lines)
-
-
 def costs_table(costs: Sequence[ModuleCost]) -> str:
     """A table of the costs of all modules, and their sum."""
     rows: list[tuple[str, ...]] = [("module", "parameters", "trained", "frozen", "GFLOPs")]
     for cost in [*costs, total(costs)]:
         counts = (f"{count:,}" for count in (cost.trained + cost.frozen, cost.trained, cost.frozen))
         rows.append((f"  {cost.name}" if cost.within else cost.name, *counts, f"{cost.flops / 1e9:,.3f}"))
-    return _table(rows)
+    return text_table(rows)
 
 
 def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[Shape], StaticShapes]) -> None:
@@ -122,7 +132,7 @@ def _print_shapes(what: str, buckets: dict[Shape, float], shapes_of: Callable[[S
         queries = f"{shapes.matching} + {shapes.denoising} + {shapes.dense}"
         rows.append((f"{bucket[0]}x{bucket[1]}", f"{share:.1%}", levels, f"{shapes.tokens:,}", queries))
     print()
-    print(_table(rows))
+    print_table(rows)
 
 
 def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
@@ -137,6 +147,6 @@ def _print_memory(what: str, estimate: Callable[[], dict[str, int]]) -> None:
     analysed = "temporaries" in sizes
     if analysed:
         rows.append(("total", sum(sizes.values())))
-    print(_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows))
+    print_table((name, f"{size / 1e6:,.1f} MB") for name, size in rows)
     if not analysed:
         print(f"The backend {backend} does not tell the size of activations and other temporaries.")

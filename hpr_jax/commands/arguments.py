@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ Overrides = list[tuple[str, str]]
 
 # The setting that the option --data gives.
 DIRECTORY = "data.directory"
+# The sides of images that programs are made for, in pixels.
+SMALLEST, LARGEST = 32, 16384
 # The help of the option --distributed.
 DISTRIBUTED = """\
 be one of several processes, which Slurm, Open MPI or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID bring
@@ -43,6 +46,20 @@ def path(text: str) -> Path:
 def place(text: str) -> str | Path:
     """A path on the command line, or the name of a repository on the Hugging Face hub."""
     return text if is_hub(text) else path(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """The (height, width) of `800x1344`.
+
+    Raises:
+      UserError: the text is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if not match or not all(SMALLEST <= int(side) <= LARGEST for side in match.groups()):
+        raise UserError(
+            f"{text!r} is no size; sizes are HEIGHTxWIDTH, like 800x1344, with sides of {SMALLEST} to {LARGEST} pixels."
+        )
+    return int(match[1]), int(match[2])
 
 
 def add_config(parser: CommandParser, meaning: str) -> None:

@@ -6,17 +6,14 @@ examples:
   python -m hpr_jax.main export --workdir runs/mine exported --image-size 1080x1920
 """
 
-import re
 from argparse import Namespace
 
-from hpr_jax.commands.arguments import CommandParser, Overrides, add_checkpoint, add_config, path
+from hpr_jax.commands.arguments import CommandParser, Overrides, add_checkpoint, add_config, image_size, path
 from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# The sides of images that programs are made for, in pixels.
-SMALLEST, LARGEST = 32, 16384
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -94,10 +91,5 @@ def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     """The (height, width) pairs of `800x1344,1344x800`, each once."""
     sizes: dict[tuple[int, int], None] = {}
     for part in text.split(",") if text else ():
-        match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", part)
-        if not match or not all(SMALLEST <= int(side) <= LARGEST for side in match.groups()):
-            raise UserError(
-                f"{part!r} is no size; sizes are HEIGHTxWIDTH, like 800x1344, with sides of {SMALLEST} to {LARGEST} pixels."
-            )
-        sizes[int(match[1]), int(match[2])] = None
+        sizes[image_size(part)] = None
     return tuple(sizes)

@@ -48,7 +48,7 @@ def detections(
     detector = nnx.merge(graph, state)
     outputs = detector(detector.normalize(images, sizes), sizes)
     last_layer = jax.tree.map(lambda x: x[-1], outputs.primary.matching)
-    return top_detections(last_layer, sizes, max_detections)
+    return jax.named_scope("detections")(top_detections)(last_layer, sizes, max_detections)
 
 
 def top_detections(

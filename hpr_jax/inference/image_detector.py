@@ -175,17 +175,17 @@ class ImageDetector:
         Raises:
           UserError: the detector takes no such image; exported ones have few shapes.
         """
-        return _padded_shape(self._geometry(image))
+        return _padded_shape(self._geometry(image.shape[:2]))
 
-    def _geometry(self, image: np.ndarray) -> Geometry:
-        """How an image `[h, w, 3]` is resized."""
+    def _geometry(self, size: tuple[int, ...]) -> Geometry:
+        """How an image of a size (height, width) is resized."""
         settings = self.config.evaluate
-        (geometry,) = evaluation_geometries(np.array([image.shape[:2]]), settings.side, settings.max_side, settings.canvas)
+        (geometry,) = evaluation_geometries(np.array([size]), settings.side, settings.max_side, settings.canvas)
         return geometry
 
     def _prepare(self, image: np.ndarray) -> tuple[Geometry, np.ndarray, np.ndarray]:
         """How an image `[h, w, 3]` is resized, the padded input uint8 `[1, H, W, 3]`, and its valid size int32 `[1, 2]`."""
-        geometry = self._geometry(image)
+        geometry = self._geometry(image.shape[:2])
         resized = apply_to_image(image, geometry)
         padded = np.zeros((1, *_padded_shape(geometry), 3), np.uint8)
         padded[0, : geometry.size[0], : geometry.size[1]] = resized

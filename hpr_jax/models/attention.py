@@ -32,7 +32,7 @@ class MultiHeadAttention(nnx.Module):
     def project(self, x: jax.Array, part: slice) -> jax.Array:
         """The input projections `part` (of 0 query, 1 key, 2 value) of x `[..., C]`, side by side: `[..., parts * C]`."""
         channels = x.shape[-1]
-        return self.input(x, slice(part.start * channels, part.stop * channels))
+        return jax.named_scope("input")(self.input)(x, slice(part.start * channels, part.stop * channels))
 
     @property
     def key_kernel(self) -> jax.Array:
@@ -56,7 +56,7 @@ class MultiHeadAttention(nnx.Module):
             return x.reshape(*x.shape[:-1], self.heads, -1)
 
         attended = attention(split(query), split(key), split(value), mask, implementation=self.implementation)
-        return self.output(attended.reshape(query.shape))
+        return jax.named_scope("output")(self.output)(attended.reshape(query.shape))
 
     def self_attention(self, x: jax.Array, position: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Self-attention of x.
@@ -112,12 +112,12 @@ class DeformableAttention(nnx.Module):
           `[B, Q, C]`, the residual included.
         """
         # Padded tokens are zeroed behind the projection, since they would get its bias.
-        value = jnp.where(memory.valid[..., None], self.value(memory.tokens), 0)
+        value = jnp.where(memory.valid[..., None], jax.named_scope("value")(self.value)(memory.tokens), 0)
         value = value.reshape(query.shape[0], -1, self.heads, value.shape[-1] // self.heads)
         pixels, weights = self.samples(query, position, memory, reference)
         locations = pixels / jnp.array([(w, h) for h, w in memory.spatial_shapes], jnp.float32)[:, None]
         sampled = deformable_sampling(value, memory.spatial_shapes, locations, weights, implementation=self.implementation)
-        return query + self.output(sampled)
+        return query + jax.named_scope("output")(self.output)(sampled)
 
     def samples(
         self, query: jax.Array, position: jax.Array, memory: Pyramid, reference: jax.Array
@@ -131,8 +131,8 @@ class DeformableAttention(nnx.Module):
         batch, queries, _ = query.shape
         shape = (batch, queries, self.heads, self.levels, self.points)
         positioned = query + position
-        offsets = self.offsets(positioned).reshape(*shape, 2).astype(jnp.float32)
-        weights = self.weights(positioned).reshape(batch, queries, self.heads, -1)
+        offsets = jax.named_scope("offsets")(self.offsets)(positioned).reshape(*shape, 2).astype(jnp.float32)
+        weights = jax.named_scope("weights")(self.weights)(positioned).reshape(batch, queries, self.heads, -1)
         weights = jax.nn.softmax(weights.astype(jnp.float32), axis=-1).reshape(shape)
 
         extent = memory.level_sizes[:, None, None, :, None, ::-1].astype(jnp.float32)

@@ -47,6 +47,7 @@ from hpr_jax.models.refiner.layer import RefinerLayer
 from hpr_jax.models.refiner.point import PointInteraction
 from hpr_jax.models.refiner.region_fc import RegionFC
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
+from hpr_jax.ops.platform import target_platform
 from hpr_jax.settings import DTYPES, OPERATIONS, PRECISIONS, REFINERS, REMAT, SETTINGS, check_refiners
 
 Config = Mapping[str, Any]
@@ -139,10 +140,10 @@ class Compute:
             for value in values:
                 if value not in known:
                     raise UserError(f"config.compute.{key} names {value!r}; known are {', '.join(known)}.")
-        if self.operations == "pallas" and jax.default_backend() != "gpu":
+        if self.operations == "pallas" and target_platform() != "gpu":
             raise UserError(
                 f"config.compute.operations 'pallas' needs an NVIDIA GPU, and JAX has found only the platform "
-                f"{jax.default_backend()}; set it to 'auto'."
+                f"{target_platform()}; set it to 'auto'."
             )
 
     @property

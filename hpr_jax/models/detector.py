@@ -96,8 +96,9 @@ class Detector(nnx.Module):
     def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
         """Normalises RGB images `[B, H, W, 3]` in 0..255 (uint8 or float) to zero mean and unit variance, with zeros outside
         of their valid sizes `[B, 2]`: float32 `[B, H, W, 3]`."""
-        images = (images.astype(jnp.float32) - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
-        return zero_padding(images, sizes)
+        with jax.named_scope("normalize"):
+            images = (images.astype(jnp.float32) - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
+            return zero_padding(images, sizes)
 
     def __call__(
         self,
@@ -119,11 +120,11 @@ class Detector(nnx.Module):
         """
         memory = self.remember(images, sizes, keys)
         with products(self.precision):
-            matching, dense = self.query_init(memory, train=train)
+            matching, dense = jax.named_scope("query_init")(self.query_init)(memory, train=train)
             queries = self.decoder_input(denoising, matching, dense)
-            decoded = self.refiner(queries, memory, self.heads)
-
-        normed, *branch_normed = self.refiner.normed(decoded)
+            with jax.named_scope("refiner"):
+                decoded = self.refiner(queries, memory, self.heads)
+                normed, *branch_normed = self.refiner.normed(decoded)
         valid = valid_by_layer(denoising, dense, valid_queries(decoded.selected) & matching.proposals.valid)
         references = decoded.reference_boxes[:-1]
         if not self.refiner.look_forward_twice:
@@ -134,10 +135,10 @@ class Detector(nnx.Module):
             return by_kind(Predictions(logits, boxes, valid), queries)
 
         return Outputs(
-            primary=predict(self.heads, normed),
+            primary=jax.named_scope("heads")(predict)(self.heads, normed),
             branches={
-                name: predict(heads, hidden)
-                for name, heads, hidden in zip(self.refiner.branches, self.branch_heads, branch_normed)
+                name: jax.named_scope(f"branch_heads/{index}")(predict)(heads, hidden)
+                for index, (name, heads, hidden) in enumerate(zip(self.refiner.branches, self.branch_heads, branch_normed))
             },
             proposals=matching.proposals if matching.all_proposals is None else matching.all_proposals,
             dense_proposals=dense.proposals if dense is not None else None,
@@ -158,8 +159,9 @@ class Detector(nnx.Module):
     def remember(self, images: jax.Array, sizes: jax.Array, keys: jax.Array | None = None) -> Pyramid:
         """The memory of images; the arguments are those of a call."""
         with products(self.precision):
-            maps, map_sizes = self.neck(*self.backbone(images.astype(self.dtype), sizes, keys))
-            return self.encoder(flatten(maps, map_sizes, sizes))
+            maps, map_sizes = jax.named_scope("backbone")(self.backbone)(images.astype(self.dtype), sizes, keys)
+            maps, map_sizes = jax.named_scope("neck")(self.neck)(maps, map_sizes)
+            return jax.named_scope("encoder")(self.encoder)(flatten(maps, map_sizes, sizes))
 
     def decoder_input(
         self, denoising: DenoisingQueries | None, matching: InitialQueries, dense: InitialQueries | None
@@ -176,7 +178,7 @@ class Detector(nnx.Module):
         if denoising is not None:
             assert self.denoiser is not None, "denoising queries need a denoiser"
             num_denoising = denoising.used.shape[1]
-            contents.insert(0, self.denoiser.embed(denoising).astype(self.dtype))
+            contents.insert(0, jax.named_scope("denoiser")(self.denoiser.embed)(denoising).astype(self.dtype))
             boxes.insert(0, denoising.boxes)
             kinds.insert(0, jnp.full_like(denoising.group, DENOISING))
             groups.insert(0, denoising.group)

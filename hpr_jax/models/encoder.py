@@ -29,8 +29,10 @@ class EncoderLayer(nnx.Module):
           position: encodings of the tokens' positions, `[B, S, C]`.
           centers: where the tokens look, `[B, S, 2]`, see `pixel_centers`.
         """
-        x = self.attention(pyramid.tokens, position, pyramid, centers)
-        return dataclasses.replace(pyramid, tokens=self.norm2(self.ffn(self.norm1(x))))
+        x = jax.named_scope("attention")(self.attention)(pyramid.tokens, position, pyramid, centers)
+        x = jax.named_scope("norm1")(self.norm1)(x)
+        x = jax.named_scope("ffn")(self.ffn)(x)
+        return dataclasses.replace(pyramid, tokens=jax.named_scope("norm2")(self.norm2)(x))
 
 
 class Encoder(nnx.Module):
@@ -72,7 +74,7 @@ class Encoder(nnx.Module):
         centers = pixel_centers(pyramid)
 
         def step(pyramid, layer):
-            return layer(pyramid, position, centers), None
+            return jax.named_scope("layers")(layer)(pyramid, position, centers), None
 
         return jax.lax.scan(rematerialized(step) if self.remat else step, pyramid, self.layers)[0]
 

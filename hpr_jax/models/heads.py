@@ -33,12 +33,12 @@ class PredictionHead(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Class logits: `[..., C]` -> `[..., K]`."""
         with exact():
-            return self.classes(x.astype(jnp.float32))
+            return jax.named_scope("classes")(self.classes)(x.astype(jnp.float32))
 
     def offsets(self, x: jax.Array) -> jax.Array:
         """Box offsets, which are added to a box in front of the sigmoid: `[..., C]` -> `[..., 4]`."""
         with exact():
-            return self.boxes(x.astype(jnp.float32))
+            return jax.named_scope("boxes")(self.boxes)(x.astype(jnp.float32))
 
 
 def copies(head: PredictionHead, count: int) -> PredictionHead:

@@ -103,7 +103,12 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., C]` -> `[..., C]`."""
         rows = x.reshape(-1, x.shape[-1])
-        refined = by_chunks(lambda rows: self.contract(jax.nn.relu(self.expand(rows))), ROWS, rows)
+
+        def refine(rows):
+            hidden = jax.nn.relu(jax.named_scope("expand")(self.expand)(rows))
+            return jax.named_scope("contract")(self.contract)(hidden)
+
+        refined = by_chunks(refine, ROWS, rows)
         return x + saved(refined).reshape(x.shape)
 
 

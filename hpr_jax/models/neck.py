@@ -60,10 +60,13 @@ class ChannelMapper(nnx.Module):
     def __call__(self, features: Sequence[jax.Array], sizes: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Maps `[B, h, w, C_i]` of the backbone and their valid sizes `[B, 2]` -> maps `[B, h, w, C]` of all levels, and
         their valid sizes."""
-        out = [project(x, size) for project, x, size in zip(self.projections, features, sizes)]
+        out = [
+            jax.named_scope(f"projections/{index}")(project)(x, size)
+            for index, (project, x, size) in enumerate(zip(self.projections, features, sizes))
+        ]
         x, size = features[-1], sizes[-1]
-        for project in self.extra:
-            x, size = project(x, size)
+        for index, project in enumerate(self.extra):
+            x, size = jax.named_scope(f"extra/{index}")(project)(x, size)
             out.append((x, size))
         maps, out_sizes = zip(*out)
         return list(maps), list(out_sizes)

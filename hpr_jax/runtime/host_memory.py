@@ -1,4 +1,4 @@
-"""The memory of the host: how much is free, and how freed memory goes back to the system.
+"""The memory of the host: how much is free, how much there was, and how freed memory goes back to the system.
 
 The GNU C library would keep gigabytes of it, in the gaps between arrays that are still in use.
 """
@@ -6,6 +6,7 @@ The GNU C library would keep gigabytes of it, in the gaps between arrays that ar
 import ctypes
 import functools
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -51,6 +52,16 @@ def return_freed_memory() -> None:
     except (OSError, TypeError, AttributeError):
         return
     trim(0)
+
+
+def peak_memory() -> int | None:
+    """The most memory of the host that this process has had, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    # In kilobytes on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @functools.cache

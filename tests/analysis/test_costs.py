@@ -157,7 +157,7 @@ def test_buckets_hold_all_photographs():
 def test_compiled_memory():
     function = jax.jit(lambda x, y: (x + 1, jnp.sort(y @ y) @ y), donate_argnums=0)
     x, y = jax.ShapeDtypeStruct((1000,), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    memory = compiled_memory(function, x, y)
+    memory = compiled_memory(function.trace(x, y))
     # The result x + 1 takes the place of x; there may be a few bytes of pointers.
     assert 0 <= memory["results"] - 4 * 64 * 64 < 100
     assert memory["temporaries"] >= 4 * 64 * 64

@@ -9,6 +9,7 @@ import tiny
 from flax import nnx
 
 from hpr_jax import main as command
+from hpr_jax.analysis.speed import Speed
 from hpr_jax.config import to_plain
 from hpr_jax.data.dataset import Classes
 from hpr_jax.errors import UserError
@@ -19,9 +20,9 @@ from hpr_jax.weights.checkpoint_writer import Checkpoints
 
 @pytest.mark.slow
 def test_the_command_prints_everything_without_data(tmp_path, capsys, monkeypatch):
-    def lowered(function, *inputs):
+    def lowered(program):
         # Lowers only: compiling the training step takes half a minute, and would show no more.
-        function.lower(*inputs)
+        program.lower()
         return {"results": 0, "temporaries": 12_345_678}
 
     monkeypatch.setattr("hpr_jax.analysis.costs.compiled_memory", lowered)
@@ -79,6 +80,37 @@ def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
         command.run([*arguments, "--config.model.hidden=8"])
 
 
+def test_measuring_prints_a_table_of_markdown(tmp_path, capsys, monkeypatch):
+    def measured(detector, image):
+        assert image.shape == (480, 640, 3)
+        return Speed("a device", image.shape[:2], 0.0125, detector.config.evaluate.batch_size, 80.0)
+
+    monkeypatch.setattr("hpr_jax.analysis.measure.measure_speed", measured)
+    # The weights are not read.
+    monkeypatch.setattr("hpr_jax.analysis.measure.random_detector", abstract_detector)
+    file = tiny.write_config(tmp_path / "config.py", Path("nowhere"))
+    command.run(["describe", "--config", str(file), "--measure", "--config.compute.dtype=bfloat16"])
+    head, rule, row = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert head.count("|") == rule.count("|") == row.count("|")
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[1:7] == ["a device", jax.__version__, "bfloat16", "12.5 ms", "2", "80.00"]
+    assert cells[7].endswith(" GB")
+
+
+def test_compiling_for_a_gpu_needs_its_compiler(tmp_path, monkeypatch):
+    file = str(tiny.write_config(tmp_path / "config.py", tmp_path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    monkeypatch.setattr("hpr_jax.analysis.gpu_compiler.has_package", lambda name: name != "nvidia.cuda_nvcc")
+    monkeypatch.setattr("hpr_jax.analysis.gpu_compiler.version", lambda _: "0.10.2")
+    with pytest.raises(UserError, match="install the extra gpu-compiler"):
+        command.run(["describe", "--config", file, "--compile-for", "h100"])
+    monkeypatch.setattr("hpr_jax.analysis.gpu_compiler.has_package", lambda name: True)
+    monkeypatch.setattr("hpr_jax.analysis.gpu_compiler.version", lambda _: "0.11.2")
+    with pytest.raises(UserError, match=r"JAX 0\.11\.2 has no public way .* install JAX 0\.10"):
+        command.run(["describe", "--config", file, "--compile-for", "h100"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -87,6 +119,12 @@ def test_a_checkpoint_has_its_own_classes(tmp_path, capsys, monkeypatch):
         (["--config", "FILE", "image.jpg"], "takes no inputs"),
         (["--config", "FILE", "--config.train.batch_size=0"], "config.train.batch_size is 0"),
         (["--config", "FILE", "--config.model.refiner.primary=none"], "config.model.refiner.primary names 'none'"),
+        (["--config", "FILE", "--compile-for", "h100", "--images", "0"], "--images is 0; it must be at least 1"),
+        (["--config", "FILE", "--compile-for", "h100", "--size", "800"], "'800' is no size"),
+        (["--config", "FILE", "--compile-for", "b52"], "invalid choice: 'b52'"),
+        (["--config", "FILE", "--compile-for", "h100", "--measure"], "not allowed with argument"),
+        (["--config", "FILE", "--objects", "3"], r"--objects is for --compile-for h100\|a100"),
+        (["--config", "FILE", "--measure", "--size", "64x64"], "--size is for --compile-for"),
         ([], "needs --config"),
         (["--workdir", "nowhere"], "no checkpoint in nowhere"),
     ],

@@ -141,9 +141,9 @@ class ResNet(nnx.Module):
         Returns:
           Maps `[B, h, w, C]` of strides 4, 8, 16, 32, from `first_map` on, and the valid sizes `[B, 2]` of each.
         """
-        x = self.stem(images, sizes)
+        x = jax.named_scope("stem")(self.stem)(images, sizes)
         sizes = halve(sizes)
-        x = jax.nn.relu(self.stem_norm(x, sizes))
+        x = jax.nn.relu(jax.named_scope("stem_norm")(self.stem_norm)(x, sizes))
         # All values are at least zero, so zeros outside of the valid area do not change the maxima inside.
         x = jax.lax.reduce_window(
             zero_padding(x, sizes), -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
@@ -153,9 +153,9 @@ class ResNet(nnx.Module):
         # result of its 3x3 convolution, which is saved.
         run = jax.checkpoint if self.remat else rematerialized
         features, feature_sizes = [], []
-        for stage in self.stages:
+        for index, stage in enumerate(self.stages):
             for block in stage:
-                x = run(Bottleneck.__call__)(block, x, sizes)
+                x = jax.named_scope(f"stages/{index}")(run(Bottleneck.__call__))(block, x, sizes)
                 sizes = halve(sizes) if block.stride == 2 else sizes
             features.append(x)
             feature_sizes.append(sizes)

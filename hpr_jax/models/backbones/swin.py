@@ -123,8 +123,10 @@ class Block(nnx.Module):
           `[B, h, w, C]`.
         """
         keys = split_keys(keys, 2)
-        x = x + drop_path(self.attention(self.norm1(x), sizes, regions), rate, nth_keys(keys, 0))
-        return x + drop_path(self.mlp(self.norm2(x)), rate, nth_keys(keys, 1))
+        attended = jax.named_scope("attention")(self.attention)(jax.named_scope("norm1")(self.norm1)(x), sizes, regions)
+        x = x + drop_path(attended, rate, nth_keys(keys, 0))
+        refined = jax.named_scope("mlp")(self.mlp)(jax.named_scope("norm2")(self.norm2)(x))
+        return x + drop_path(refined, rate, nth_keys(keys, 1))
 
 
 class BlockPair(nnx.Module):
@@ -267,17 +269,17 @@ class SwinTransformer(nnx.Module):
         """
         rates = np.split(np.linspace(0, self.drop_path, sum(self.depths)), np.cumsum(self.depths)[:-1])
         keys = split_keys(keys, len(self.stages))
-        x, sizes = self.patch_embed(images, sizes)
+        x, sizes = jax.named_scope("patch_embed")(self.patch_embed)(images, sizes)
         features, feature_sizes = [], []
         for index, (stage, stage_rates) in enumerate(zip(self.stages, rates)):
             # Frozen stages drop nothing.
             stage_keys = None if index < self.frozen_stages else nth_keys(keys, index)
-            x = stage(x, sizes, stage_rates, stage_keys)
+            x = jax.named_scope(f"stages/{index}")(stage)(x, sizes, stage_rates, stage_keys)
             if index >= self.first_map:
-                features.append(self.norms[index - self.first_map](x))
+                features.append(jax.named_scope("norms")(self.norms[index - self.first_map])(x))
                 feature_sizes.append(sizes)
             if stage.merge is not None:
-                x, sizes = stage.merge(x, sizes)
+                x, sizes = jax.named_scope(f"stages/{index}/merge")(stage.merge)(x, sizes)
         return features, feature_sizes
 
 

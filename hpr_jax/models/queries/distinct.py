@@ -59,7 +59,7 @@ class DistinctQueries(nnx.Module):
         tokens = self.generator.tokens(memory)
 
         def content_and_proposals(head, index, found):
-            content = self.content(take_rows(jax.lax.stop_gradient(memory.tokens), index))
+            content = jax.named_scope("content")(self.content)(take_rows(jax.lax.stop_gradient(memory.tokens), index))
             content = jnp.where(found[..., None], content, 0.0)
             return content, self.generator.chosen(tokens, head, index, found)
 

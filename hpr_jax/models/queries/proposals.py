@@ -72,14 +72,16 @@ class ProposalGenerator(nnx.Module):
         Tokens that are not `inside` all have the same proposal, the logits of a zero token and the box (1, 1, 1, 1). Those
         of them that are no padding can be chosen nevertheless, as published.
         """
-        features = self.norm(self.project(tokens.features))
-        # Computed once for all of them: row by row, the results of equal inputs may differ in the last bit, and ties would
-        # break at random.
-        border = self.norm(self.project(jnp.zeros_like(tokens.features[:1, :1])))
-        return (
-            jnp.where(tokens.inside, head.logits(features), head.logits(border)),
-            jax.nn.sigmoid(head.offsets(features) + tokens.anchors),
-        )
+        with jax.named_scope("generator"):
+            features = self.norm(self.project(tokens.features))
+            # Computed once for all of them: row by row, the results of equal inputs may differ in the last bit, and ties
+            # would break at random.
+            border = self.norm(self.project(jnp.zeros_like(tokens.features[:1, :1])))
+        with jax.named_scope("head"):
+            return (
+                jnp.where(tokens.inside, head.logits(features), head.logits(border)),
+                jax.nn.sigmoid(head.offsets(features) + tokens.anchors),
+            )
 
     def candidates(self, tokens: Tokens, head: PredictionHead) -> tuple[jax.Array, jax.Array]:
         """The proposals to choose among, without gradient: logits `[B, T, K]` and boxes `[B, T, 4]`.

@@ -36,10 +36,11 @@ class DynamicConv(nnx.Module):
         to_squeeze, to_expand = (kernel[:, :half], bias[:half]), (kernel[:, half:], bias[half:])
 
         def filtered(query, regions):
-            squeeze = affine(query, *to_squeeze).reshape(-1, channels, self.hidden)
-            expand = affine(query, *to_expand).reshape(-1, self.hidden, channels)
-            x = jax.nn.relu(self.norm1(regions @ squeeze))
-            x = jax.nn.relu(self.norm2(x @ expand))
-            return self.project(x.reshape(query.shape[0], -1))
+            with jax.named_scope("generator"):
+                squeeze = affine(query, *to_squeeze).reshape(-1, channels, self.hidden)
+                expand = affine(query, *to_expand).reshape(-1, self.hidden, channels)
+            x = jax.nn.relu(jax.named_scope("norm1")(self.norm1)(regions @ squeeze))
+            x = jax.nn.relu(jax.named_scope("norm2")(self.norm2)(x @ expand))
+            return jax.named_scope("project")(self.project)(x.reshape(query.shape[0], -1))
 
-        return query + jax.nn.relu(self.norm3(map_regions(filtered, query, surroundings)))
+        return query + jax.nn.relu(jax.named_scope("norm3")(self.norm3)(map_regions(filtered, query, surroundings)))

@@ -157,7 +157,8 @@ class HybridRefiner(nnx.Module):
         hidden = [decoded.hidden, *jnp.unstack(decoded.branches, axis=1)]
         if self.norm is None:
             return hidden
-        return [norm(x) for norm, x in zip([self.norm, *self.branch_norms], hidden)]
+        names = ["norm", *(f"branch_norms/{index}" for index in range(len(self.branch_norms)))]
+        return [jax.named_scope(name)(norm)(x) for name, norm, x in zip(names, [self.norm, *self.branch_norms], hidden)]
 
     def __call__(self, queries: DecoderInput, memory: Pyramid, heads: DecoderHeads) -> DecoderOutput:
         """Runs all layers. The primary branch's `heads` move the reference boxes, and score queries for the selection."""
@@ -168,20 +169,22 @@ class HybridRefiner(nnx.Module):
             content, boxes, selected = carry
             layer, heads = per_layer
             mask = self.mask_of(queries, selected)
-            regions = self.regions(memory, boxes) if needs_regions else None
-            position = self.position_of(queries, boxes)
-            content, branches = layer(content, position, mask, Surroundings(memory, boxes, regions))
+            regions = jax.named_scope("regions")(self.regions)(memory, boxes) if needs_regions else None
+            position = jax.named_scope("position")(self.position_of)(queries, boxes)
+            surroundings = Surroundings(memory, boxes, regions)
+            content, branches = jax.named_scope("layers")(layer)(content, position, mask, surroundings)
 
-            offsets = heads.offsets(content, queries.num_dense)
+            offsets = jax.named_scope("heads")(heads.offsets)(content, queries.num_dense)
             refined = jax.nn.sigmoid(offsets + inverse_sigmoid(boxes, self.refine_epsilon))
             boxes = jax.lax.stop_gradient(refined)
             if self.nms_threshold is not None:
                 select = jax.vmap(
                     functools.partial(select_distinct, threshold=self.nms_threshold, implementation=self.implementation)
                 )
-                scores = jnp.max(heads.matching.logits(content[:, queries.matching]), axis=-1)
-                scores = jax.lax.stop_gradient(scores)
-                selected = select(jax.nn.sigmoid(scores), boxes[:, queries.matching], selected, queries.duplicates)
+                with jax.named_scope("selection"):
+                    scores = jnp.max(heads.matching.logits(content[:, queries.matching]), axis=-1)
+                    scores = jax.lax.stop_gradient(scores)
+                    selected = select(jax.nn.sigmoid(scores), boxes[:, queries.matching], selected, queries.duplicates)
             return (content, boxes, selected), (content, branches, refined, selected)
 
         batch = queries.content.shape[0]

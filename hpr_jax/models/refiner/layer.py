@@ -1,6 +1,6 @@
 """One layer of the hybrid refiner: the paths of several refiners, side by side, and the merges between them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -33,6 +33,28 @@ class RefinerPath(nnx.Module):
         self.norm2 = layer_norm(channels, rngs=rngs)
         self.ffn = FeedForward(channels, hidden, rngs=rngs)
         self.norm3 = layer_norm(channels, rngs=rngs)
+
+    def attend(self, x: jax.Array, position: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Queries `[B, Q, C]` behind the self-attention, the residual included; see `RefinerLayer`."""
+        return x + jax.named_scope("attention")(self.attention.self_attention)(x, position, mask)
+
+    def interact(self, x: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
+        """Queries `[B, Q, C]` behind the interaction, the residual included, in the type of `x`: interactions may be made of
+        Flax's own layers, whose results have the type of their parameters.
+
+        Raises:
+          UserError: the interaction returns another shape than it gets.
+        """
+        normed = jax.named_scope("norm1")(self.norm1)(x)
+        refined = jax.named_scope("interaction")(self.interaction)(normed, position, surroundings)
+        if refined.shape != x.shape:
+            name = type(self.interaction).__name__
+            raise UserError(f"The interaction {name} returns {list(refined.shape)} for queries {list(x.shape)}.")
+        return refined.astype(x.dtype)
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """Queries `[B, Q, C]` behind the FFN, the residual included."""
+        return jax.named_scope("ffn")(self.ffn)(jax.named_scope("norm2")(self.norm2)(x))
 
 
 class RefinerLayer(nnx.Module):
@@ -96,34 +118,24 @@ class RefinerLayer(nnx.Module):
         Returns:
           The refined queries `[B, Q, C]`, and the results of the auxiliary paths `[branches, B, Q, C]`.
         """
-        paths = [self.primary, *self.auxiliaries]
         xs = self.attended(query, position, mask)
-        xs = [_interact(path, x, position, surroundings) for path, x in zip(paths, xs)]
-        xs = _merged(self.merge_interaction, xs)
-        xs = [path.ffn(path.norm2(x)) for path, x in zip(paths, xs)]
-        xs = _merged(self.merge_ffn, xs)
-        refined, *branches = [path.norm3(x) for path, x in zip(paths, xs)]
+        xs = self._by_path(lambda path, x: path.interact(x, position, surroundings), xs)
+        xs = jax.named_scope("merge_interaction")(_merged)(self.merge_interaction, xs)
+        xs = self._by_path(RefinerPath.feed_forward, xs)
+        xs = jax.named_scope("merge_ffn")(_merged)(self.merge_ffn, xs)
+        refined, *branches = self._by_path(lambda path, x: jax.named_scope("norm3")(path.norm3)(x), xs)
         return refined, jnp.stack(branches) if branches else jnp.zeros((0, *query.shape), query.dtype)
 
     def attended(self, query: jax.Array, position: jax.Array, mask: jax.Array | None) -> list[jax.Array]:
         """The queries of each path, `[B, Q, C]`, behind its self-attention; the arguments are those of a call."""
+        xs = self._by_path(lambda path, x: path.attend(x, position, mask), [query] * (1 + len(self.auxiliaries)))
+        return jax.named_scope("merge_attention")(_merged)(self.merge_attention, xs)
+
+    def _by_path(self, function: Callable[[RefinerPath, jax.Array], jax.Array], xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """A function of each path and its queries."""
+        names = ["primary", *(f"auxiliaries/{index}" for index in range(len(self.auxiliaries)))]
         paths = [self.primary, *self.auxiliaries]
-        xs = [query + path.attention.self_attention(query, position, mask) for path in paths]
-        return _merged(self.merge_attention, xs)
-
-
-def _interact(path: RefinerPath, x: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
-    """The queries behind a path's interaction, in the type of `x`: interactions may be made of Flax's own layers, whose
-    results have the type of their parameters.
-
-    Raises:
-      UserError: the interaction returns another shape than it gets.
-    """
-    refined = path.interaction(path.norm1(x), position, surroundings)
-    if refined.shape != x.shape:
-        name = type(path.interaction).__name__
-        raise UserError(f"The interaction {name} returns {list(refined.shape)} for queries {list(x.shape)}.")
-    return refined.astype(x.dtype)
+        return [jax.named_scope(name)(function)(path, x) for name, path, x in zip(names, paths, xs)]
 
 
 def _merged(merge: Merge | None, xs: list[jax.Array]) -> list[jax.Array]:

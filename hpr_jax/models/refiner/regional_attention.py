@@ -37,9 +37,10 @@ class RegionalAttention(nnx.Module):
         encoded = (encoding.reshape(1, -1, channels) @ attention.key_kernel).astype(query.dtype)
 
         def attended(query, regions):
-            spawned = self.spawn(query).reshape(-1, self.samples, channels)
-            key = attention.project(regions, slice(1, 2)) + encoded
-            x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
-            return self.project(x.reshape(query.shape[0], -1))
+            spawned = jax.named_scope("spawn")(self.spawn)(query).reshape(-1, self.samples, channels)
+            with jax.named_scope("attention"):
+                key = attention.project(regions, slice(1, 2)) + encoded
+                x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
+            return jax.named_scope("project")(self.project)(x.reshape(query.shape[0], -1))
 
-        return query + jax.nn.relu(self.norm(map_regions(attended, query, surroundings)))
+        return query + jax.nn.relu(jax.named_scope("norm")(self.norm)(map_regions(attended, query, surroundings)))
