@@ -61,7 +61,7 @@ def _identity(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequ
 
 @translates(*_LOGICAL, "not")
 def _logical(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequence[Value]:
-    prefix = "" if equation.out_dtypes[0] == bool else "Bitwise"
+    prefix = "" if equation.out_dtypes[0].kind == "b" else "Bitwise"
     return [graph.elementwise(prefix + {**_LOGICAL, "not": "Not"}[equation.name], inputs, equation.out_dtypes[0])]
 
 
@@ -157,14 +157,14 @@ def _select(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequen
     which, *cases = inputs
     if len(cases) == 1:
         return cases
-    if which.dtype != bool or len(cases) > 2:
+    if which.dtype.kind != "b" or len(cases) > 2:
         raise UntranslatableError("chooses among more than two arrays")
     return [where(graph, which, cases[1], cases[0])]
 
 
 def where(graph: Graph, which: Value, chosen: Value, otherwise: Value) -> Value:
     """Numbers of one array where a truth value is true, else of another."""
-    if chosen.dtype != bool:
+    if chosen.dtype.kind != "b":
         return graph.elementwise("Where", [which, chosen, otherwise], chosen.dtype)
     # ONNX Runtime has no `Where` for truth values.
     first = graph.elementwise("And", [which, chosen], bool)

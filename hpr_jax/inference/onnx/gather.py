@@ -31,9 +31,13 @@ def _gather(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequen
     # A window that is as large as the array has one place. Of other axes that no places count along, only a part is read.
     places = {axis: place for axis, place in places.items() if sizes[axis] < array.shape[axis] or sizes[axis] == 1}
     rest = [axis for axis in range(len(sizes)) if axis not in places]
-    array = sliced(graph, array, array.shape, [0] * len(sizes), [sizes[a] if a in rest else n for a, n in enumerate(array.shape)])
+    array = sliced(
+        graph, array, array.shape, [0] * len(sizes), [sizes[a] if a in rest else n for a, n in enumerate(array.shape)]
+    )
     windows = [axis for axis in places if sizes[axis] > 1]
-    found = _read(graph, array, _windows(graph, places, sizes, batch), list(places), batch + tuple(sizes[a] for a in windows))
+    found = _read(
+        graph, array, _windows(graph, places, sizes, batch), list(places), batch + tuple(sizes[a] for a in windows)
+    )
 
     # The axes of the result: those of the batch, then those of the windows.
     order = [*(f"batch {axis}" for axis in range(len(batch))), *windows, *rest]
@@ -52,15 +56,12 @@ def _gather(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequen
 
 
 def _filler(value: Any, dtype: np.dtype) -> Value:
+    """What is read outside of an array; JAX's own choice if it is None."""
     if value is None:
-        kind = np.issubdtype
-        value = np.nan if kind(dtype, np.floating) else True if dtype == bool else _extreme(dtype)
+        kinds = {"f": np.nan, "b": True, "i": lambda: np.iinfo(dtype).min, "u": lambda: np.iinfo(dtype).max}
+        chosen = kinds[dtype.kind]
+        value = chosen() if callable(chosen) else chosen
     return Value.constant(value, dtype)
-
-
-def _extreme(dtype: np.dtype) -> int:
-    limits = np.iinfo(dtype)
-    return limits.min if limits.min < 0 else limits.max
 
 
 def _places(

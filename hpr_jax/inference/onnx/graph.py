@@ -115,7 +115,9 @@ class Graph:
         scope.known[key] = list(node.output)
         return scope.known[key]
 
-    def node(self, operator: str, inputs: Sequence[Value | None], shape: Sequence[int], dtype: Any, **attributes: Any) -> Value:
+    def node(
+        self, operator: str, inputs: Sequence[Value | None], shape: Sequence[int], dtype: Any, **attributes: Any
+    ) -> Value:
         """The only result of a node, of a shape and type; see `nodes`."""
         (name,) = self.nodes(operator, inputs, 1, **attributes)
         return Value(tuple(shape), np.dtype(dtype), name)
@@ -174,7 +176,12 @@ class Graph:
         return helper.make_graph(_needed(scope.nodes, named), self.unique("body"), _infos(inputs), _infos(named))
 
     def with_bodies(
-        self, operator: str, inputs: Sequence[Value | None], count: int, bodies: dict[str, onnx.GraphProto], **attributes: Any
+        self,
+        operator: str,
+        inputs: Sequence[Value | None],
+        count: int,
+        bodies: dict[str, onnx.GraphProto],
+        **attributes: Any,
     ) -> list[str]:
         """The results of a loop or a choice. It is made in the innermost scope, as its bodies read what is there."""
         names, depth = ["" if value is None else self.name(value) for value in inputs], len(self._scopes) - 1

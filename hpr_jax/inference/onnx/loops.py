@@ -51,7 +51,9 @@ def _unrolled(graph, equation, constants, carry, rows, row_shapes) -> list[Value
         ]
         found = outputs_of(graph, body, [*constants, *carry, *named])
         carry = found[: len(carry)]
-        kept.append([graph.whole(*pair) for pair in zip(found[len(carry) :], [a.shape for a in body.out_avals[len(carry) :]])])
+        kept.append(
+            [graph.whole(*pair) for pair in zip(found[len(carry) :], [a.shape for a in body.out_avals[len(carry) :]])]
+        )
     if params["reverse"]:
         kept.reverse()
     return [*carry, *(stacked(graph, values, 0) for values in zip(*kept))]

@@ -1,6 +1,6 @@
 """A JAX function as an ONNX model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import onnx
 from onnx import helper
 
 # They add to the table.
-from hpr_jax.inference.onnx import elementwise, gather, loops, products, reductions, shapes  # noqa: F401
+from hpr_jax.inference.onnx import elementwise, functions, gather, loops, products, reductions, shapes  # noqa: F401
 from hpr_jax.inference.onnx.graph import IR_VERSION, OPSET, Graph, Value
 from hpr_jax.inference.onnx.translate import outputs_of
 

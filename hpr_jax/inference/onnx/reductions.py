@@ -17,7 +17,7 @@ def _reduce(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequen
 
 @translates("reduce_or", "reduce_and")
 def _any_or_all(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequence[Value]:
-    if equation.dtypes[0] != bool:
+    if equation.dtypes[0].kind != "b":
         raise UntranslatableError("reduces bits")
     # ONNX Runtime has no extremes of truth values.
     operator = "ReduceMax" if equation.name == "reduce_or" else "ReduceMin"
@@ -37,7 +37,7 @@ def _reduced(graph: Graph, operator: str, equation: Equation, value: Value, dtyp
 def _place_of_extreme(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequence[Value]:
     (axis,) = equation.params["axes"]
     whole = graph.whole(inputs[0], equation.shapes[0])
-    numbers = graph.cast(whole, np.int32) if whole.dtype == bool else whole
+    numbers = graph.cast(whole, np.int32) if whole.dtype.kind == "b" else whole
     operator = "ArgMax" if equation.name == "argmax" else "ArgMin"
     # Of equals, both take the first.
     place = graph.node(operator, [numbers], equation.out_shapes[0], np.int64, axis=int(axis), keepdims=0)

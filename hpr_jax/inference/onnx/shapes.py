@@ -120,7 +120,9 @@ def _reverse(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Seque
 
 @translates("concatenate")
 def _concatenate(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequence[Value]:
-    return [concatenated(graph, [_whole(graph, *pair) for pair in zip(inputs, equation.shapes)], equation.params["dimension"])]
+    return [
+        concatenated(graph, [_whole(graph, *pair) for pair in zip(inputs, equation.shapes)], equation.params["dimension"])
+    ]
 
 
 def concatenated(graph: Graph, values: Sequence[Value], axis: int) -> Value:
@@ -176,7 +178,7 @@ def padded(graph: Graph, value: Value, filler: Value, amounts: Sequence[tuple[in
     """An array that is not repeated, with so many numbers in front and behind along each axis."""
     if not any(low or high for low, high in amounts):
         return value
-    shape = [size + low + high for size, (low, high) in zip(value.shape, amounts)]
+    shape = [int(size + low + high) for size, (low, high) in zip(value.shape, amounts)]
     pads = integers([low for low, _ in amounts] + [high for _, high in amounts])
     return graph.node("Pad", [value, pads, filler], shape, value.dtype)
 

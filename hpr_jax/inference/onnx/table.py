@@ -44,6 +44,8 @@ class Equation:
 Translation = Callable[[Graph, Equation, Sequence[Value]], Sequence[Value]]
 
 TABLE: dict[str, Translation] = {}
+# Of jitted functions, by their names: what ONNX has as one operation.
+FUNCTIONS: dict[str, Translation] = {}
 
 
 def translates(*names: str) -> Callable[[Translation], Translation]:

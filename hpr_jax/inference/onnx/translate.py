@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from jax.extend import core
 
 from hpr_jax.inference.onnx.graph import Graph, Value
-from hpr_jax.inference.onnx.table import TABLE, Equation, UntranslatableError
+from hpr_jax.inference.onnx.table import FUNCTIONS, TABLE, Equation, UntranslatableError
 
 # Calls of a jaxpr, which stands in one of these parameters.
 _CALLED = ("call_jaxpr", "fun_jaxpr", "jaxpr")
@@ -36,6 +35,9 @@ def outputs_of(graph: Graph, closed: Any, inputs: Sequence[Value]) -> list[Value
 def _results(graph: Graph, equation: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Value]:
     name = equation.primitive.name
     if name in _CALLS:
+        whole = FUNCTIONS.get(equation.params.get("name", ""))
+        if whole is not None:
+            return whole(graph, Equation.of(equation), inputs)
         return outputs_of(graph, next(equation.params[one] for one in _CALLED if one in equation.params), inputs)
     if name not in TABLE:
         raise UntranslatableError(f"the operation {name} of JAX has no translation to ONNX")
@@ -44,4 +46,6 @@ def _results(graph: Graph, equation: core.JaxprEqn, inputs: Sequence[Value]) -> 
     except UntranslatableError as error:
         # The innermost operation is named.
         text = str(error)
-        raise UntranslatableError(text if text.startswith("the operation") else f"the operation {name} of JAX {text}") from error
+        raise UntranslatableError(
+            text if text.startswith("the operation") else f"the operation {name} of JAX {text}"
+        ) from error
