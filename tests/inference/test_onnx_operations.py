@@ -1,5 +1,7 @@
 """Translations of JAX's operations to ONNX: ONNX Runtime computes what JAX does."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,18 +171,15 @@ LOOPS = {
         ROWS,
     ),
 }
-CASES = {
-    f"{kind}-{name}": case
-    for kind, cases in {
-        "elementwise": ELEMENTWISE,
-        "shapes": SHAPES,
-        "reductions": REDUCTIONS,
-        "products": PRODUCTS,
-        "places": PLACED,
-        "loops": LOOPS,
-    }.items()
-    for name, case in cases.items()
+KINDS: dict[str, dict[str, Any]] = {
+    "elementwise": ELEMENTWISE,
+    "shapes": SHAPES,
+    "reductions": REDUCTIONS,
+    "products": PRODUCTS,
+    "places": PLACED,
+    "loops": LOOPS,
 }
+CASES = {f"{kind}-{name}": case for kind, cases in KINDS.items() for name, case in cases.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -80,7 +80,7 @@ class Graph:
             return value.name
         assert value.array is not None
         array = np.ascontiguousarray(value.array).reshape(value.shape)
-        key = array.shape, array.dtype.str, hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()
+        key = array.shape, array.dtype.str, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()
         if key not in self._constants:
             name = value.label if value.label and value.label not in self._initializers else ""
             self._constants[key] = name or self.unique(value.label or "constant")
@@ -210,7 +210,7 @@ def _hashable(value: Any) -> Any:
 
 def _infos(values: Sequence[Value]) -> list[onnx.ValueInfoProto]:
     return [
-        helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        helper.make_tensor_value_info(str(value.name), helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for value in values
     ]
 

@@ -1,6 +1,7 @@
 """Operations along axes: sums, extremes, sorting."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def _any_or_all(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Se
     return [graph.cast(numbers, bool)]
 
 
-def _reduced(graph: Graph, operator: str, equation: Equation, value: Value, dtype: np.dtype) -> Value:
+def _reduced(graph: Graph, operator: str, equation: Equation, value: Value, dtype: Any) -> Value:
     axes = equation.params["axes"]
     if not axes:
         return value

@@ -29,7 +29,9 @@ class Equation:
 
     @classmethod
     def of(cls, equation: core.JaxprEqn) -> "Equation":
-        arguments, results = ([atom.aval for atom in atoms] for atoms in (equation.invars, equation.outvars))
+        # Abstract values have no common class with a shape and a type.
+        avals: list[list[Any]] = [[atom.aval for atom in atoms] for atoms in (equation.invars, equation.outvars)]
+        arguments, results = avals
         return cls(
             equation.primitive.name,
             equation.params,

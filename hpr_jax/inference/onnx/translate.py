@@ -24,7 +24,10 @@ def outputs_of(graph: Graph, closed: Any, inputs: Sequence[Value]) -> list[Value
     known.update(zip(jaxpr.invars, inputs))
 
     def read(atom: Any) -> Value:
-        return Value.constant(atom.val, atom.aval.dtype) if isinstance(atom, core.Literal) else known[atom]
+        if isinstance(atom, core.Literal):
+            aval: Any = atom.aval
+            return Value.constant(atom.val, aval.dtype)
+        return known[atom]
 
     for equation in jaxpr.eqns:
         results = _results(graph, equation, [read(atom) for atom in equation.invars])
