@@ -78,6 +78,8 @@ COMPILING_FILES = (
     "test_kernel_lowering.py",
     "test_manual_axes.py",
     "test_old_checkpoints.py",
+    "test_onnx_export.py",
+    "test_onnx_operations.py",
     "test_ops.py",
     "test_pictures.py",
     "test_published.py",

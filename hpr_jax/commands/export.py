@@ -1,9 +1,10 @@
-"""Exports a detector as programs that JAX runs without this project.
+"""Exports a detector as programs that JAX runs without this project, or as ONNX files.
 
 examples:
   python -m hpr_jax.main export --workdir runs/mine exported
   python -m hpr_jax.main export --checkpoint hf://me/mine exported --platform cpu,cuda --size 800x1344,1344x800 --batch 4
   python -m hpr_jax.main export --workdir runs/mine exported --image-size 1080x1920
+  python -m hpr_jax.main export --workdir runs/mine exported --platform onnx --size 800x1344
 """
 
 from argparse import Namespace
@@ -13,14 +14,14 @@ from hpr_jax.commands.start import start
 from hpr_jax.config import load_config
 from hpr_jax.errors import UserError
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+PLATFORMS = ("cpu", "cuda", "tpu", "onnx")
 
 
 def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("output", type=path, help="a new folder for the programs")
     add_config(parser, "the config of a detector with random weights; with a checkpoint, in place of its own")
     add_checkpoint(parser)
-    parser.add_argument("--platform", default="cpu", metavar="P,...", help="some of cpu, cuda and tpu (default cpu)")
+    parser.add_argument("--platform", default="cpu", metavar="P,...", help="some of cpu, cuda, tpu and onnx (default cpu)")
     parser.add_argument("--batch", default="1", metavar="N", help="number of images of a call, or any (default 1)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="HxW,...", help="padded sizes (default: two that resized images of every shape fit)")
@@ -29,7 +30,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--weights",
         choices=("inside", "beside"),
         default="beside",
-        help="in each program, or in model.safetensors (default)",
+        help="in each program, or in model.safetensors (default); ONNX files always hold theirs",
     )
     parser.add_argument(
         "--kernels", action="store_true", help="programs for cuda call Triton kernels: faster, less portable"

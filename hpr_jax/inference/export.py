@@ -1,4 +1,4 @@
-"""Writes a detector as programs that JAX runs without this project; `export_format.py` describes them."""
+"""Writes a detector as programs that need nothing of this project; `export_format.py` describes them."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,15 @@ from hpr_jax.data.augmentation.crop_resize_flip import GREY, evaluation_geometri
 from hpr_jax.errors import UserError
 from hpr_jax.inference.detect import detections, in_image_pixels
 from hpr_jax.inference.export_format import (
+    FORMAT,
+    ONNX,
     ORIGINAL,
     RESIZED,
     WEIGHTS,
     Description,
     Program,
+    as_text,
+    check_packages,
     check_serialization,
     write_description,
 )
@@ -36,9 +40,12 @@ from hpr_jax.ops.platform import programs_for
 from hpr_jax.runtime.files import whole_folder
 from hpr_jax.weights.official_names import dotted_path
 from hpr_jax.weights.safetensors_file import write_safetensors
-from hpr_jax.weights.source import Source
+from hpr_jax.weights.source import ONNX_SUFFIX, Source
 
 Size = tuple[int, int]
+
+# Bytes of weights that an ONNX file, a message of Protocol Buffers of at most 2 GiB, has room for beside its nodes.
+LARGEST_ONNX = 2 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +53,12 @@ class Wanted:
     """What is exported of a detector.
 
     Attributes:
-      platforms: some of `cpu`, `cuda` and `tpu`.
+      platforms: some of `cpu`, `cuda`, `tpu` and `onnx`.
       batch: number of images of a call; None: any.
       sizes: (height, width) of the programs' inputs; (): those that images of every shape fit into.
       images: what the inputs are, `RESIZED` or `ORIGINAL`.
-      weights_beside: whether the weights are a file beside the programs, which all programs share and a CPU rounds as an
-        `ImageDetector` does.
+      weights_beside: whether the weights are a file beside the programs, which all programs of JAX share and a CPU rounds as
+        an `ImageDetector` does.
       kernels: whether programs for CUDA call Triton kernels.
     """
 
@@ -67,6 +74,8 @@ class Wanted:
             raise UserError("--kernels are for NVIDIA GPUs; add --platform cuda, or leave them out.")
         if self.kernels and self.batch is None:
             raise UserError("Kernels are made for one number of images; give --batch N, or leave out --kernels.")
+        if ONNX in self.platforms and self.batch is None:
+            raise UserError("ONNX files are made for one number of images; give --batch N.")
         if self.images == ORIGINAL and not self.sizes:
             raise UserError("Programs that resize are made for images of one size; give it as --image-size HxW.")
 
@@ -83,7 +92,10 @@ def write_exported(folder: Path, source: Source, wanted: Wanted) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; choose another.")
-    check_serialization()
+    if ONNX in wanted.platforms:
+        check_packages("onnx")
+    if set(wanted.platforms) - {ONNX}:
+        check_serialization()
     sizes = wanted.sizes or default_sizes(source.config)
     _check_canvas(sizes, source.config, wanted)
     try:
@@ -119,39 +131,59 @@ def _check_canvas(sizes: Sequence[Size], config: ConfigDict, wanted: Wanted) -> 
 
 def _write(folder: Path, source: Source, wanted: Wanted) -> None:
     """Fills the folder."""
-    settings, programs, checks = source.config.evaluate, [], set()
+    about, programs, checks = _description(source, wanted), [], set()
     for platform in wanted.platforms:
-        kernels = wanted.kernels and platform == "cuda"
-        detector = source.build({**source.config.compute, "operations": "auto" if kernels else "xla", "remat": ()})
+        detector = _built_for(platform, source, wanted)
         for size in wanted.sizes:
+            if platform == ONNX:
+                programs.append(_write_onnx(folder, detector, source.config, size, wanted, about))
+                continue
             exported = export_program(detector, source.config, platform, size, wanted)
             name = f"{platform}-{size[0]}x{size[1]}.jax_export"
             (folder / name).write_bytes(exported.serialize())
+            kernels = wanted.kernels and platform == "cuda"
             programs.append(Program(name, platform, *size, kernels, exported.calling_convention_version))
             checks |= {str(check) for check in exported.disabled_safety_checks}
-    if wanted.weights_beside:
+    if about.weights is not None:
         write_safetensors(folder / WEIGHTS, {name: np.asarray(one) for name, one in _weights(detector).items()}, {})
-    description = Description(
-        programs=tuple(programs),
+    description = dataclasses.replace(about, programs=tuple(programs))
+    (folder / "README.md").write_text(readme(description), encoding="utf-8")
+    write_description(folder, description, _notes(description, detector, sorted(checks)))
+
+
+def _description(source: Source, wanted: Wanted) -> Description:
+    """What there is to say before there are programs."""
+    settings, for_jax = source.config.evaluate, bool(set(wanted.platforms) - {ONNX})
+    return Description(
+        programs=(),
         classes=source.classes,
         batch=wanted.batch,
         images=wanted.images,
-        weights=WEIGHTS if wanted.weights_beside else None,
+        weights=WEIGHTS if wanted.weights_beside and for_jax else None,
         side=settings.side,
         max_side=settings.max_side,
         canvas=settings.canvas,
         detections=settings.detections,
         image_bits=source.config.data.image_bits,
-        dtype=source.config.compute.dtype,
+        dtype=source.config.compute.dtype if for_jax else "float32",
     )
-    (folder / "README.md").write_text(readme(description), encoding="utf-8")
-    write_description(folder, description, _notes(description, detector, sorted(checks)))
+
+
+def _built_for(platform: str, source: Source, wanted: Wanted) -> Detector:
+    """The detector with the operations that suit a platform."""
+    compute = {**source.config.compute, "operations": "xla", "remat": ()}
+    if wanted.kernels and platform == "cuda":
+        compute["operations"] = "auto"
+    if platform == ONNX:
+        # ONNX Runtime computes little in bfloat16 on CPUs.
+        compute["dtype"] = "float32"
+    return source.build(compute)
 
 
 def _notes(description: Description, detector: Detector, checks: list[str]) -> dict[str, Any]:
     """What people want to know beside the description."""
     return {
-        "made_with": {name: _version(name) for name in ("hpr_jax", "jax", "jaxlib")},
+        "made_with": {name: _version(name) for name in _makers(description)},
         "disabled_safety_checks": checks,
         "normalisation": {
             "order": "RGB",
@@ -164,6 +196,12 @@ def _notes(description: Description, detector: Detector, checks: list[str]) -> d
         "No further non-maximum suppression is meant. Where valid is false there is no detection.",
         "boxes": "(left, top, right, bottom) in pixels of the original image, between edges of pixels, clipped to the image",
     }
+
+
+def _makers(description: Description) -> list[str]:
+    """The packages that made the programs."""
+    has_onnx = any(program.platform == ONNX for program in description.programs)
+    return ["hpr_jax", "jax", "jaxlib", *(["onnx"] if has_onnx else [])]
 
 
 def _version(package: str) -> str:
@@ -181,6 +219,34 @@ def export_program(detector: Detector, config: ConfigDict, platform: str, size: 
     with programs_for(platform), abstract_gpu() if kernels else contextlib.nullcontext():
         made = export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)
         return made(*_arguments(detector, size, wanted))
+
+
+def _write_onnx(
+    folder: Path, detector: Detector, config: ConfigDict, size: Size, wanted: Wanted, about: Description
+) -> Program:
+    """Writes an ONNX file, which carries its description, so that it can be loaded without its folder.
+
+    Raises:
+      UserError: the detector does something that is not translated, or is too large.
+    """
+    from hpr_jax.inference.onnx.graph import OPSET
+    from hpr_jax.inference.onnx.model import onnx_model
+    from hpr_jax.inference.onnx.table import UntranslatableError
+
+    weights = {name: np.asarray(one) for name, one in _weights(detector).items()}
+    if sum(one.nbytes for one in weights.values()) > LARGEST_ONNX:
+        raise UserError(f"The weights of this detector are larger than the {LARGEST_ONNX / 1e9} GB that an ONNX file holds.")
+    program = Program(f"model-{size[0]}x{size[1]}{ONNX_SUFFIX}", ONNX, *size, False, OPSET)
+    alone = dataclasses.replace(about, programs=(program,), weights=None, dtype="float32")
+    function = _with_weights(detector, _on_images(detector, config, size, wanted.images), True)
+    arguments = dict(zip(("images", "resized", "original"), _arguments(detector, size, wanted)[wanted.weights_beside :]))
+    try:
+        with programs_for(ONNX):
+            model = onnx_model(function, weights, arguments, metadata={FORMAT: as_text(alone)})
+    except UntranslatableError as error:
+        raise UserError(f"This detector cannot become an ONNX file: {error}; export it for another platform.") from error
+    (folder / program.file).write_bytes(model.SerializeToString())
+    return program
 
 
 def _arguments(detector: Detector, size: Size, wanted: Wanted) -> list[Any]:

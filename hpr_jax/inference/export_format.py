@@ -1,14 +1,15 @@
-"""The folder in which a detector is exported: programs that JAX runs without this project, and a description of them.
+"""The folder in which a detector is exported: programs that JAX or ONNX Runtime runs alone, and a description of them.
 
 `export.json` describes the folder, and has the SHA-256 digest of each of its other files. A program is a function of images
-of one size, on one platform, in the form of `jax.export`. Its last arguments are
+of one size, on one platform, in the form of `jax.export`, or an ONNX file. Its last arguments are
 
 - of the kind `resized`: images uint8 `[B, H, W, 3]`, RGB, with the resized image at the top left; then the (height, width)
   of the resized images, and those of the original images, int32 `[B, 2]` each;
 - of the kind `original`: images uint8 `[B, h, w, 3]` as they are; resizing them is a part of the program.
 
-If the weights are a file, they are in front of these, a dictionary of arrays by name. The result is a dictionary: `boxes`
-float32 `[B, n, 4]`, `scores` float32 `[B, n]`, `labels` int32 `[B, n]`, `valid` bool `[B, n]`.
+which ONNX files call `images`, `resized` and `original`. If the weights are a file, they are in front of these, a dictionary
+of arrays by name; ONNX files have their weights inside. The result is a dictionary: `boxes` float32 `[B, n, 4]`, `scores`
+float32 `[B, n]`, `labels` int32 `[B, n]`, `valid` bool `[B, n]`. An ONNX file carries a description of itself.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ from hpr_jax.weights.source import EXPORT
 FORMAT, VERSION = "hpr_jax.export", 1
 RESIZED, ORIGINAL = "resized", "original"
 WEIGHTS = "model.safetensors"
+# The platform of ONNX files, which ONNX Runtime runs on a CPU.
+ONNX = "onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Program:
 
     Attributes:
       file: its name.
-      platform: `cpu`, `cuda` or `tpu`.
+      platform: `cpu`, `cuda`, `tpu` or `onnx`.
       height, width: of its images.
       kernels: whether it calls Triton kernels.
-      calling_convention: version by which JAX decides whether it can run the program.
+      calling_convention: version by which JAX decides whether it can run the program; of ONNX files that of the operators.
     """
 
     file: str
@@ -60,7 +63,7 @@ class Description:
       classes: that labels are indices of.
       batch: number of images of a call; None: any.
       images: the kind of images, `RESIZED` or `ORIGINAL`.
-      weights: name of the file of weights; None: they are in the programs.
+      weights: name of the file of weights; None: they are in the programs, as they are in ONNX files in any case.
       side, max_side, canvas, detections: the settings of `config.evaluate`.
       image_bits: the setting of `config.data`.
       dtype: of activations.
@@ -105,19 +108,51 @@ def read_description(folder: Path) -> Description:
         content = parse(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    _check_version(path, content)
+    damage = _damage(folder, content.get("files"))
+    if damage:
+        raise UserError(f"The exported detector {folder} is damaged: {damage}; copy or export it again.")
+    return _described(path, content)
+
+
+def _check_version(path: Path, content: Mapping[str, Any]) -> None:
     version = content.get("format_version")
     if content.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
         raise UserError(
             f"{path} is of the format {shown(content.get('format'))}, version {shown(version)}, and this hpr_jax reads "
             f"{FORMAT}, version {VERSION}; install a newer one."
         )
-    damage = _damage(folder, content.get("files"))
-    if damage:
-        raise UserError(f"The exported detector {folder} is damaged: {damage}; copy or export it again.")
+
+
+def _described(path: Path, content: Mapping[str, Any]) -> Description:
     try:
         return Description.from_json(content)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged, a value is missing or of another kind; copy or export it again.") from error
+
+
+def as_text(description: Description) -> str:
+    """What an ONNX file carries; `from_text` reads it."""
+    return json.dumps({"format": FORMAT, "format_version": VERSION, **description.to_json()})
+
+
+def from_text(path: Path, text: str | None) -> Description:
+    """The description that an ONNX file carries.
+
+    Args:
+      path: of the file, for messages.
+      text: None: it carries none.
+
+    Raises:
+      UserError: it is of another program or a newer version, or damaged.
+    """
+    if text is None:
+        raise UserError(
+            f"{path} was not written by `export` of hpr_jax, or says nothing about its classes; export it again."
+        )
+    content = parse(text.encode(), str(path))
+    _check_version(path, content)
+    return _described(path, content)
 
 
 def _damage(folder: Path, files: Any) -> str | None:
@@ -149,6 +184,17 @@ def write_description(folder: Path, description: Description, notes: Mapping[str
         files[path.name] = {"size": size, "sha256": digest}
     content = {"format": FORMAT, "format_version": VERSION, **description.to_json(), **notes, "files": files}
     (folder / EXPORT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def check_packages(*names: str) -> None:
+    """Checks that packages which ONNX files want are there.
+
+    Raises:
+      UserError: one is missing.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'ONNX files need the package {name}; install it with pip install "hpr_jax[onnx]".')
 
 
 def check_serialization() -> None:

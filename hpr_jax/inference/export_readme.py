@@ -1,36 +1,52 @@
-"""The README of an exported detector: the lines by which JAX and NumPy alone call it."""
+"""The README of an exported detector: the lines by which JAX or ONNX Runtime, and NumPy, alone call it."""
 
-from hpr_jax.inference.export_format import RESIZED, Description
+from hpr_jax.inference.export_format import ONNX, RESIZED, Description
 from hpr_jax.weights.source import EXPORT
 
 _README = """\
-# An object detector as programs for JAX
+# An object detector as programs for {runtimes}
 
 `{export}` describes the programs and lists the SHA-256 digests of all files. They were made by
 [hpr_jax](https://openaccess.thecvf.com/content/CVPR2024/html/Zhao_Hybrid_Proposal_Refiner_Revisiting_DETR_Series_from_the_Faster_R-CNN_CVPR_2024_paper.html),
-whose `hpr_jax.load("FOLDER")` calls them with images of any form. Without it they need `pip install jax flatbuffers`:
+whose `hpr_jax.load("FOLDER")` calls them with images of any form.{examples}
+
+{rules}
+"""
+
+_EXAMPLE = """ Without it {programs} need `pip install {packages}`:
 
 ```python
 import json
 from pathlib import Path
 
-import jax
-import jax.export
-import numpy as np
+{imports}
 
 folder = Path(".")  # this folder
 about = json.loads((folder / "{export}").read_bytes())
-platform = jax.export.default_export_platform()
-program = next(one for one in about["programs"] if one["platform"] == platform)  # There may be several sizes.
-detect = jax.jit(jax.export.deserialize(bytearray((folder / program["file"]).read_bytes())).call)
-{weights}
+{program}
 {call}
 keep = found["valid"] & (found["scores"] >= 0.3)
 for box, label in zip(found["boxes"][keep], found["labels"][keep]):
     print(about["class_names"][label], box)  # left, top, right, bottom in pixels of the original image
-```
+```"""
 
-{rules}
+_JAX = """\
+platform = jax.export.default_export_platform()
+program = next(one for one in about["programs"] if one["platform"] == platform)  # There may be several sizes.
+detect = jax.jit(jax.export.deserialize(bytearray((folder / program["file"]).read_bytes())).call)
+"""
+
+_ONNX = """\
+program = next(one for one in about["programs"] if one["platform"] == "onnx")  # There may be several sizes.
+session = onnxruntime.InferenceSession(str(folder / program["file"]), providers=["CPUExecutionProvider"])
+names = [one.name for one in session.get_outputs()]
+
+
+def detect(*inputs):
+    given = {one.name: array for one, array in zip(session.get_inputs(), inputs)}
+    return dict(zip(names, session.run(None, given)))
+
+
 """
 
 _WEIGHTS = """\
@@ -77,11 +93,31 @@ def resize_rule(description: Description) -> str:
 
 def readme(description: Description) -> str:
     """The text of the README."""
-    beside = description.weights is not None
+    has_onnx = any(program.platform == ONNX for program in description.programs)
+    has_jax = any(program.platform != ONNX for program in description.programs)
+    runtimes = [name for name, there in (("JAX", has_jax), ("ONNX Runtime", has_onnx)) if there]
+    examples = ""
+    if has_jax:
+        programs = "those for JAX" if has_onnx else "they"
+        examples += _example(description, programs, "jax flatbuffers", ("jax", "jax.export"), _JAX, description.weights)
+    if has_onnx:
+        programs = "\n\nthe ONNX files" if has_jax else "they"
+        examples += _example(description, programs, "onnxruntime numpy", ("onnxruntime",), _ONNX, None)
+    rules = resize_rule(description)
+    return _README.format(runtimes=" and ".join(runtimes), export=EXPORT, examples=examples, rules=rules)
+
+
+def _example(
+    description: Description, programs: str, packages: str, modules: tuple[str, ...], program: str, weights: str | None
+) -> str:
+    """The sentence about some of the programs, and the lines that call one of them."""
     call = _CALL_RESIZED if description.images == RESIZED else _CALL_ORIGINAL
-    return _README.format(
+    imports = sorted([*(f"import {module}" for module in modules), "import numpy as np"])
+    return _EXAMPLE.format(
+        programs=programs,
+        packages=packages,
+        imports="\n".join(imports),
         export=EXPORT,
-        weights=_WEIGHTS if beside else "",
-        call=call.format(batch=description.batch or 1, weights="weights, " if beside else ""),
-        rules=resize_rule(description),
+        program=program + (_WEIGHTS if weights is not None else ""),
+        call=call.format(batch=description.batch or 1, weights="weights, " if weights is not None else ""),
     )

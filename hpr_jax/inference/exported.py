@@ -1,5 +1,6 @@
 """An exported detector as a detector for notebooks and scripts: it is called as an `ImageDetector` is."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,22 @@ from hpr_jax.errors import UserError
 from hpr_jax.inference.branches import TopQueries
 from hpr_jax.inference.detections import Detections
 from hpr_jax.inference.explanation import Explanation
-from hpr_jax.inference.export_format import RESIZED, Description, Program, read_description, read_program
+from hpr_jax.inference.export_format import (
+    FORMAT,
+    ONNX,
+    RESIZED,
+    Description,
+    Program,
+    from_text,
+    read_description,
+    read_program,
+)
 from hpr_jax.inference.image_detector import ImageDetector
+from hpr_jax.inference.onnx.session import OnnxSession
 from hpr_jax.inference.pixels import ImageLike
 from hpr_jax.types import Outputs
 from hpr_jax.weights.safetensors_file import read_safetensors
+from hpr_jax.weights.source import ONNX_SUFFIX
 
 
 class ExportedDetector(ImageDetector):
@@ -29,25 +41,33 @@ class ExportedDetector(ImageDetector):
       description: of the folder.
     """
 
-    def __init__(self, folder: Path):
-        """Compares the files of a folder with their digests, and chooses the programs of this machine's platform.
+    def __init__(self, place: Path):
+        """Takes a folder, whose files are compared with their digests, or an ONNX file, which ONNX Runtime runs. Of a folder
+        it takes the programs of this machine's platform, and ONNX files if there are none.
 
         Raises:
-          UserError: the folder is damaged, or has no program for this platform or this JAX.
+          UserError: it is damaged, or has no program for this platform or this JAX, or ONNX Runtime is missing.
         """
-        self.folder, self.description = folder, read_description(folder)
+        alone = place.suffix == ONNX_SUFFIX and place.is_file()
+        self.folder = place.parent if alone else place
+        self._sessions: dict[str, OnnxSession] = {}
+        if alone:
+            self._sessions[place.name] = OnnxSession(place)
+            self.description = from_text(place, self._sessions[place.name].metadata.get(FORMAT))
+            # The file may have another name today.
+            (program,) = self.description.programs
+            self._programs = [dataclasses.replace(program, file=place.name)]
+        else:
+            self.description = read_description(place)
+            self._programs = _programs_for_this_machine(place, self.description)
         self.classes, self.config = self.description.classes, _config(self.description)
-        platform, platforms = export.default_export_platform(), {p.platform for p in self.description.programs}
-        self._programs = [program for program in self.description.programs if program.platform == platform]
-        if not self._programs:
-            raise UserError(
-                f"The detector in {folder} was exported for {', '.join(sorted(platforms))}, and this JAX runs on "
-                f"{platform}; export it again with --platform {platform}."
-            )
-        read_program(folder, self._programs[0])
-        weights = self.description.weights
-        self._weights = [] if weights is None else [jax.device_put(read_safetensors(folder / weights)[0])]
         self._compiled: dict[Program, Callable[..., dict[str, jax.Array]]] = {}
+        if self._programs[0].platform == ONNX:
+            self._session(self._programs[0])
+            return
+        read_program(place, self._programs[0])
+        weights = self.description.weights
+        self._weights = [] if weights is None else [jax.device_put(read_safetensors(place / weights)[0])]
 
     def explain(self, image: ImageLike, query: int | None = None) -> Explanation:
         """Raises a UserError, as `outputs` does."""
@@ -132,10 +152,35 @@ class ExportedDetector(ImageDetector):
             else:
                 padded[place] = image
             sizes[:, place] = (height, width), image.shape[:2]
+        inputs: list[Any] = [padded, *sizes] if self.description.images == RESIZED else [padded]
+        if program.platform == ONNX:
+            return self._session(program)(*inputs)
         if program not in self._compiled:
             self._compiled[program] = jax.jit(read_program(self.folder, program).call)
-        inputs: list[Any] = [padded, *sizes] if self.description.images == RESIZED else [padded]
         return jax.device_get(self._compiled[program](*self._weights, *inputs))
+
+    def _session(self, program: Program) -> OnnxSession:
+        if program.file not in self._sessions:
+            self._sessions[program.file] = OnnxSession(self.folder / program.file)
+        return self._sessions[program.file]
+
+
+def _programs_for_this_machine(folder: Path, description: Description) -> list[Program]:
+    """The programs of a folder for the platform of this JAX; those for ONNX if there are none.
+
+    Raises:
+      UserError: there are neither.
+    """
+    ours = export.default_export_platform()
+    for platform in (ours, ONNX):
+        programs = [program for program in description.programs if program.platform == platform]
+        if programs:
+            return programs
+    platforms = ", ".join(sorted({program.platform for program in description.programs}))
+    raise UserError(
+        f"The detector in {folder} was exported for {platforms}, and this JAX runs on {ours}; export it again with "
+        f"--platform {ours}."
+    )
 
 
 def _config(description: Description) -> ConfigDict:

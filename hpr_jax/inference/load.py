@@ -16,7 +16,7 @@ from hpr_jax.inference.exported import ExportedDetector
 from hpr_jax.inference.image_detector import ImageDetector
 from hpr_jax.runtime.compilation_cache import enable_compilation_cache
 from hpr_jax.weights.hub import is_hub
-from hpr_jax.weights.source import is_exported_folder, open_source, random_source
+from hpr_jax.weights.source import is_exported, open_source, random_source
 
 
 def load(
@@ -30,9 +30,10 @@ def load(
     """Loads a detector from a checkpoint or published weights, or makes one with random weights from a config.
 
     Args:
-      source: a run's workdir, a checkpoint's directory, a folder that `convert --publish` or `export` wrote, `hf://owner/name`
-        of a published one on the Hugging Face hub, a `.pth`, `.npz` or `.safetensors` file of a detector of the
-        official code, mmdetection, detrex or Hugging Face, or `path.py[:variant]` of a config.
+      source: a run's workdir, a checkpoint's directory, a folder that `convert --publish` or `export` wrote, an `.onnx`
+        file that `export` wrote, `hf://owner/name` of a published folder on the Hugging Face hub, a `.pth`, `.npz` or
+        `.safetensors` file of a detector of the official code, mmdetection, detrex or Hugging Face, or `path.py[:variant]`
+        of a config.
       class_names: with a config, the names of the classes; 80 numbered classes by default.
       seed: with a config, the seed of the random weights.
       overrides: settings by dotted key, e.g. `{"evaluate.side": 640}`.
@@ -46,7 +47,7 @@ def load(
     settings = as_overrides(overrides)
     if str(source).partition(":")[0].endswith(".py"):
         found = random_source(str(source), settings, class_names, seed)
-    elif not is_hub(source) and is_exported_folder(Path(source).expanduser()):
+    elif not is_hub(source) and is_exported(Path(source).expanduser()):
         if settings or config is not None:
             raise UserError(
                 f"The settings of {source} were chosen when it was exported; leave them out, or export it again."

@@ -10,6 +10,8 @@ from hpr_jax.kernels import deformable_sampling as kernel
 from hpr_jax.kernels.manual_axes import vary_alike
 from hpr_jax.ops.chunks import in_chunks, out_of_chunks, zeros
 from hpr_jax.ops.dispatch import dispatch
+from hpr_jax.ops.grid_sample import grid_sample
+from hpr_jax.ops.platform import target_platform
 from hpr_jax.ops.weighted_rows import add_weighted_rows, weighted_rows
 
 Shapes = tuple[tuple[int, int], ...]
@@ -114,6 +116,8 @@ def _obstacle(value: jax.Array) -> str | None:
 
 def _xla(spatial_shapes, value, locations, weights):
     """The implementation without a kernel -> `[B, Q, H, D]`."""
+    if target_platform() == "onnx":
+        return _by_maps(spatial_shapes, value, locations, weights)
 
     # One head of one image at a time: its table [S, D] fits the cache, and only one table of indices exists at once.
     def sample_head(args):
@@ -121,6 +125,21 @@ def _xla(spatial_shapes, value, locations, weights):
         return weighted_rows(table, *_corners(spatial_shapes, locations, weights)).astype(value.dtype)
 
     return _by_image(jax.lax.map(sample_head, jax.tree.map(_by_head, (value, locations, weights))), value.shape[0])
+
+
+def _by_maps(spatial_shapes, value, locations, weights):
+    """The same as an operation that ONNX has, on one level after the other."""
+    batch, _, heads, width = value.shape
+    total, start = jnp.float32(0), 0
+    for level, (rows, columns) in enumerate(spatial_shapes):
+        maps = value[:, start : start + rows * columns].transpose(0, 2, 3, 1).reshape(batch * heads, width, rows, columns)
+        # Queries are the last axis, along which ONNX Runtime adds many numbers at once.
+        grid = 2 * locations[:, :, :, level].transpose(0, 2, 3, 1, 4) - 1
+        sampled = grid_sample(maps.astype(jnp.float32), grid.reshape(batch * heads, *grid.shape[2:]))
+        weight = weights[:, :, :, level].transpose(0, 2, 3, 1).reshape(batch * heads, 1, *grid.shape[2:4])
+        total += jnp.sum(sampled * weight, axis=2)
+        start += rows * columns
+    return total.reshape(batch, heads, width, -1).transpose(0, 3, 1, 2).astype(value.dtype)
 
 
 def _xla_backward(spatial_shapes, value, locations, weights, gradient):

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 
 import jax
 
-# The names that JAX's backends have, by the names that programs are exported for.
-_BACKENDS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
+# The names that JAX's backends have, by the names that programs are exported for. ONNX is none of JAX's; it is given what is
+# for no platform in particular.
+_BACKENDS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu", "onnx": "onnx"}
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
 def target_platform() -> str:
-    """The platform that programs which are traced now will run on: `cpu`, `gpu` or `tpu`. It is that of JAX's default
-    backend, but inside of `programs_for`."""
+    """The platform that programs which are traced now will run on: `cpu`, `gpu`, `tpu` or `onnx`. It is that of JAX's
+    default backend, but inside of `programs_for`."""
     return _target.get() or jax.default_backend()
 
 
@@ -29,7 +30,7 @@ def programs_for(platform: str) -> Iterator[None]:
     JAX keeps traces of functions, and does not look at this context: what is traced in it must be a new function.
 
     Args:
-      platform: `cpu`, `cuda` or `tpu`, as `jax.export` names them.
+      platform: `cpu`, `cuda` or `tpu`, as `jax.export` names them, or `onnx`.
     """
     token = _target.set(_BACKENDS[platform])
     try:

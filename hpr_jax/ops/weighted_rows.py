@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hpr_jax.ops.chunks import zeros
+from hpr_jax.ops.platform import target_platform
 
 # Number of rows that are gathered and summed at a time: the four corners around a sampling point. XLA fuses their gathers
 # with the sum; with more rows its loops are slower.
@@ -26,6 +27,9 @@ def weighted_rows(table: jax.Array, index: jax.Array, weight: jax.Array) -> jax.
     """
     # Converted in front of the gather: there are fewer rows in the table than are gathered.
     table = table.astype(jnp.float32)
+    if target_platform() == "onnx":
+        # Nothing is fused there, and every operation in a loop costs time of its own.
+        return jnp.einsum("nk,nkd->nd", weight, table.at[index].get(mode="promise_in_bounds"))
 
     def by_step(array):
         return array.T.reshape(-1, CORNERS, array.shape[0])

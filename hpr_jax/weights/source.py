@@ -26,6 +26,8 @@ from hpr_jax.weights.weights_file import read_weights
 
 # The file that describes exported programs; `hpr_jax.inference.export_format` reads it.
 EXPORT = "export.json"
+# How the names of ONNX files end.
+ONNX_SUFFIX = ".onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def open_source(place: str | Path, overrides: Sequence[tuple[str, str]] = (), co
       UserError: there is no detector, or it is none that is known here, or a setting is wrong.
     """
     path = local_path(place)
-    if is_exported_folder(path):
+    if is_exported(path):
         raise UserError(
             f"{path} holds exported programs, which hpr_jax.load and predict take; here goes the detector they were made of."
         )
@@ -85,9 +87,9 @@ def open_source(place: str | Path, overrides: Sequence[tuple[str, str]] = (), co
     )
 
 
-def is_exported_folder(path: Path) -> bool:
-    """Whether a folder holds a detector whose programs were exported."""
-    return (path / EXPORT).is_file()
+def is_exported(path: Path) -> bool:
+    """Whether a folder holds a detector whose programs were exported, or a file is such a program that stands alone."""
+    return (path / EXPORT).is_file() or (path.suffix == ONNX_SUFFIX and path.is_file())
 
 
 def random_source(

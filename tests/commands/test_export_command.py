@@ -35,6 +35,7 @@ def test_what_is_written(tmp_path, capsys):
         (["--config", "FILE", "--size", "64x64", "--image-size", "64x64"], "not allowed with"),
         (["--config", "FILE", "--kernels"], "add --platform cuda"),
         (["--config", "FILE", "--platform=cuda", "--batch=any", "--kernels"], "give --batch N"),
+        (["--config", "FILE", "--platform=onnx", "--batch=any"], "ONNX files are made for one number of images"),
         (["--config", "FILE", "--config.model.nothing=1"], "nothing"),
         (["--workdir", "nowhere"], "no checkpoint in nowhere"),
     ],
