@@ -29,7 +29,7 @@ from hpr_jax.runtime.console import interruptible
 from hpr_jax.runtime.files import write_whole
 from hpr_jax.runtime.threads import InBackground, ahead
 from hpr_jax.weights.hub import is_hub
-from hpr_jax.weights.source import is_exported_folder
+from hpr_jax.weights.source import is_exported
 
 log = logging.getLogger("hpr_jax")
 
@@ -85,7 +85,7 @@ def predict(
         raise UserError(f"All inputs are files that predict wrote, by {result.path}; choose another --output.")
     settings = dict(overrides)
     # An exported detector has batches of its own.
-    if batch > 1 and (is_hub(checkpoint) or not is_exported_folder(Path(checkpoint))):
+    if batch > 1 and (is_hub(checkpoint) or not is_exported(Path(checkpoint))):
         settings["evaluate.batch_size"] = str(batch)
     detector = load(checkpoint, overrides=settings, config=config)
     free = FreePaths(output, {file.resolve() for file in files}, result.earlier)

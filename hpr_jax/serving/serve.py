@@ -111,9 +111,9 @@ def _load(source: str | Path, batch_size: int | None, overrides: dict[str, objec
 
     from hpr_jax.inference.load import load
     from hpr_jax.weights.hub import is_hub
-    from hpr_jax.weights.source import is_exported_folder
+    from hpr_jax.weights.source import is_exported
 
-    if not is_hub(source) and is_exported_folder(Path(source).expanduser()):
+    if not is_hub(source) and is_exported(Path(source).expanduser()):
         if batch_size is not None:
             raise UserError(f"How many images {source} takes was chosen when it was exported; leave out --batch-size.")
     elif batch_size is not None or jax.default_backend() != "cpu":
