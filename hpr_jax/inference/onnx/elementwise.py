@@ -43,7 +43,6 @@ _IDENTITIES = (
     "name",
     "optimization_barrier",
     "pvary",
-    "reduce_precision",
     "sharding_constraint",
     "stop_gradient",
 )

@@ -40,7 +40,15 @@ def _scan(graph: Graph, equation: Equation, inputs: Sequence[Value]) -> Sequence
     return _values(names, equation.out_shapes, equation.out_dtypes)
 
 
-def _unrolled(graph, equation, constants, carry, rows, row_shapes) -> list[Value]:
+def _unrolled(
+    graph: Graph,
+    equation: Equation,
+    constants: Sequence[Value],
+    carry: list[Value],
+    rows: Sequence[Value],
+    row_shapes: Sequence[tuple[int, ...]],
+) -> list[Value]:
+    """The results of a loop `jax.lax.scan` whose rounds stand one behind the other."""
     params, body = equation.params, equation.params["jaxpr"]
     length, kept = params["length"], []
     for place in reversed(range(length)) if params["reverse"] else range(length):
