@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from hpr_jax import main as command_line
+from hpr_jax.analysis.describe import Subject
 from hpr_jax.commands.arguments import CommandParser, split_overrides
 from hpr_jax.commands.train import MEND
 from hpr_jax.config import load_config, to_plain
@@ -230,10 +231,11 @@ class TestArguments:
         assert found == (Path("c"), [Path("a.jpg")], Path("o"), 0.7, [], None, {"recursive": False, "tiling": None, **rest})
 
     def test_description(self, called):
-        config, classes, checkpoint, overrides, _ = called("describe", "--config", DDQ, "--classes", "7")
-        assert (config.train.batch_size, classes, checkpoint, overrides) == (16, 7, None, [])
-        assert called("describe", "--workdir", "w") == (None, 80, Path("w"), [], {})
-        assert called("describe", "--checkpoint", "c", "--workdir", "w") == (None, 80, Path("c"), [], {})
+        subject, _ = called("describe", "--config", DDQ, "--classes", "7")
+        assert subject.config.train.batch_size == 16
+        assert (subject.num_classes, subject.checkpoint, subject.overrides) == (7, None, [])
+        assert called("describe", "--workdir", "w") == (Subject(None, 80, Path("w"), []), {})
+        assert called("describe", "--checkpoint", "c", "--workdir", "w") == (Subject(None, 80, Path("c"), []), {})
 
 
 class TestWhatIsTrained:
