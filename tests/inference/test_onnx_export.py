@@ -29,21 +29,15 @@ def exported(made, tmp_path_factory):
 
 
 def swin(config):
-    config.model.backbone = {
-        "kind": "swin",
-        "embed": 8,
-        "depths": (2, 2, 2, 2),
-        "heads": (1, 2, 2, 4),
-        "window": 4,
-        "drop_path": 0.0,
-        "frozen_stages": -1,
-    }
+    config.model.backbone = {"kind": "swin", "embed_channels": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "plain"), [("ddq", False), ("dino", True), ("align_detr", False)])
-def test_all_detectors(model, plain, tmp_path):
-    made = filled(model, plain=plain)
+@pytest.mark.parametrize(
+    ("model", "plain", "change"), [("ddq", False, None), ("dino", True, swin), ("align_detr", False, None)]
+)
+def test_all_detectors(model, plain, change, tmp_path):
+    made = filled(model, plain=plain, change=change)
     write_exported(tmp_path / "x", made, Wanted(("onnx",)))
     # The file is all that it takes.
     (tmp_path / "x/model-128x128.onnx").rename(tmp_path / "mine.onnx")
