@@ -1,7 +1,5 @@
 """Modules compute the same chunk by chunk as at once, and with values computed again in the backward pass."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from hpr_jax.models import layers
 from hpr_jax.models.layers import FeedForward, rematerialized, saved
 from hpr_jax.models.refiner import interaction
 from hpr_jax.models.refiner.dynamic_conv import DynamicConv
-from hpr_jax.models.refiner.interaction import SharedSettings
+from hpr_jax.models.refiner.interaction import SharedSettings, Surroundings
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
 from hpr_jax.ops.chunks import by_chunks
 
@@ -34,7 +32,7 @@ def regional_attention(rngs):
 
 
 def refine(module, query, regions):
-    return module(query, jnp.zeros_like(query), SimpleNamespace(regions=regions))
+    return module(query, jnp.zeros_like(query), Surroundings(None, None, regions))
 
 
 @pytest.mark.parametrize("make", [feed_forward, dynamic_conv, regional_attention])
