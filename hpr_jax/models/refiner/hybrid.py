@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.heads import DecoderHeads
-from hpr_jax.models.layers import MLP, LayerNorm, layer_norm, rematerialized, stack, xavier_linear
+from hpr_jax.models.layers import MLP, LayerNorm, layer_norm, scan_layers, stack, xavier_linear
 from hpr_jax.models.position import box_encoding
 from hpr_jax.models.pyramid import Pyramid
 from hpr_jax.models.refiner.interaction import Surroundings
@@ -216,10 +216,8 @@ class HybridRefiner(nnx.Module):
         batch = queries.content.shape[0]
         all_selected = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
-        _, (hidden, branches, refined, selected) = jax.lax.scan(
-            rematerialized(step) if self.remat else step,
-            (queries.content, boxes, all_selected),
-            (self.layers, heads),
+        _, (hidden, branches, refined, selected) = scan_layers(
+            step, (queries.content, boxes, all_selected), (self.layers, heads), remat=self.remat
         )
         # The selection behind the last layer has no reader.
         return DecoderOutput(
