@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two
+from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two, zeros_after
 from hpr_jax.kernels.relaxed_add import relaxed_add
 
 # Largest number of channels D of a head.
@@ -74,7 +74,7 @@ def backward(
     width, rows = value.shape[-1], queries * heads
     block = launch.block(width)
     flat_value, flat_locations, flat_weights = _flat(value, locations, weights)
-    zeros = jnp.zeros(flat_value.shape, jnp.float32)
+    zeros, gradient = zeros_after(gradient, flat_value.shape)
     kernel = functools.partial(_backward, geometry=_Geometry(value, locations, spatial_shapes, block))
     grad_value, grad_locations, grad_weights = pallas_call(
         kernel,

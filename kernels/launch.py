@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -30,6 +31,13 @@ class Launch:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`. Triton knows no other sizes."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def zeros_after(array: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """float32 zeros that a kernel adds to, and the array unchanged. They are made no earlier than the array: XLA would make
+    those of all layers at once, and keep them in memory until they are used."""
+    zero, array = jax.lax.optimization_barrier((jnp.zeros((), jnp.float32), array))
+    return jnp.broadcast_to(zero, shape), array
 
 
 def pallas_call(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two
+from hpr_jax.kernels.launch import Launch, pallas_call, power_of_two, zeros_after
 from hpr_jax.kernels.relaxed_add import relaxed_add
 
 # Number of channels that one program works on; wider tables take several programs.
@@ -60,7 +60,7 @@ def backward(
     """
     channels = gradient.shape[1]
     grid, tile = _grid(index, channels, launch)
-    zeros = jnp.zeros((rows, channels), jnp.float32)
+    zeros, gradient = zeros_after(gradient, (rows, channels))
     (out,) = pallas_call(
         functools.partial(_backward, tile=tile, rows=len(index), terms=index.shape[1]),
         out_shape=[(zeros.shape, zeros.dtype)],

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from hpr_jax.models.attention import DeformableAttention
-from hpr_jax.models.layers import FeedForward, layer_norm, rematerialized, stack
+from hpr_jax.models.layers import FeedForward, layer_norm, scan_layers, stack
 from hpr_jax.models.position import map_encoding
 from hpr_jax.models.pyramid import Pyramid, join_levels, pixel_centers
 
@@ -76,7 +76,7 @@ class Encoder(nnx.Module):
         def step(pyramid, layer):
             return jax.named_scope("layers")(layer)(pyramid, position, centers), None
 
-        return jax.lax.scan(rematerialized(step) if self.remat else step, pyramid, self.layers)[0]
+        return scan_layers(step, pyramid, self.layers, remat=self.remat)[0]
 
     def _position(self, pyramid: Pyramid) -> jax.Array:
         """Encodings of the tokens' positions, `[B, S, C]`."""

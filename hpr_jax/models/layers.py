@@ -4,7 +4,7 @@ Each block computes in the type of its input, float32 or bfloat16; parameters ar
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from hpr_jax.ops.layer_norm import normalized
 from hpr_jax.ops.linear import affine
 from hpr_jax.ops.order import materialized
 from hpr_jax.ops.padding import valid_mask
+from hpr_jax.ops.platform import target_platform
 
 T = TypeVar("T", bound=nnx.Module)
+Carry = TypeVar("Carry")
 
 # Number of rows per chunk of a feed-forward network, chosen so that a chunk's hidden values fit a CPU's cache.
 ROWS = 2048
@@ -45,9 +47,14 @@ def saved(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, SAVED)
 
 
-def rematerialized(function: Callable) -> Callable:
-    """`function`, whose backward pass computes its inner values again, except those that are marked as `saved`."""
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
+def rematerialized(function: Callable, waiting: bool | tuple[bool, ...] = True) -> Callable:
+    """`function`, whose backward pass computes its inner values again, except those that are marked as `saved`.
+
+    Args:
+      waiting: for each argument, or for all, whether it must not be read again before there is a gradient of the result.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+    return jax.checkpoint(function, policy=policy, prevent_cse=waiting)
 
 
 def uniform(bound: float) -> nnx.Initializer:
@@ -169,6 +176,25 @@ def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
     The result is a pytree, over which `jax.lax.scan` and `jax.vmap` can run; `layer(stacked, i)` is one of the modules.
     """
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def scan_layers(
+    step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, stacked: Any, *, remat: bool
+) -> tuple[Carry, Any]:
+    """`jax.lax.scan` over stacked modules, which on GPUs is no loop.
+
+    A loop copies every variable of a layer before it is read, and in its backward pass every gradient into the stack of
+    them: a launch each, of which there are thousands. CPUs keep the loop, which compiles in half of the time.
+
+    Args:
+      remat: whether steps are `rematerialized`.
+    """
+    unroll = target_platform() == "gpu"
+    if remat:
+        # What a step starts from waits for the gradient of its result, so that one step at a time is in memory. Variables
+        # need not wait, which would copy them.
+        step = rematerialized(step, waiting=(True, False) if unroll else True)
+    return jax.lax.scan(step, carry, stacked, unroll=unroll)
 
 
 def layer(stacked: T, index: int) -> T:

@@ -30,6 +30,7 @@ def roi_align(
     output_size: int = 7,
     sampling_ratio: int = 2,
     finest_scale: float = 56.0,
+    multiple: int = 1,
     implementation: str | None = None,
 ) -> jax.Array:
     """Features of each box, taken from the level that suits its size (FPN, Lin et al. 2017, equation 1).
@@ -47,10 +48,11 @@ def roi_align(
       output_size: number of bins along each side of a box.
       sampling_ratio: number of sampling points along each side of a bin, whose mean is the bin's feature.
       finest_scale: boxes whose sides are below twice this many pixels take the first level.
+      multiple: of which the number of bins is to be one; behind the box's own bins are others that are zero.
       implementation: see `hpr_jax.ops.dispatch`; None: the kernel where it can run, else XLA.
 
     Returns:
-      `[B, Q, output_size ** 2, C]`, bins row by row, in the type of `features`.
+      `[B, Q, bins, C]`, the output_size ** 2 bins row by row, and those of zeros, in the type of `features`.
 
     Raises:
       ValueError: an unknown implementation, or one that cannot run.
@@ -70,10 +72,30 @@ def roi_align(
         width=widths[level],
         start=starts[level],
     )
+    grid = Grid(output_size, sampling_ratio, -(output_size**2) % multiple)
     if 0 in (features.size, boxes.size):
-        return jnp.zeros((*boxes.shape[:2], output_size**2, features.shape[-1]), features.dtype)
+        return jnp.zeros((*boxes.shape[:2], grid.bins, features.shape[-1]), features.dtype)
     features, *parts = vary_alike(features, *regions)
-    return _align((output_size, sampling_ratio, implementation), features, Regions(*parts))
+    return _align((grid, implementation), features, Regions(*parts))
+
+
+class Grid(NamedTuple):
+    """The bins of a region, and the sampling points in them.
+
+    Attributes:
+      size: number of bins along each side.
+      ratio: number of sampling points along each side of a bin.
+      empty: number of bins behind these that are zero.
+    """
+
+    size: int
+    ratio: int
+    empty: int
+
+    @property
+    def bins(self) -> int:
+        """The number of all bins."""
+        return self.size**2 + self.empty
 
 
 class Regions(NamedTuple):
@@ -95,17 +117,17 @@ class Regions(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _align(settings, features, regions):
-    bins, ratio, implementation = settings
+    grid, implementation = settings
 
     def pallas(features, regions, *, interpret):
         batch, tokens, channels = features.shape
         table = features.reshape(batch * tokens, channels)
-        index, weight = _table_rows(regions, tokens, bins, ratio)
+        index, weight = _table_rows(regions, tokens, grid)
         out = kernel.forward(table, index, weight, interpret=interpret)
-        return out.reshape(*regions.width.shape, bins**2, channels)
+        return out.reshape(*regions.width.shape, grid.bins, channels)
 
     def xla(features, regions):
-        return _xla(features, regions, bins, ratio)
+        return _xla(features, regions, grid)
 
     return dispatch(OPERATION, implementation, xla, pallas, features, regions, obstacle=_obstacle(features))
 
@@ -115,17 +137,17 @@ def _align_forward(settings, features, regions):
 
 
 def _align_backward(settings, residuals, gradient):
-    bins, ratio, implementation = settings
+    grid, implementation = settings
     features, regions = residuals
 
     def pallas(features, regions, gradient, *, interpret):
         batch, tokens, channels = features.shape
-        index, weight = _table_rows(regions, tokens, bins, ratio)
+        index, weight = _table_rows(regions, tokens, grid)
         out = kernel.backward(batch * tokens, index, weight, gradient.reshape(-1, channels), interpret=interpret)
         return out.reshape(features.shape).astype(features.dtype)
 
     def xla(features, regions, gradient):
-        return _xla_backward(features, regions, gradient, bins, ratio)
+        return _xla_backward(features, regions, gradient, grid)
 
     arguments = features, regions, gradient
     features_gradient = dispatch(OPERATION, implementation, xla, pallas, *arguments, obstacle=_obstacle(features))
@@ -147,33 +169,33 @@ def _obstacle(features: jax.Array) -> str | None:
     return None
 
 
-def _table_rows(regions, tokens, bins, ratio):
+def _table_rows(regions, tokens, grid):
     """What the bins of all images are made of: rows of the table of all images' features, `[B * S, C]`, and their weights,
-    `[B * Q * bins ** 2, 4 * ratio ** 2]` each."""
+    `[B * Q * bins, 4 * ratio ** 2]` each."""
     batch, queries = regions.width.shape
     flat = Regions(*(part.reshape(batch * queries, *part.shape[2:]) for part in regions))
     starts = jnp.repeat(jnp.arange(batch), queries) * tokens
-    return _rows(flat._replace(start=flat.start + starts), bins, ratio)
+    return _rows(flat._replace(start=flat.start + starts), grid)
 
 
-def _xla(features, regions, bins, ratio):
-    """The implementation without a kernel -> `[B, Q, bins ** 2, C]`."""
+def _xla(features, regions, grid):
+    """The implementation without a kernel -> `[B, Q, bins, C]`."""
     count, channels = regions.width.shape[1], features.shape[-1]
 
     def per_image(args):
         table, regions = args
 
         def sample(chunk):
-            return weighted_rows(table, *_rows(chunk, bins, ratio)).astype(table.dtype)
+            return weighted_rows(table, *_rows(chunk, grid)).astype(table.dtype)
 
         sampled = jax.lax.map(sample, in_chunks(CHUNK, count, regions, mode="edge"))
-        return out_of_chunks(count, sampled.reshape(sampled.shape[0], -1, bins**2, channels))
+        return out_of_chunks(count, sampled.reshape(sampled.shape[0], -1, grid.bins, channels))
 
     return jax.lax.map(per_image, (features, regions))
 
 
-def _xla_backward(features, regions, gradient, bins, ratio):
-    """Gradient of the features `[B, S, C]` from the gradient of the result `[B, Q, bins ** 2, C]`."""
+def _xla_backward(features, regions, gradient, grid):
+    """Gradient of the features `[B, S, C]` from the gradient of the result `[B, Q, bins, C]`."""
     count, channels = regions.width.shape[1], features.shape[-1]
 
     def per_image(args):
@@ -182,7 +204,7 @@ def _xla_backward(features, regions, gradient, bins, ratio):
         def step(total, chunk):
             regions, gradient = chunk
             gradient = gradient.reshape(-1, channels).astype(jnp.float32)
-            index, weight = _rows(regions, bins, ratio)
+            index, weight = _rows(regions, grid)
             return add_weighted_rows(total, index, weight, gradient), None
 
         nothing = zeros(features.shape[1:], features, gradient)
@@ -193,15 +215,16 @@ def _xla_backward(features, regions, gradient, bins, ratio):
     return jax.lax.map(per_image, (regions, gradient))
 
 
-def _rows(regions, bins, ratio):
-    """The results of `_samples`, with regions and bins on one axis: `[R * bins ** 2, 4 * ratio ** 2]` each."""
-    index, weight = _samples(regions, bins, ratio)
+def _rows(regions, grid):
+    """The results of `_samples`, with regions and bins on one axis: `[R * bins, 4 * ratio ** 2]` each."""
+    index, weight = _samples(regions, grid)
     return index.reshape(-1, index.shape[-1]), weight.reshape(-1, weight.shape[-1])
 
 
-def _samples(regions, bins, ratio):
+def _samples(regions, grid):
     """What the bins of R regions are made of: rows of the table of features, and their weights,
-    `[R, bins ** 2, 4 * ratio ** 2]` each."""
+    `[R, bins, 4 * ratio ** 2]` each."""
+    bins, ratio, empty = grid
     steps = jnp.arange(bins * ratio) + 0.5
 
     def along_axis(low, extent, size):
@@ -223,4 +246,9 @@ def _samples(regions, bins, ratio):
     index = rows[:, :, None, :, None] + columns[:, None, :, None, :]
     weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
     shape = (rows.shape[0], bins * bins, 4 * ratio * ratio)
-    return index.reshape(shape), weight.reshape(shape)
+    index, weight = index.reshape(shape), weight.reshape(shape)
+    if not empty:
+        return index, weight
+    # Bins of zeros are sums of rows without weight, which the kernel does not read.
+    behind = ((0, 0), (0, empty), (0, 0))
+    return jnp.pad(index, behind), jnp.pad(weight, behind)

@@ -1,7 +1,5 @@
 """Modules compute the same chunk by chunk as at once, and with values computed again in the backward pass."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +10,10 @@ from hpr_jax.models import layers
 from hpr_jax.models.layers import FeedForward, rematerialized, saved
 from hpr_jax.models.refiner import interaction
 from hpr_jax.models.refiner.dynamic_conv import DynamicConv
-from hpr_jax.models.refiner.interaction import SharedSettings
+from hpr_jax.models.refiner.interaction import SharedSettings, Surroundings
 from hpr_jax.models.refiner.regional_attention import RegionalAttention
 from hpr_jax.ops.chunks import by_chunks
+from hpr_jax.ops.platform import programs_for
 
 RNG = np.random.default_rng(0)
 SHARED = SharedSettings(channels=8, heads=2, levels=1, points=1, region_size=2)
@@ -34,7 +33,7 @@ def regional_attention(rngs):
 
 
 def refine(module, query, regions):
-    return module(query, jnp.zeros_like(query), SimpleNamespace(regions=regions))
+    return module(query, jnp.zeros_like(query), Surroundings(None, None, regions))
 
 
 @pytest.mark.parametrize("make", [feed_forward, dynamic_conv, regional_attention])
@@ -86,3 +85,26 @@ def test_saved_results_are_not_computed_again():
     assert products(rematerialized(marked)) == 6
     for one, other in zip(gradient(marked)(kernels), gradient(rematerialized(marked))(kernels)):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_are_no_loop_on_gpus(remat):
+    """Values and gradients are those of CPUs, which run a loop over two layers."""
+    graph, stacked = nnx.split(layers.stack(lambda rngs: layers.linear(8, 8, rngs=rngs), 2, rngs=nnx.Rngs(0)))
+
+    def run(platform):
+        def loss(stacked, x):
+            def step(x, layer):
+                x = jnp.sin(layer(x))
+                return x, jnp.sum(x)
+
+            x, sums = layers.scan_layers(step, x, nnx.merge(graph, stacked), remat=remat)
+            return jnp.sum(jnp.cos(x)) + jnp.prod(sums)
+
+        with programs_for(platform):
+            lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(stacked, QUERY).lower()
+        assert ("stablehlo.while" in lowered.as_text()) == (platform == "cpu")
+        return lowered.compile()(stacked, QUERY)
+
+    for one, other in zip(jax.tree.leaves(run("cpu")), jax.tree.leaves(run("cuda")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -160,9 +160,15 @@ class TestInteractions:
     def interact(self, module, memory=None):
         @jax.jit
         def run(module, query, position, regions, memory):
-            return module(query, position, Surroundings(memory, jnp.zeros((1, 2, 4)), regions))
+            def interacted(filled):
+                return module(query, position, Surroundings(memory, jnp.zeros((1, 2, 4)), regions, filled))
 
-        return np.asarray(run(module, self.QUERY, self.POSITION, self.REGIONS, memory))[0]
+            # Bins of zeros behind those of a region do not count.
+            return interacted(None), interacted(jnp.pad(regions, ((0, 0), (0, 0), (0, 3), (0, 0))))
+
+        alone, filled = run(module, self.QUERY, self.POSITION, self.REGIONS, memory)
+        np.testing.assert_allclose(filled, alone, rtol=1e-5, atol=1e-5)
+        return np.asarray(alone)[0]
 
     def test_dynamic_convolution(self):
         module = filled(lambda rngs: DynamicConv(SHARED, hidden=3, rngs=rngs))

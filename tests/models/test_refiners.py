@@ -18,6 +18,7 @@ from hpr_jax.losses.build import make_criterion
 from hpr_jax.models import build
 from hpr_jax.models.build import abstract_detector, build_detector
 from hpr_jax.models.refiner.merge import Merge
+from hpr_jax.ops.platform import programs_for
 from hpr_jax.runtime.devices import replicate, shard
 from hpr_jax.training.build import make_optimizer
 from hpr_jax.training.state import TrainState
@@ -162,6 +163,30 @@ def test_every_row_learns(variant):
     # Fully connected layers on a region replace the query: what they return depends on nothing that came before.
     before = ("layers.primary.attention", "layers.primary.norm1", "position.layers.0", "position.layers.1")
     assert_learns(row(variant), before if variant == "table5_region_fc" else ())
+
+
+@pytest.mark.slow
+def test_programs_for_gpus_compute_the_same():
+    """On GPUs the numbers of queries and bins are filled up, here 8 + 1 to 16 and 9 to 16, and layers are no loop."""
+    config = shallow(primary="deformable", auxiliaries=("regional_attention", "dynamic_conv", "region_fc"))
+    config.model.refiner.layers, config.model.queries.count = 2, 9
+    graph, params, frozen = random_weights(config)
+    sizes = jnp.array([[64, 64], [48, 40]])
+
+    def run(platform):
+        def loss(params):
+            detector = nnx.merge(graph, params, frozen)
+            outputs = detector(detector.normalize(IMAGES, sizes), sizes, train=True)
+            kept = outputs.primary, outputs.branches, outputs.intermediates.reference_boxes
+            # Sines, so that each result has a different gradient.
+            floats = [leaf for leaf in jax.tree.leaves(kept) if leaf.dtype == jnp.float32]
+            return sum(jnp.mean(jnp.sin(leaf)) for leaf in floats), floats
+
+        with programs_for(platform):
+            return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    for one, other in zip(jax.tree.leaves(run("cpu")), jax.tree.leaves(run("cuda")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -24,12 +24,12 @@ class DynamicConv(nnx.Module):
         self.norm2 = layer_norm(channels, rngs=rngs)
         self.project = xavier_linear(shared.region_size**2 * channels, channels, rngs=rngs)
         self.norm3 = layer_norm(channels, rngs=rngs)
-        self.hidden = hidden
+        self.hidden, self.region_size = hidden, shared.region_size
 
     def __call__(self, query: jax.Array, position: jax.Array, surroundings: Surroundings) -> jax.Array:
         """Queries `[B, Q, C]` -> `[B, Q, C]`, the residual included; `position` is not read."""
         channels = query.shape[-1]
-        half = channels * self.hidden
+        half, bins = channels * self.hidden, self.region_size**2
         assert self.generator.bias is not None
         kernel, bias = self.generator.kernel[...], self.generator.bias[...]
         # The generator is applied as two products: their gradients need not be concatenated.
@@ -41,6 +41,6 @@ class DynamicConv(nnx.Module):
                 expand = affine(query, *to_expand).reshape(-1, self.hidden, channels)
             x = jax.nn.relu(jax.named_scope("norm1")(self.norm1)(regions @ squeeze))
             x = jax.nn.relu(jax.named_scope("norm2")(self.norm2)(x @ expand))
-            return jax.named_scope("project")(self.project)(x.reshape(query.shape[0], -1))
+            return jax.named_scope("project")(self.project)(x[:, :bins].reshape(query.shape[0], -1))
 
         return query + jax.nn.relu(jax.named_scope("norm3")(self.norm3)(map_regions(filtered, query, surroundings)))

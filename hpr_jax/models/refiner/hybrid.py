@@ -15,14 +15,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hpr_jax.models.heads import DecoderHeads
-from hpr_jax.models.layers import MLP, LayerNorm, layer_norm, rematerialized, stack, xavier_linear
+from hpr_jax.models.layers import MLP, LayerNorm, layer_norm, scan_layers, stack, xavier_linear
 from hpr_jax.models.position import box_encoding
 from hpr_jax.models.pyramid import Pyramid
 from hpr_jax.models.refiner.interaction import Surroundings
 from hpr_jax.models.refiner.layer import RefinerLayer
 from hpr_jax.models.refiner.nms_selection import distinct_attention, select_distinct
 from hpr_jax.ops.boxes import cxcywh_to_xyxy, inverse_sigmoid, whwh
+from hpr_jax.ops.platform import target_platform
 from hpr_jax.ops.roi_align import roi_align
+
+# On GPUs, the number of queries and that of a region's bins are filled up to a multiple of this. Matrix products of other
+# sizes are slower there: XLA copies each of their operands into a larger array.
+MULTIPLE = 8
 
 
 @flax.struct.dataclass
@@ -51,6 +56,21 @@ class DecoderInput:
     def matching(self) -> slice:
         """Where the matching queries are on the axis of queries."""
         return slice(self.num_denoising, self.num_denoising + self.num_matching)
+
+    def filled(self, count: int) -> "DecoderInput":
+        """The same with so many more queries in front, which count as denoising queries that no query sees."""
+
+        def in_front(x, value):
+            return jnp.pad(x, ((0, 0), (count, 0), (0, 0)), constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            content=in_front(self.content, 0.0),
+            reference_boxes=in_front(self.reference_boxes, 0.5),
+            mask=jnp.pad(self.mask, ((0, 0), (count, 0), (count, 0))),
+            position=None if self.position is None else in_front(self.position, 0.0),
+            num_denoising=self.num_denoising + count,
+        )
 
 
 @flax.struct.dataclass
@@ -130,11 +150,13 @@ class HybridRefiner(nnx.Module):
         self.nms_threshold, self.region = nms_threshold, region
         self.remat, self.implementation = remat, implementation
 
-    def regions(self, memory: Pyramid, boxes: jax.Array) -> jax.Array:
-        """RoIAlign features of the memory at normalised cxcywh boxes `[B, Q, 4]`: `[B, Q, bins, C]`."""
+    def regions(self, memory: Pyramid, boxes: jax.Array, multiple: int = 1) -> jax.Array:
+        """RoIAlign features of the memory at normalised cxcywh boxes `[B, Q, 4]`: `[B, Q, bins, C]`. Behind
+        the bins are others that are zero, so that their number is a `multiple`."""
         pixels = cxcywh_to_xyxy(boxes) * whwh(memory.image_sizes)[:, None]
         maps = memory.tokens, memory.spatial_shapes, memory.level_sizes
-        return roi_align(*maps, pixels, **dataclasses.asdict(self.region), implementation=self.implementation)
+        settings = dataclasses.asdict(self.region)
+        return roi_align(*maps, pixels, **settings, multiple=multiple, implementation=self.implementation)
 
     def mask_of(self, queries: DecoderInput, selected: jax.Array) -> jax.Array:
         """Which queries see which in a layer, bool `[B, Q, Q]`, given the selected matching queries, bool `[B, M]`."""
@@ -164,14 +186,18 @@ class HybridRefiner(nnx.Module):
         """Runs all layers. The primary branch's `heads` move the reference boxes, and score queries for the selection."""
         paths = [self.layers.primary, *self.layers.auxiliaries]
         needs_regions = any(path.interaction.needs_regions for path in paths)
+        multiple = MULTIPLE if target_platform() == "gpu" else 1
+        fill = -queries.content.shape[1] % multiple
+        queries = queries.filled(fill) if fill else queries
 
         def step(carry, per_layer):
             content, boxes, selected = carry
             layer, heads = per_layer
             mask = self.mask_of(queries, selected)
-            regions = jax.named_scope("regions")(self.regions)(memory, boxes) if needs_regions else None
+            filled = jax.named_scope("regions")(self.regions)(memory, boxes, multiple) if needs_regions else None
+            regions = None if filled is None else filled[:, :, : self.region.output_size**2]
             position = jax.named_scope("position")(self.position_of)(queries, boxes)
-            surroundings = Surroundings(memory, boxes, regions)
+            surroundings = Surroundings(memory, boxes, regions, filled)
             content, branches = jax.named_scope("layers")(layer)(content, position, mask, surroundings)
 
             offsets = jax.named_scope("heads")(heads.offsets)(content, queries.num_dense)
@@ -190,15 +216,13 @@ class HybridRefiner(nnx.Module):
         batch = queries.content.shape[0]
         all_selected = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
-        _, (hidden, branches, refined, selected) = jax.lax.scan(
-            rematerialized(step) if self.remat else step,
-            (queries.content, boxes, all_selected),
-            (self.layers, heads),
+        _, (hidden, branches, refined, selected) = scan_layers(
+            step, (queries.content, boxes, all_selected), (self.layers, heads), remat=self.remat
         )
         # The selection behind the last layer has no reader.
         return DecoderOutput(
-            hidden=hidden,
-            branches=branches,
-            reference_boxes=jnp.concatenate([boxes[None], refined]),
+            hidden=hidden[:, :, fill:],
+            branches=branches[:, :, :, fill:],
+            reference_boxes=jnp.concatenate([boxes[None], refined])[:, :, fill:],
             selected=jnp.concatenate([all_selected[None], selected[:-1]]),
         )

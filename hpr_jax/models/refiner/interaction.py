@@ -25,11 +25,13 @@ class Surroundings:
       reference_boxes: normalised cxcywh `[B, Q, 4]`.
       regions: RoIAlign features at the reference boxes, `[B, Q, bins, C]`, or None if no interaction of the layer needs
         them.
+      filled_regions: the same with more bins behind, all zeros, which make products fast on GPUs; None: there are no more.
     """
 
     memory: Pyramid
     reference_boxes: jax.Array
     regions: jax.Array | None
+    filled_regions: jax.Array | None = None
 
 
 class Interaction(Protocol):
@@ -73,7 +75,9 @@ def map_regions(
     """Applies a function to the queries `[B, Q, C]` and their regions, on CPUs chunk by chunk -> `[B, Q, C]`.
 
     Args:
-      function: queries `[n, C]` and their regions `[n, bins, C]` -> `[n, C]`. Its result is saved for the backward pass.
+      function: queries `[n, C]` and their regions `[n, bins, C]` -> `[n, C]`. Behind a region's own bins may be others, of
+        zeros, which must not count. The result is saved for the backward pass.
     """
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, surroundings.regions))
+    regions = surroundings.regions if surroundings.filled_regions is None else surroundings.filled_regions
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (query, regions))
     return saved(by_chunks(lambda rows: function(*rows), CHUNK, rows)).reshape(query.shape)

@@ -35,12 +35,16 @@ class RegionalAttention(nnx.Module):
         attention = self.attention
         # The encoding is the same for all regions: it is projected once, instead of being added to every region.
         encoded = (encoding.reshape(1, -1, channels) @ attention.key_kernel).astype(query.dtype)
+        bins = encoded.shape[1]
 
         def attended(query, regions):
             spawned = jax.named_scope("spawn")(self.spawn)(query).reshape(-1, self.samples, channels)
             with jax.named_scope("attention"):
-                key = attention.project(regions, slice(1, 2)) + encoded
-                x = attention.attend(attention.project(spawned, slice(0, 1)), key, attention.project(regions, slice(2, 3)))
+                more = regions.shape[1] - bins
+                mask = (jnp.arange(bins + more) < bins)[None, None] if more else None
+                key = attention.project(regions, slice(1, 2)) + jnp.pad(encoded, ((0, 0), (0, more), (0, 0)))
+                value = attention.project(regions, slice(2, 3))
+                x = attention.attend(attention.project(spawned, slice(0, 1)), key, value, mask)
             return jax.named_scope("project")(self.project)(x.reshape(query.shape[0], -1))
 
         return query + jax.nn.relu(jax.named_scope("norm")(self.norm)(map_regions(attended, query, surroundings)))
