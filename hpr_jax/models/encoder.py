@@ -73,10 +73,10 @@ class Encoder(nnx.Module):
         position = self._position(pyramid)
         centers = pixel_centers(pyramid)
 
-        def step(pyramid, layer):
-            return jax.named_scope("layers")(layer)(pyramid, position, centers), None
+        def step(pyramid, shared, layer):
+            return jax.named_scope("layers")(layer)(pyramid, *shared), None
 
-        return scan_layers(step, pyramid, self.layers, remat=self.remat)[0]
+        return scan_layers(step, pyramid, (position, centers), self.layers, remat=self.remat)[0]
 
     def _position(self, pyramid: Pyramid) -> jax.Array:
         """Encodings of the tokens' positions, `[B, S, C]`."""

@@ -179,7 +179,7 @@ def stack(make: Callable[[nnx.Rngs], T], count: int, *, rngs: nnx.Rngs) -> T:
 
 
 def scan_layers(
-    step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, stacked: Any, *, remat: bool
+    step: Callable[[Carry, Any, Any], tuple[Carry, Any]], carry: Carry, shared: Any, stacked: Any, *, remat: bool
 ) -> tuple[Carry, Any]:
     """`jax.lax.scan` over stacked modules, which on GPUs is no loop.
 
@@ -187,14 +187,29 @@ def scan_layers(
     them: a launch each, of which there are thousands. CPUs keep the loop, which compiles in half of the time.
 
     Args:
+      step: carry, shared, module -> carry, output.
+      shared: arrays that all steps read.
       remat: whether steps are `rematerialized`.
     """
-    unroll = target_platform() == "gpu"
+    if target_platform() != "gpu":
+
+        def looped(carry, module):
+            return step(carry, shared, module)
+
+        return jax.lax.scan(rematerialized(looped) if remat else looped, carry, stacked)
+
+    # Shared arrays pass through all steps. So their gradient is summed step by step, and not once all steps are in memory.
+    def unrolled(carry, module):
+        carry, shared = carry
+        carry, output = step(carry, shared, module)
+        return (carry, shared), output
+
     if remat:
         # What a step starts from waits for the gradient of its result, so that one step at a time is in memory. Variables
         # need not wait, which would copy them.
-        step = rematerialized(step, waiting=(True, False) if unroll else True)
-    return jax.lax.scan(step, carry, stacked, unroll=unroll)
+        unrolled = rematerialized(unrolled, waiting=(True, False))
+    (carry, _), outputs = jax.lax.scan(unrolled, (carry, shared), stacked, unroll=True)
+    return carry, outputs
 
 
 def layer(stacked: T, index: int) -> T:

@@ -94,11 +94,11 @@ def test_layers_are_no_loop_on_gpus(remat):
 
     def run(platform):
         def loss(stacked, x):
-            def step(x, layer):
-                x = jnp.sin(layer(x))
+            def step(x, shared, layer):
+                x = jnp.sin(layer(x)) * shared
                 return x, jnp.sum(x)
 
-            x, sums = layers.scan_layers(step, x, nnx.merge(graph, stacked), remat=remat)
+            x, sums = layers.scan_layers(step, x, x + 1, nnx.merge(graph, stacked), remat=remat)
             return jnp.sum(jnp.cos(x)) + jnp.prod(sums)
 
         with programs_for(platform):

@@ -190,7 +190,7 @@ class HybridRefiner(nnx.Module):
         fill = -queries.content.shape[1] % multiple
         queries = queries.filled(fill) if fill else queries
 
-        def step(carry, per_layer):
+        def step(carry, memory, per_layer):
             content, boxes, selected = carry
             layer, heads = per_layer
             mask = self.mask_of(queries, selected)
@@ -217,7 +217,7 @@ class HybridRefiner(nnx.Module):
         all_selected = jnp.ones((batch, queries.num_matching), bool)
         boxes = jax.lax.stop_gradient(queries.reference_boxes)
         _, (hidden, branches, refined, selected) = scan_layers(
-            step, (queries.content, boxes, all_selected), (self.layers, heads), remat=self.remat
+            step, (queries.content, boxes, all_selected), memory, (self.layers, heads), remat=self.remat
         )
         # The selection behind the last layer has no reader.
         return DecoderOutput(
