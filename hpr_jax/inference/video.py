@@ -31,6 +31,8 @@ VIDEO = ".mp4"
 _BEGINNINGS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"OggS", b"\x00\x00\x01\xba")
 # Kinds of MP4's boxes that are images: HEIF and AVIF.
 _IMAGES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
+# What FFmpeg may take a file for. Others, such as playlists, name files and addresses that it would read, too.
+_FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Encoders from the best. FFmpeg may be built without the first.
 _ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20", "bf": "0"}, "mpeg4": {"qscale": "3"}}
 # Marks of frames in the colours of BT.709 with the narrow range, which is what players expect.
@@ -98,8 +100,9 @@ class VideoReader:
     def __init__(self, path: Path):
         self._path, self._av = path, library("av")
         self.problems: list[str] = []
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         try:
-            self._container = self._av.open(str(path), metadata_errors="replace")
+            self._container = self._av.open(str(path), metadata_errors="replace", options=options)
         except (self._av.FFmpegError, OSError, ValueError) as error:
             raise UnreadableVideoError(f"{path} is not a video that can be read: {_reason(error)}") from error
         try:

@@ -112,6 +112,14 @@ def test_files_that_are_no_videos(tmp_path):
             read(tmp_path / name)
 
 
+def test_playlists_are_not_followed(tmp_path):
+    clips.write_clip(tmp_path / "secret.mp4", range(0, 9000, 3000))
+    for text in ("ffconcat version 1.0\nfile secret.mp4\n", "#EXTM3U\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n"):
+        (tmp_path / "list.mp4").write_text(text)
+        with pytest.raises(UnreadableVideoError, match="is not a video that can be read"):
+            VideoReader(tmp_path / "list.mp4")
+
+
 def test_sound_alone_and_huge_frames(tmp_path, monkeypatch):
     with VideoReader(clips.write_clip(tmp_path / "x.mp4", [0], sound=True)) as reader:
         assert reader.has_sound
