@@ -39,13 +39,22 @@ def tolerant(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
 
 
+# The file descriptor at which `leave` says that it ends the process.
+_place = [2]
+
+
+def say_at(descriptor: int) -> None:
+    """From now on `leave` speaks at this file descriptor, not at standard error, which may lead elsewhere for a while."""
+    _place[0] = descriptor
+
+
 def leave(_number: int = 0, frame: FrameType | None = None) -> None:
     """Ends the process at once, as a handler of Ctrl-C. An exception is no way to end at any moment: libraries that are
     being imported crash on it, or take it for an error of their own."""
     if is_repeated(frame):
         return
     with contextlib.suppress(OSError):
-        os.write(2, b"hpr_jax: stopped.\n")
+        os.write(_place[0], b"hpr_jax: stopped.\n")
     os._exit(130)
 
 

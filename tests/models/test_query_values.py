@@ -367,6 +367,7 @@ class TestWhatFollowsTheDecoder:
         one = initial(0.0, 0.5, [True, True, False])
         matching = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), one)
         detector = stub(
+            precision="default",
             backbone=lambda images, sizes, keys: (images, sizes),
             neck=lambda maps, sizes: ([maps], [sizes]),
             encoder=lambda memory: memory,

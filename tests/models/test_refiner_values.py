@@ -14,7 +14,7 @@ from stubs import floats, pyramid, stub
 from hpr_jax.models.heads import DecoderHeads, PredictionHead
 from hpr_jax.models.refiner.hybrid import DecoderInput, HybridRefiner, RegionSettings
 from hpr_jax.models.refiner.interaction import SharedSettings
-from hpr_jax.models.refiner.layer import RefinerLayer
+from hpr_jax.models.refiner.layer import RefinerLayer, RefinerPath
 from hpr_jax.models.refiner.nms_selection import select_distinct
 from hpr_jax.models.refiner.point import PointInteraction
 
@@ -38,6 +38,8 @@ class StubPath:
         self.ffn = lambda query: ffn * query
         self.norm1, self.norm2, self.norm3 = (lambda x, by=by: by * x for by in norms)
 
+    attend, interact, feed_forward = RefinerPath.attend, RefinerPath.interact, RefinerPath.feed_forward
+
 
 def refine(**merges):
     """What a layer of three such paths computes from the query 1: the refined query, and the branches."""
@@ -45,6 +47,7 @@ def refine(**merges):
     none = dict.fromkeys(("merge_attention", "merge_interaction", "merge_ffn"))
     layer = stub(primary=paths[0], auxiliaries=paths[1:], **{**none, **merges})
     layer.attended = functools.partial(RefinerLayer.attended, layer)
+    layer._by_path = functools.partial(RefinerLayer._by_path, layer)
     # In float64, which holds all the numbers exactly.
     ones: Any = np.ones((1, 1, 1))
     refined, branches = RefinerLayer.__call__(layer, ones, ones, None, stub())

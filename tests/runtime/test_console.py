@@ -136,7 +136,10 @@ def test_ctrl_c_while_starting(tmp_path, after):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "hpr_jax: stopped.\n"
+    # The config imports JAX early: where its packages for GPUs are installed, they say that there is none.
+    others = ("Could not find cuda drivers", "before absl::InitializeLog()")
+    lines = [line for line in errors.splitlines() if not any(words in line for words in others)]
+    assert lines == ["hpr_jax: stopped."]
 
 
 # The main thread is in the middle of a computation of minutes, as when a program is compiled.

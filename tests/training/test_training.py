@@ -251,7 +251,7 @@ def test_predict_writes_pictures_and_boxes_and_skips_broken_images(trained, tmp_
     for name in ("c.jpg", "c_2.jpg"):
         (folder / name).unlink()
     (folder / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="None of the 2 images"):
+    with pytest.raises(UserError, match="None of the 2 files"):
         predict(trained[0], [folder], tmp_path / "none", threshold=0.5)
     assert not (tmp_path / "none").exists()
 

@@ -225,7 +225,7 @@ def setting(dotted, value):
         (setting("train", None), "is of no detector of this version: 'train' is missing"),
         (setting("model.levels", "four"), r"config\.model\.levels is four; it must be a whole number"),
         (setting("model.channels", 10**7), r"config\.model\.channels is 10000000; it must be at least 1 and at most"),
-        (setting("model.refiner.auxiliaries", ["evil"]), r"config\.model\.refiner\.auxiliaries names 'evil'"),
+        (setting("model.refiner.auxiliaries", ["evil"]), r"has the refiner 'evil', which is none of this package's"),
     ],
 )
 def test_descriptions_that_cannot_be(tmp_path, changed, sentence):
