@@ -52,11 +52,13 @@ build.builder = known_builder
 SLOWEST_FILES = (
     "test_resuming.py",
     "test_refiners.py",
+    "test_tutorials.py",
     "test_wheel.py",
     "test_training.py",
     "test_reference_parity.py",
     "test_devices.py",
     "test_train_step.py",
+    "test_gpu_compiler.py",
     "test_swin.py",
 )
 
