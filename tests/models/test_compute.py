@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 import tiny
@@ -63,25 +64,16 @@ def test_bfloat16_lies_between_images_and_heads(model):
         assert (branch.matching.logits.dtype, branch.matching.boxes.dtype) == (jnp.float32, jnp.float32)
 
 
-def products(jaxpr, found):
-    """Types of the inputs and shapes of the kernels of all matrix products and convolutions, also inside loops."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            found.append((equation.invars[0].aval.dtype, equation.invars[1].aval.shape))
-        for value in equation.params.values():
-            for item in value if isinstance(value, tuple | list) else (value,):
-                item = getattr(item, "jaxpr", item)
-                if hasattr(item, "eqns"):
-                    products(item, found)
-    return found
+def kernels(jaxpr):
+    """Types of the left factors and shapes of the right ones of all products."""
+    return [(product.invars[0].aval.dtype, product.invars[1].aval.shape) for product in jaxprs.products(jaxpr)]
 
 
 @functools.cache
 def products_of_training():
-    """`products` of the forward pass of training in bfloat16."""
-    return products(
-        jax.make_jaxpr(lambda d, x: d(x, SIZES, train=True))(computing(dtype="bfloat16"), jnp.asarray(IMAGES)).jaxpr, []
-    )
+    """`kernels` of the forward pass of training in bfloat16."""
+    detector = computing(dtype="bfloat16")
+    return kernels(jax.make_jaxpr(lambda d, x: d(x, SIZES, train=True))(detector, jnp.asarray(IMAGES)).jaxpr)
 
 
 def test_products_in_float32_are_those_of_the_heads():
@@ -112,7 +104,7 @@ def test_a_head_computes_in_float32(dtype):
     head = PredictionHead(16, tiny.CLASSES, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 5, 16), dtype)
     for function, count in ((PredictionHead.logits, 1), (PredictionHead.offsets, 3)):
-        inner = products(jax.make_jaxpr(function)(head, x).jaxpr, [])
+        inner = kernels(jax.make_jaxpr(function)(head, x).jaxpr)
         assert [kind for kind, _ in inner] == [jnp.float32] * count
         assert jax.eval_shape(function, head, x).dtype == jnp.float32
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 import tf32
@@ -18,18 +19,9 @@ from hpr_jax.ops.precision import exact, products
 FULL = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
 
-def precisions(jaxpr, found=None):
-    """Of all products of a program, also inside loops: the precision, and the shape of the right factor."""
-    found = [] if found is None else found
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            found.append((equation.params["precision"], equation.invars[1].aval.shape))
-        for value in equation.params.values():
-            for item in value if isinstance(value, tuple | list) else (value,):
-                item = getattr(item, "jaxpr", item)
-                if hasattr(item, "eqns"):
-                    precisions(item, found)
-    return found
+def precisions(jaxpr):
+    """Of all products of a program: the precision, and the shape of the right factor."""
+    return [(product.params["precision"], product.invars[1].aval.shape) for product in jaxprs.products(jaxpr)]
 
 
 def of_gradient(function, *arguments):
