@@ -40,12 +40,13 @@ def tolerant(stream: TextIO) -> TextIO:
 
 
 # The file descriptor at which `leave` says that it ends the process.
-_place = [2]
+_descriptor = 2
 
 
 def say_at(descriptor: int) -> None:
     """From now on `leave` speaks at this file descriptor, not at standard error, which may lead elsewhere for a while."""
-    _place[0] = descriptor
+    global _descriptor
+    _descriptor = descriptor
 
 
 def leave(_number: int = 0, frame: FrameType | None = None) -> None:
@@ -54,7 +55,7 @@ def leave(_number: int = 0, frame: FrameType | None = None) -> None:
     if is_repeated(frame):
         return
     with contextlib.suppress(OSError):
-        os.write(_place[0], b"hpr_jax: stopped.\n")
+        os.write(_descriptor, b"hpr_jax: stopped.\n")
     os._exit(130)
 
 
